@@ -1,0 +1,79 @@
+"""Runs the rewritten graph operator by operator in PyTorch, without lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mobizo_compiler.errors import NotSupportedYetError
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import STATE, GraphProgram
+
+
+class EagerBackend:
+    """The comparison point; also the quickest way to try a model."""
+
+    name = "eager"
+
+    def unsupported(self, program: GraphProgram) -> list[str]:
+        """PyTorch runs every graph."""
+        return []
+
+    def passes(self) -> Sequence[Pass]:
+        """None."""
+        return ()
+
+    def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> EagerArtifact:
+        """Keep the graphs."""
+        return EagerArtifact(dict(methods))
+
+
+class EagerArtifact:
+    """Graphs in memory."""
+
+    def __init__(self, methods: dict[str, GraphProgram]) -> None:
+        self.methods = methods
+
+    def runner(self) -> EagerRunner:
+        """A runner with a state of its own."""
+        return EagerRunner(self.methods)
+
+    def save(self, path: Path) -> None:
+        """Refused: this backend has no file format."""
+        raise NotSupportedYetError(
+            "a program of the eager backend lives in memory and has no file format",
+            where=str(path),
+            hint='compile with backend="portable" or backend="xnnpack"',
+        )
+
+
+class EagerRunner:
+    """Calls graph modules with their tensors, and carries the state between calls."""
+
+    def __init__(self, methods: dict[str, GraphProgram]) -> None:
+        self._methods = methods
+        self._state = torch.zeros(next(iter(methods.values())).state_size)
+
+    def state(self) -> Tensor:
+        """The live state."""
+        return self._state
+
+    def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run one method."""
+        program = self._methods[method]
+        given = iter(inputs)
+        arguments = []
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                name = program.tensor_name(node)
+                arguments.append(self._state if name == STATE else next(given) if name is None else program.tensor(node))
+        with torch.no_grad():
+            results = list(program.exported.graph_module(*arguments))
+        changed = len(program.exported.graph_signature.buffers_to_mutate)
+        if changed:
+            self._state.copy_(results[0])
+        return [result.clone() for result in results[changed:]]

@@ -1,0 +1,259 @@
+"""Lowering through ExecuTorch, and running the result on its stock runtime. Shared by backends that are delegates.
+
+Partitioners take state for constants (they have no test of mutability), so state is kept out of every delegate and
+that is checked after lowering. All methods share one state and, in the file, one copy of delegated weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir.backend.partitioner import Partitioner, PartitionResult
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.runtime import Runtime
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, LoweringError
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.program import STATE, GraphProgram, Site
+
+MANIFEST_METHOD = "mobizo_manifest"
+LORA_A_METHOD = "mobizo_lora_a"
+_HEADER = struct.Struct("<4s4s4sIQQQ")  # root offset, file identifier, then ExecuTorch's extended header
+
+
+class KeepStateOutside(Partitioner):  # type: ignore[misc]
+    """A partitioner that never gives the state to a delegate; otherwise the wrapped one."""
+
+    def __init__(self, inner: Partitioner) -> None:
+        super().__init__()
+        self.inner = inner
+        self.delegation_spec = getattr(inner, "delegation_spec", None)
+
+    def ops_to_not_decompose(self, exported: ExportedProgram) -> Any:
+        """As the wrapped partitioner says."""
+        return self.inner.ops_to_not_decompose(exported)
+
+    def partition(self, exported: ExportedProgram) -> PartitionResult:
+        """Partition, then take the tag off the state, which makes it an input of the delegate."""
+        result = self.inner.partition(exported)
+        buffers = exported.graph_signature.inputs_to_buffers
+        for node in result.tagged_exported_program.graph.nodes:
+            if node.op == "placeholder" and buffers.get(node.name) == STATE:
+                node.meta.pop("delegation_tag", None)
+        return result
+
+
+def lower_to_executorch(
+    methods: Mapping[str, GraphProgram], manifest: Manifest, partitioners: Sequence[Partitioner]
+) -> ExecuTorchArtifact:
+    """Lower programs that share one state into one `.pte` file in a temporary folder.
+
+    Raises:
+        LoweringError: Lowering lost the state of a method.
+    """
+    lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
+    with _quiet():
+        edge = to_edge_transform_and_lower(
+            {name: program.exported for name, program in methods.items()},
+            partitioner=[KeepStateOutside(inner) for inner in partitioners],
+            constant_methods={MANIFEST_METHOD: manifest.to_json(), LORA_A_METHOD: lora_a},
+            compile_config=EdgeCompileConfig(
+                _check_ir_validity=False,
+                _core_aten_ops_exception_list=[torch.ops.aten.bitwise_right_shift.Tensor_Scalar],
+            ),
+        )
+        lowered = {name: edge.exported_program(name) for name in methods}
+        delegated = {name: _delegation(program) for name, program in lowered.items()}
+        for name, program in lowered.items():
+            _check_state(name, program, methods[name])
+            for node in program.graph.nodes:
+                if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
+                    node.meta["et_init_buffer"] = True
+        executable = edge.to_executorch(
+            ExecutorchBackendConfig(
+                memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+                emit_mutable_buffer_names=True,
+            )
+        )
+    folder = tempfile.mkdtemp(prefix="mobizo-")
+    path = Path(folder) / "program.pte"
+    with path.open("wb") as file:
+        executable.write_to_file(file)
+    artifact = ExecuTorchArtifact(path, delegated)
+    weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
+    return artifact
+
+
+@dataclasses.dataclass(frozen=True)
+class Delegation:
+    """What of a method runs inside delegates."""
+
+    delegates: int
+    outside: Mapping[str, int]
+
+
+class ExecuTorchArtifact:
+    """A `.pte` file; it is mapped, not read, when it runs."""
+
+    def __init__(self, path: Path, delegation: Mapping[str, Delegation] | None = None) -> None:
+        self.path = path
+        self.delegation = delegation or {}
+
+    def runner(self) -> ExecuTorchRunner:
+        """Load every method."""
+        return ExecuTorchRunner(self)
+
+    def save(self, path: Path) -> None:
+        """Copy the file to a temporary name beside `path`, flush it, and rename it."""
+        if not path.parent.is_dir():
+            raise ArtifactError(f"there is no folder {str(path.parent)!r}", where=str(path))
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as target:
+            try:
+                with self.path.open("rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 22)
+                target.flush()
+                os.fsync(target.fileno())
+                os.chmod(target.name, 0o644)
+                os.replace(target.name, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(target.name)
+                raise
+
+
+class ExecuTorchRunner:
+    """The methods of one file on the stock runtime, with their shared state."""
+
+    def __init__(self, artifact: ExecuTorchArtifact) -> None:
+        self._artifact = artifact  # keeps a temporary file on disk
+        self._program = _load(artifact.path)
+        # Every load resets the shared state, so all methods are loaded before any of them runs.
+        self._methods = {name: self._program.load_method(name) for name in ("train_step", "evaluate", "replay")}
+        missing = [name for name, method in self._methods.items() if method is None]
+        if missing:
+            raise BackendUnavailableError(f"the runtime cannot load method {missing[0]!r}", where=str(artifact.path))
+
+    def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run one method."""
+        return list(self._methods[method].execute(list(inputs)))
+
+    def state(self) -> Tensor:
+        """The live state."""
+        alias: Tensor = self._methods["train_step"]._method.get_attribute(STATE)
+        return alias
+
+
+def load_program_file(path: Path) -> tuple[ExecuTorchArtifact, Manifest, dict[str, Tensor]]:
+    """The artifact, manifest and A of a program file, without loading the network.
+
+    Raises:
+        ArtifactError: There is no such file, or it is truncated, damaged or foreign.
+    """
+    _check_file(path)
+    program = _load(path)
+    if MANIFEST_METHOD not in program.method_names:
+        raise ArtifactError(
+            f"this is an ExecuTorch program, but not one of this compiler: its methods are "
+            f"{sorted(program.method_names)}",
+            where=str(path),
+            hint="compile the model with mobizo_compiler.compile",
+        )
+    try:
+        text = program.load_method(MANIFEST_METHOD).execute([])[0]
+        flat = program.load_method(LORA_A_METHOD).execute([])[0].clone()
+    except Exception as error:
+        raise ArtifactError(f"the manifest cannot be read: {error}", where=str(path)) from error
+    manifest = Manifest.from_json(text, str(path))
+    return ExecuTorchArtifact(path), manifest, _split_lora_a(manifest.sites, flat)
+
+
+def _split_lora_a(sites: Sequence[Site], flat: Tensor) -> dict[str, Tensor]:
+    parts = flat.split([site.r * site.in_features for site in sites])
+    return {site.fqn: part.reshape(site.r, site.in_features) for site, part in zip(sites, parts, strict=True)}
+
+
+def _load(path: Path) -> Any:
+    try:
+        with _quiet():
+            return Runtime.get().load_program(path)
+    except Exception as error:
+        raise ArtifactError(f"the ExecuTorch runtime cannot load this file: {error}", where=str(path)) from error
+
+
+def _check_file(path: Path) -> None:
+    """Compare the file's length with what its header says, so that a truncated file is never mapped."""
+    if not path.is_file():
+        raise ArtifactError("there is no such file", where=str(path))
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_HEADER.size)
+    if len(head) < _HEADER.size or head[4:6] != b"ET":
+        raise ArtifactError("this is not an ExecuTorch program", where=str(path))
+    _, _, magic, _, program_size, segments_at, segments_size = _HEADER.unpack(head)
+    if magic != b"eh00":
+        raise ArtifactError("this ExecuTorch program has no extended header, so it is not of this compiler", where=str(path))
+    expected = max(program_size, segments_at + segments_size)
+    if size < expected:
+        raise ArtifactError(
+            f"the file is truncated: it has {size} bytes, its header says {expected}",
+            where=str(path),
+            hint="copy it again, or compile the model again",
+        )
+
+
+def _check_state(method: str, lowered: ExportedProgram, program: GraphProgram) -> None:
+    signature = lowered.graph_signature
+    if STATE not in signature.inputs_to_buffers.values():
+        raise LoweringError(
+            f"lowering took the state out of method {method!r}: a partitioner made it a constant",
+            hint="the partitioner must leave mutable buffers outside of its delegates",
+        )
+    expected = set(program.exported.graph_signature.buffers_to_mutate.values())
+    if set(signature.buffers_to_mutate.values()) != expected:
+        raise LoweringError(
+            f"method {method!r} changes {sorted(signature.buffers_to_mutate.values())} after lowering, "
+            f"not {sorted(expected)}: an update was dropped"
+        )
+
+
+def _delegation(program: ExportedProgram) -> Delegation:
+    outside: dict[str, int] = {}
+    delegates = 0
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target.__name__ == "getitem":
+            continue
+        if node.target.__name__ == "executorch_call_delegate":
+            delegates += 1
+        else:
+            name = str(getattr(node.target, "_name", node.target.__name__)).removeprefix("aten::")
+            outside[name] = outside.get(name, 0) + 1
+    return Delegation(delegates, dict(sorted(outside.items(), key=lambda item: (-item[1], item[0]))))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what ExecuTorch logs and warns about in every run; errors still show."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

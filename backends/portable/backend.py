@@ -1,0 +1,28 @@
+"""Lowers without a delegate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import GraphProgram
+
+
+class PortableBackend:
+    """The slowest and most general backend on a device."""
+
+    name = "portable"
+
+    def unsupported(self, program: GraphProgram) -> list[str]:
+        """Nothing is refused here: an operator without a kernel is an error of lowering that names it."""
+        return []
+
+    def passes(self) -> Sequence[Pass]:
+        """None."""
+        return ()
+
+    def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
+        """Lower through ExecuTorch with no partitioner."""
+        return lower_to_executorch(methods, manifest, [])

@@ -1,0 +1,33 @@
+"""Lowers to XNNPACK delegates, with what XNNPACK does not take in portable kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
+from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
+from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.passes.canonicalize import Canonicalize
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import GraphProgram
+
+
+class XnnpackBackend:
+    """The default on CPUs."""
+
+    name = "xnnpack"
+
+    def unsupported(self, program: GraphProgram) -> list[str]:
+        """Nothing is refused: what XNNPACK does not take runs in portable kernels."""
+        return []
+
+    def passes(self) -> Sequence[Pass]:
+        """Keep attention and norms inside delegates."""
+        return (DecomposeAttention(), MeanAsLinear(), Canonicalize())
+
+    def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
+        """Lower through ExecuTorch with the XNNPACK partitioner."""
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+        return lower_to_executorch(methods, manifest, [XnnpackPartitioner()])

@@ -1,0 +1,43 @@
+"""Write the mean over the last axis as a product with a constant, which XNNPACK takes and `mean` it does not.
+
+Given:    %m = mean(%x, [-1], True)                : f32[..., 1]
+Result:   tensor %b_mobizo_mean_576: f32[1, 576], every element 1/576
+          %m = linear(%x, %b_mobizo_mean_576)      : f32[..., 1]
+Numbers: same up to rounding.
+
+Every RMSNorm has such a mean; left outside, it cuts the network into two delegates a norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from mobizo_compiler import facts
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import Editor
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanAsLinear(Pass):
+    """Replace float32 means over the last axis that keep it."""
+
+    needs = frozenset({facts.STATIC})
+
+    def rewrite(self, edit: Editor) -> None:
+        """One constant serves all means of a width."""
+        constants: dict[int, fx.Node] = {}
+        for node in edit.calls(aten.mean.dim):
+            source = node.args[0].meta["val"]
+            last = list(node.args[1]) in ([-1], [source.dim() - 1])
+            if not last or node.args[2:] != (True,) or source.dtype != torch.float32 or source.dim() < 2:
+                continue
+            width = int(source.shape[-1])
+            if width not in constants:
+                constants[width] = edit.add_constant(f"mobizo_mean_{width}", torch.full((1, width), 1.0 / width))
+            with edit.graph.inserting_before(node):
+                edit.replace(node, edit.call(aten.linear.default, node.args[0], constants[width]))

@@ -1,0 +1,27 @@
+"""A compiler that turns any traced inference graph into a program that fine-tunes itself with forward passes only."""
+
+from mobizo_compiler.api import compile, load
+from mobizo_compiler.artifact import Program, StepResult
+from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.errors import MobizoError
+from mobizo_compiler.losses import CausalLMLoss, Loss
+from mobizo_compiler.noise import noise
+from mobizo_compiler.program import Site
+from mobizo_compiler.session import Session
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CausalLMLoss",
+    "LoraConfig",
+    "Loss",
+    "MobizoError",
+    "Program",
+    "Session",
+    "Site",
+    "StepResult",
+    "ZOConfig",
+    "compile",
+    "load",
+    "noise",
+]

@@ -1,0 +1,165 @@
+"""Options of the compiler: frozen, validated dataclasses that go to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from mobizo_compiler.errors import ConfigError, NotSupportedYetError
+
+MAX_SEED = 2**31 - 1
+
+
+class JsonConfig:
+    """Mixin for frozen dataclasses whose fields are JSON values or tuples of them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dictionary that `json.dumps` takes."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: _plain(getattr(self, field.name)) for field in fields}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`; a key that is not a field is a `ConfigError`."""
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}", hint=f"its fields are {sorted(known)}")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """Raise `ConfigError` unless `value` is an int (no bool) in `low..high`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an int, not {type(value).__name__}")
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {value}, which is outside {low}..{high}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(JsonConfig):
+    """Which linear layers get a low-rank adapter, and of what rank. Fields mean what peft's `LoraConfig` means.
+
+    The adapter is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A is drawn once and frozen, only B is trained.
+
+    Args:
+        r: Rank of the adapters.
+        lora_alpha: The branch is scaled by `lora_alpha / r`.
+        target_modules: Names matched at the end of a module's path, or one regular expression that must match the
+            whole path.
+        layers_to_transform: Index or indices of layers to adapt; all layers if None. The index is the number after
+            the last `layers`, `h`, `blocks`, ... in the path, as in peft.
+        layers_pattern: The name before the index, where it is not a common one.
+        init_seed: Seed of A (Kaiming-uniform with a = sqrt 5); B starts at zero.
+
+    Raises:
+        ConfigError: A field is out of range.
+
+    >>> LoraConfig(r=4, lora_alpha=8).scaling
+    2.0
+    >>> LoraConfig.from_json(LoraConfig(r=4).to_json()) == LoraConfig(r=4)
+    True
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: str | None = None
+    init_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("LoraConfig.r", self.r, 1, 65536)
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or not self.lora_alpha > 0:
+            raise ConfigError(f"LoraConfig.lora_alpha is {self.lora_alpha!r}; it must be a number above 0")
+        check_int("LoraConfig.init_seed", self.init_seed, 0, MAX_SEED)
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ConfigError(f"LoraConfig.target_modules is not a regular expression: {error}") from None
+        else:
+            object.__setattr__(self, "target_modules", _strings("LoraConfig.target_modules", self.target_modules))
+        layers: Any = self.layers_to_transform
+        if layers is not None:
+            layers = (layers,) if isinstance(layers, int) else tuple(layers)
+            for layer in layers:
+                check_int("LoraConfig.layers_to_transform", layer, 0, MAX_SEED)
+            if not layers:
+                raise ConfigError("LoraConfig.layers_to_transform is empty", hint="None adapts every layer")
+            object.__setattr__(self, "layers_to_transform", layers)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the branch, `lora_alpha / r`."""
+        return self.lora_alpha / self.r
+
+    def matches(self, fqn: str) -> bool:
+        """Whether the module at path `fqn` is a target (peft, `tuners_utils.check_target_module_exists`).
+
+        >>> LoraConfig(layers_to_transform=(1,)).matches("model.layers.1.self_attn.q_proj")
+        True
+        >>> LoraConfig(layers_to_transform=(1,)).matches("model.layers.0.self_attn.q_proj")
+        False
+        """
+        if isinstance(self.target_modules, str):
+            if not re.fullmatch(self.target_modules, fqn):
+                return False
+        elif not any(fqn == name or fqn.endswith("." + name) for name in self.target_modules):
+            return False
+        if self.layers_to_transform is None:
+            return True
+        before = re.escape(self.layers_pattern) if self.layers_pattern else r"[^.]*"
+        index = re.match(rf".*\.{before}\.(\d+)\.", "." + fqn)
+        return index is not None and int(index.group(1)) in self.layers_to_transform
+
+
+def _strings(name: str, value: Sequence[str]) -> tuple[str, ...]:
+    try:
+        strings = tuple(value)
+    except TypeError:
+        strings = ()
+    if not strings or not all(isinstance(item, str) and item for item in strings):
+        raise ConfigError(f"{name} must be a regular expression or a sequence of names, not {value!r}")
+    return strings
+
+
+@dataclasses.dataclass(frozen=True)
+class ZOConfig(JsonConfig):
+    """How the gradient is estimated (MobiZO, section 3; SPSA, Spall 1992).
+
+    Args:
+        queries: Number q of random directions per step (the outer loop); a step runs 2q lanes.
+        estimator: "two-sided": (L(B + eps z) - L(B - eps z)) / (2 eps) for each direction z.
+        noise: Distribution of z, "gaussian" or "rademacher".
+
+    Raises:
+        ConfigError: A field is out of range.
+
+    >>> ZOConfig(queries=4).lanes
+    8
+    """
+
+    queries: int = 4
+    estimator: Literal["two-sided"] = "two-sided"
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        check_int("ZOConfig.queries", self.queries, 1, 1024)
+        if self.estimator == "one-sided":
+            raise NotSupportedYetError("the one-sided estimator is not built yet", hint='use estimator="two-sided"')
+        if self.estimator != "two-sided":
+            raise ConfigError(f"ZOConfig.estimator is {self.estimator!r}", hint='use "two-sided"')
+        if self.noise not in ("gaussian", "rademacher"):
+            raise ConfigError(f"ZOConfig.noise is {self.noise!r}", hint='use "gaussian" or "rademacher"')
+
+    @property
+    def lanes(self) -> int:
+        """Number 2q of perturbed copies, in the order +1..+q, -1..-q."""
+        return 2 * self.queries

@@ -1,0 +1,125 @@
+"""Facts about a program that passes rely on, and the check behind each. What is not checked is not a fact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE, GraphProgram, source_line
+
+FUNCTIONAL = "functional"
+SYMBOLIC_ROWS = "symbolic-rows"
+CANONICAL = "canonical"
+LOSS = "loss"
+SITES = "sites"
+LANES = "lanes"
+PERTURBED = "perturbed"
+DIFFERENCED = "differenced"
+UPDATED = "updated"
+STATIC = "static"
+
+
+def _functional(program: GraphProgram) -> Iterator[str]:
+    for node in program.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            yield f"{source_line(node)} changes its input in place"
+
+
+def _symbolic_rows(program: GraphProgram) -> Iterator[str]:
+    for name, value in program.inputs.items():
+        if name not in (SEED, LEARNING_RATE, EPS) and not isinstance(value.shape[0], torch.SymInt):
+            yield f"input {name!r} has a fixed number of rows, {value.shape[0]}"
+
+
+def _canonical(program: GraphProgram) -> Iterator[str]:
+    for node in program.graph.nodes:
+        if node.target in (torch.ops.aten.alias.default, torch.ops.aten.view.default):
+            yield f"{source_line(node)} is not in canonical form"
+
+
+def _outputs(*names: str) -> Callable[[GraphProgram], Iterator[str]]:
+    def check(program: GraphProgram) -> Iterator[str]:
+        if program.outputs != names:
+            yield f"the outputs are {program.outputs}, not {names}"
+
+    return check
+
+
+def _loss(program: GraphProgram) -> Iterator[str]:
+    if LABELS not in program.inputs:
+        yield f"there is no input {LABELS!r}"
+    if program.outputs == ("row_loss", "row_weight"):
+        shapes = [tuple(map(str, node.meta["val"].shape)) for node in program.output_nodes.values()]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 1:
+            yield f"row_loss and row_weight must both be [rows], not {shapes}"
+
+
+def _sites(program: GraphProgram) -> Iterator[str]:
+    if not program.sites:
+        yield "there is no adapter site"
+    end = 0
+    for site in program.sites:
+        if site.offset != end:
+            yield f"site {site.fqn} starts at {site.offset}, not at {end}"
+        end = site.offset + site.size
+    nodes = {node.name: node for node in program.graph.nodes}
+    if "lanes" not in program.values:
+        yield "no node is named 'lanes'"
+    elif (value := nodes[program.values["lanes"]].meta["val"]).shape[1] != end:
+        yield f"'lanes' is {tuple(value.shape)}, but the sites have {end} parameters"
+    if f"b_{STATE}" not in nodes:
+        yield "there is no state"
+
+
+def _lanes(program: GraphProgram) -> Iterator[str]:
+    nodes = {node.name: node for node in program.graph.nodes}
+    lanes = nodes[program.values["lanes"]].meta["val"]
+    if lanes.shape[0] % 2:
+        yield f"{lanes.shape[0]} lanes are not pairs of +/- lanes"
+
+
+def _updated(program: GraphProgram) -> Iterator[str]:
+    if STATE not in program.exported.graph_signature.buffers_to_mutate.values():
+        yield "no value is written to the state"
+
+
+def _static(program: GraphProgram) -> Iterator[str]:
+    def symbolic(value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return any(isinstance(size, torch.SymInt) for size in value.shape)
+        return isinstance(value, torch.SymInt)
+
+    for node in program.graph.nodes:
+        if symbolic(node.meta.get("val")):
+            yield f"{source_line(node)} has a symbolic size"
+
+
+
+
+CHECKS: dict[str, Callable[[GraphProgram], Iterator[str]]] = {
+    FUNCTIONAL: _functional,
+    SYMBOLIC_ROWS: _symbolic_rows,
+    CANONICAL: _canonical,
+    LOSS: _loss,
+    SITES: _sites,
+    LANES: _lanes,
+    PERTURBED: _lanes,
+    DIFFERENCED: _outputs("loss", "lane_losses", "projected_gradient"),
+    UPDATED: _updated,
+    STATIC: _static,
+}
+
+
+def broken(program: GraphProgram) -> list[str]:
+    """What contradicts the facts that the program claims, and the general rules: every call has a value."""
+    problems = [f"{source_line(node)} has no value" for node in program.graph.nodes if _lacks_value(node)]
+    for fact in sorted(program.facts):
+        problems += [f"{fact}: {problem}" for problem in CHECKS[fact](program)]
+    return problems
+
+
+def _lacks_value(node: fx.Node) -> bool:
+    return bool(node.users) and node.op in ("placeholder", "call_function") and "val" not in node.meta

@@ -1,0 +1,181 @@
+"""`Session`: a program being trained. It checks every input before anything runs, and owns the state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mobizo_compiler.artifact import Program, StepResult
+from mobizo_compiler.config import MAX_SEED
+from mobizo_compiler.errors import InputError, LabelError, StateError
+from mobizo_compiler.manifest import TensorSpec
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+class Session:
+    """A loaded program with a state of its own.
+
+    Args:
+        program: A compiled program, or the path of a program file.
+
+    Raises:
+        ArtifactError: The file is not a program of this compiler.
+    """
+
+    def __init__(self, program: Program | str | PathLike[str]) -> None:
+        if not isinstance(program, Program):
+            from mobizo_compiler.api import load
+
+            program = load(program)
+        self.program = program
+        self._runner = program.artifact.runner()
+        self._structure = _output_structure(program.manifest.out_spec)
+
+    def train_step(
+        self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float
+    ) -> StepResult:
+        """One step: 2q perturbed forwards, their losses, the projected gradient and the update, in one call.
+
+        Args:
+            inputs: As `example_inputs` of `compile`.
+            labels: int64, the shape of `input_ids`; -100 does not count.
+            seed: 0..2^31-1; the step's noise is a function of it alone.
+            learning_rate: Finite; 0 measures and leaves the state as it is.
+            eps: Size of the perturbation, above 0.
+
+        Raises:
+            InputError: An input is missing, unknown, or of the wrong shape, dtype or value. Nothing has run then.
+        """
+        arguments = self._flat(inputs)
+        arguments.append(self._labels(labels))
+        if not eps > 0 or not math.isfinite(eps):
+            raise InputError(f"eps is {eps}; it must be finite and above 0")
+        arguments += [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
+        loss, lane_losses, projected_gradient = self._runner.call("train_step", arguments)
+        return StepResult(float(loss), lane_losses, projected_gradient)
+
+    def evaluate(self, inputs: Inputs) -> Any:
+        """What the model returns for these inputs, with the adapter on and nothing perturbed."""
+        outputs = self._runner.call("evaluate", self._flat(inputs))
+        if self._structure is None:
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return pytree.tree_unflatten(outputs, self._structure)
+
+    def replay(self, seed: int, projected_gradient: Tensor | Sequence[float], learning_rate: float) -> None:
+        """Repeat the update of a step from its seed and projected gradient, without a forward pass.
+
+        Args:
+            seed: Seed of the step.
+            projected_gradient: float32 [q], finite. It may come from a step, or from rewards that a host computed.
+            learning_rate: Finite.
+        """
+        gradient = torch.as_tensor(projected_gradient, dtype=torch.float32).contiguous()
+        queries = self.program.manifest.zo.queries
+        if tuple(gradient.shape) != (queries,) or not bool(gradient.isfinite().all()):
+            raise InputError(f"projected_gradient must be {queries} finite numbers, not {gradient.tolist()}")
+        self._runner.call("replay", [_seed(seed), gradient, _number("learning_rate", learning_rate)])
+
+    def state(self) -> Tensor:
+        """A copy of the flat state, float32 [P]."""
+        return self._runner.state().clone()
+
+    def load_state(self, flat: Tensor) -> None:
+        """Set the flat state from float32 [P], finite."""
+        alias = self._runner.state()
+        if not isinstance(flat, Tensor) or flat.shape != alias.shape or flat.dtype != torch.float32:
+            found = f"{flat.dtype}{list(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
+            raise StateError(f"the state is torch.float32{list(alias.shape)}, not {found}")
+        if not bool(flat.isfinite().all()):
+            raise StateError("the state has values that are not finite")
+        alias.copy_(flat)
+
+    def lora_b(self, fqn: str) -> Tensor:
+        """A copy of B of one site, float32 [r, out_features]."""
+        for site in self.program.sites:
+            if site.fqn == fqn:
+                part = self._runner.state()[site.offset : site.offset + site.size]
+                return part.reshape(site.r, site.out_features).clone()
+        raise InputError(f"there is no site {fqn!r}", hint=f"sites: {', '.join(s.fqn for s in self.program.sites)}")
+
+    def _flat(self, inputs: Inputs) -> list[Tensor]:
+        manifest = self.program.manifest
+        specs = manifest.inputs
+        if isinstance(inputs, Mapping):
+            values = _by_name(inputs, specs)
+        elif manifest.keywords:
+            names = [spec.name for spec in specs]
+            raise InputError(f"inputs must be a dict with the keys {names}, not a {type(inputs).__name__}")
+        else:
+            values = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+            if len(values) != len(specs):
+                raise InputError(f"the model takes {len(specs)} inputs, {len(values)} were given")
+        return [spec.check(value) for spec, value in zip(specs, values, strict=True)]
+
+    def _labels(self, labels: Tensor) -> Tensor:
+        spec = self.program.manifest.labels
+        checked = spec.check(labels)
+        if bool((checked[:, 1:] == spec.also).all()):
+            raise LabelError(
+                f"no token is labelled: all labels that count are {spec.also}",
+                hint="set labels to the token ids that the model should predict; the first token of a row never counts",
+            )
+        most = self.program.manifest.max_labels
+        counts = (checked[:, 1:] != spec.also).sum(dim=1)
+        if most is not None and int(counts.max()) > most:
+            row = int(counts.argmax())
+            raise LabelError(
+                f"row {row} has {int(counts[row])} labelled tokens; the loss was compiled for at most {most} in a row",
+                hint="compile with a larger CausalLMLoss(max_labels=...)",
+            )
+        return checked
+
+
+def _by_name(inputs: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:
+    names = [spec.name for spec in specs]
+    missing = [name for name in names if name not in inputs]
+    unknown = [name for name in inputs if name not in names]
+    if missing or unknown:
+        problem = f"input {missing[0]!r} is missing" if missing else f"there is no input {unknown[0]!r}"
+        raise InputError(f"{problem}; the program takes {names}")
+    return [inputs[name] for name in names]
+
+
+def _seed(seed: int) -> Tensor:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed is {seed!r}; it must be an int in 0..{MAX_SEED}")
+    return torch.tensor([seed], dtype=torch.int32)
+
+
+def _number(name: str, value: float) -> Tensor:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{name} is {value!r}; it must be a finite number")
+    return torch.tensor([value], dtype=torch.float32)
+
+
+def _output_structure(out_spec: str | None) -> pytree.TreeSpec | None:
+    """The nesting of the outputs; None (a tensor or a tuple) where its classes cannot be had on this machine."""
+    if out_spec is None:
+        return None
+    try:
+        return pytree.treespec_loads(out_spec)
+    except NotImplementedError:
+        return _with_transformers(out_spec)
+
+
+def _with_transformers(out_spec: str) -> pytree.TreeSpec | None:
+    """Output classes of transformers register themselves when their module is imported."""
+    try:
+        import transformers.modeling_outputs  # noqa: F401
+    except ImportError:
+        return None
+    try:
+        return pytree.treespec_loads(out_spec)
+    except NotImplementedError:
+        return None

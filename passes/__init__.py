@@ -1,0 +1,28 @@
+"""The rewrites, one file each, in the order in which `mobizo_compiler.api` runs them."""
+
+from mobizo_compiler.passes.attach_loss import AttachLoss
+from mobizo_compiler.passes.canonicalize import Canonicalize
+from mobizo_compiler.passes.capture import capture, empty_program
+from mobizo_compiler.passes.difference_losses import DifferenceLosses
+from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
+from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
+from mobizo_compiler.passes.perturb import Perturb
+from mobizo_compiler.passes.replay import Replay
+from mobizo_compiler.passes.slice_labels import SliceLabels
+from mobizo_compiler.passes.specialize import Specialize
+from mobizo_compiler.passes.update_state import UpdateState
+
+__all__ = [
+    "AttachLoss",
+    "Canonicalize",
+    "DifferenceLosses",
+    "DuplicateLanes",
+    "InsertMPLoRA",
+    "Perturb",
+    "Replay",
+    "SliceLabels",
+    "Specialize",
+    "UpdateState",
+    "capture",
+    "empty_program",
+]

@@ -1,0 +1,101 @@
+"""Remove calls that do nothing, so that later passes see one form.
+
+Given:    %a = alias(%x)   %v = view(%a, [2, 3]) of a [2, 3]   %l = linear(%v, %w)
+Result:   %l = linear(%x, %w)
+Numbers: exact.
+
+Removed: aliases, clones of contiguous values, conversions to the type a value has, views and expansions to the shape a
+value has, slices of everything, multiplications by 1 and additions of 0 that change no type, metadata assertions,
+dropout. Views become `reshape`: strides are a matter of the engine, and a rewrite above may change them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mobizo_compiler import facts
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import Editor
+
+aten = torch.ops.aten
+_END = torch.iinfo(torch.int64).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Drop calls whose result equals their first argument."""
+
+    needs = frozenset({facts.FUNCTIONAL})
+    gives = frozenset({facts.CANONICAL})
+
+    def rewrite(self, edit: Editor) -> None:
+        """Visit calls in order, so that chains of such calls collapse."""
+        for node in list(edit.graph.nodes):
+            if node.target in (aten.view.default, aten._unsafe_view.default):
+                node.target = aten.reshape.default
+            rule = _RULES.get(node.target)
+            if rule and rule(node):
+                edit.replace(node, node.args[0])
+
+
+def _same_type(node: fx.Node) -> bool:
+    """The result has the shape, dtype and strides of the first argument."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    before, after = source.meta["val"], node.meta["val"]
+    return (
+        isinstance(before, Tensor)
+        and before.dtype == after.dtype
+        and before.dim() == after.dim()
+        and all(_equal(a, b) for a, b in zip(before.shape, after.shape, strict=True))
+        and all(_equal(a, b) for a, b in zip(before.stride(), after.stride(), strict=True))
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality of sizes that adds no guard: symbols are equal if their expressions are."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return str(a) == str(b)
+
+
+def _always(node: fx.Node) -> bool:
+    return True
+
+
+def _neutral(number: float) -> Callable[[fx.Node], bool]:
+    def rule(node: fx.Node) -> bool:
+        operand = node.args[1]
+        plain = not isinstance(operand, (fx.Node, bool)) and operand == number
+        return plain and node.kwargs.get("alpha", 1) == 1 and _same_type(node)
+
+    return rule
+
+
+def _whole_slice(node: fx.Node) -> bool:
+    _, _, start, end, step = (*node.args, *(0, None, _END, 1)[len(node.args) - 1 :])
+    return (start in (0, None)) and end == _END and step == 1
+
+
+_RULES: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.alias.default: _always,
+    aten.detach.default: _always,
+    aten.lift_fresh_copy.default: _always,
+    aten._assert_tensor_metadata.default: _always,
+    aten.clone.default: _same_type,
+    aten._to_copy.default: _same_type,
+    aten.to.dtype: _same_type,
+    aten.contiguous.default: _same_type,
+    aten.reshape.default: _same_type,
+    aten.expand.default: _same_type,
+    aten.slice.Tensor: lambda node: _whole_slice(node) and _same_type(node),
+    aten.mul.Tensor: _neutral(1),
+    aten.add.Tensor: _neutral(0),
+    aten.dropout.default: lambda node: node.args[2] is False,
+}

@@ -1,0 +1,44 @@
+"""Turn the losses of the rows into a loss per lane and the projected gradient (MeZO, Malladi et al. 2023).
+
+Given:    return row_loss : f32[G*rows]      return row_weight : f32[G*rows]
+Result:   %lane_losses = row_loss summed by lane / row_weight summed by lane            : f32[2q]
+          %projected_gradient = (%lane_losses[:q] - %lane_losses[q:]) / (2 eps)         : f32[q]
+          return loss = mean of %lane_losses : f32[1], lane_losses, projected_gradient
+Numbers: exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from mobizo_compiler import facts
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import EPS, Editor
+
+
+@dataclasses.dataclass(frozen=True)
+class DifferenceLosses(Pass):
+    """Two-sided differences of lane losses."""
+
+    needs = frozenset({facts.LOSS, facts.PERTURBED})
+    gives = frozenset({facts.DIFFERENCED})
+
+    def rewrite(self, edit: Editor) -> None:
+        """Append the arithmetic and replace the outputs."""
+        lanes = edit.values["lanes"].meta["val"].shape[0]
+        queries = lanes // 2
+
+        def differences(row_loss_N: Tensor, row_weight_N: Tensor, eps_1: Tensor) -> dict[str, Tensor]:
+            weight_G = row_weight_N.reshape(lanes, -1).sum(dim=1)
+            loss_G = row_loss_N.reshape(lanes, -1).sum(dim=1) / weight_G
+            return {
+                "loss": loss_G.mean(dim=0, keepdim=True),
+                "lane_losses": loss_G,
+                "projected_gradient": (loss_G[:queries] - loss_G[queries:]) / (eps_1 * 2.0),
+            }
+
+        row_loss, row_weight = edit.outputs["row_loss"], edit.outputs["row_weight"]
+        with edit.graph.inserting_before(edit.graph.output_node()):
+            edit.set_outputs(edit.inline(differences, row_loss, row_weight, edit.inputs[EPS]))

@@ -1,0 +1,46 @@
+"""Repeat the rows of every input once per lane, and let every lane have its own copy of B (MobiZO, section 3.2).
+
+Given:    input %ids: i64[rows, 5]        %lanes = view(%state, [1, P])
+Result:   input %ids: i64[rows, 5]        %repeat = repeat(%ids, [G, 1]) : i64[G*rows, 5]
+          %lanes = view(%state, [1, P])   %expand = expand(%lanes, [G, P])
+Numbers: exact; every lane computes what the program computed before.
+
+Rows are lane-major: rows 0..b-1 belong to lane 0, and so on. Lanes are +1..+q, then -1..-q; that they differ is the
+work of the next pass. This is outer-loop and inner-loop parallelism: one forward computes all G = 2q losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from mobizo_compiler import facts
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import Editor
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class DuplicateLanes(Pass):
+    """Repeat the rows `lanes` times."""
+
+    lanes: int
+    needs = frozenset({facts.SYMBOLIC_ROWS, facts.SITES})
+    gives = frozenset({facts.LANES})
+
+    def rewrite(self, edit: Editor) -> None:
+        """Insert the repeats at the inputs and recompute all shapes."""
+        inputs = list(edit.inputs.values())
+        first_call = next(node for node in edit.graph.nodes if node.op != "placeholder")
+        with edit.graph.inserting_before(first_call):
+            for node in inputs:
+                sizes = [self.lanes] + [1] * (node.meta["val"].dim() - 1)
+                repeated = edit.call(aten.repeat.default, node, sizes)
+                edit.replace(node, repeated, keep=lambda user, repeated=repeated: user is repeated)
+        single = edit.values["lanes"]
+        with edit.graph.inserting_after(single):
+            expanded = edit.call(aten.expand.default, single, [self.lanes, single.meta["val"].shape[1]])
+        edit.replace(single, expanded, keep=lambda user: user is expanded)
+        edit.refresh()

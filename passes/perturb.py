@@ -1,0 +1,48 @@
+"""Move every lane's B by its own direction: B + eps z_i in lane i, B - eps z_i in lane q + i.
+
+Given:    %lanes = expand(view(%state, [1, P]), [2q, P])
+Result:   input %mobizo_seed: i32[1]   input %mobizo_eps: f32[1]
+          %z = ... of seed             : f32[q, P]
+          %step = mul(%z, %mobizo_eps)
+          %lanes = cat([add(%state, %step), sub(%state, %step)])  : f32[2q, P]
+Numbers: changes, because lanes are perturbed; with eps = 0 exact.
+
+The noise is a function of the seed alone (`mobizo_compiler.noise`), inside the graph and for all sites at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from mobizo_compiler import facts
+from mobizo_compiler.noise import noise_values
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import EPS, SEED, Editor
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturb(Pass):
+    """Add noise of the given distribution."""
+
+    distribution: str
+    needs = frozenset({facts.LANES})
+    gives = frozenset({facts.PERTURBED})
+
+    def rewrite(self, edit: Editor) -> None:
+        """Replace the value `lanes` and name the noise `noise`."""
+        old = edit.values["lanes"]
+        lanes, parameters = old.meta["val"].shape
+        seed = edit.add_input(SEED, [1], torch.int32)
+        eps = edit.add_input(EPS, [1], torch.float32)
+
+        def perturbed(state_P: Tensor, seed_1: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
+            noise_QP = noise_values(seed_1, lanes // 2, parameters, self.distribution)
+            step_QP = noise_QP * eps_1
+            return noise_QP, torch.cat((state_P + step_QP, state_P - step_QP))
+
+        with edit.graph.inserting_before(old):
+            edit.values["noise"], new = edit.inline(perturbed, edit.state, seed, eps)
+        edit.replace(old, new)
