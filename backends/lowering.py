@@ -184,7 +184,7 @@ def load_program_file(path: Path) -> tuple[ExecuTorchArtifact, Manifest, dict[st
 
 
 def _split_lora_a(sites: Sequence[Site], flat: Tensor) -> dict[str, Tensor]:
-    parts = flat.split([site.r * site.in_features for site in sites])
+    parts = torch.split(flat, [site.r * site.in_features for site in sites])
     return {site.fqn: part.reshape(site.r, site.in_features) for site, part in zip(sites, parts, strict=True)}
 
 
@@ -207,7 +207,9 @@ def _check_file(path: Path) -> None:
         raise ArtifactError("this is not an ExecuTorch program", where=str(path))
     _, _, magic, _, program_size, segments_at, segments_size = _HEADER.unpack(head)
     if magic != b"eh00":
-        raise ArtifactError("this ExecuTorch program has no extended header, so it is not of this compiler", where=str(path))
+        raise ArtifactError(
+            "this ExecuTorch program has no extended header, so it is not of this compiler", where=str(path)
+        )
     expected = max(program_size, segments_at + segments_size)
     if size < expected:
         raise ArtifactError(

@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from mobizo_compiler import passes
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.backends import Backend, get_backend
+from mobizo_compiler.backends.eager import EagerBackend
+from mobizo_compiler.cache import cached
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import BackendRefusedError, ConfigError, NotSupportedYetError
 from mobizo_compiler.losses import CausalLMLoss, Loss
@@ -61,7 +63,7 @@ def compile(
         dynamic_shapes: Not built yet: None.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
-        progress: Called with a line of text when a phase begins.
+        progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
     Raises:
         MobizoError: See `errors.py`; nothing has been written then.
@@ -80,20 +82,28 @@ def compile(
     names, tensors = flat_inputs(example_inputs)
 
     say("capture")
-    captured = passes.capture(model, example_inputs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
+        captured = passes.capture(model, example_inputs)
     observer = functools.partial(_observer, dump_dir)
     say("rewrite")
     methods = rewrite(captured, tensors[0].shape[0], lora, zo, loss, target, observer)
     manifest = _manifest(captured, methods, names, lora, zo, loss, target)
-    a = dict(methods["train_step"].lora_a)
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
-    if cache_dir is not None:
-        from mobizo_compiler.cache import cached
+    def compile_anew() -> Program:
+        say("lower")
+        program = Program(manifest, target.lower(methods, manifest), methods["train_step"].lora_a, methods)
+        say("check")
+        check_lowered(program, tensors)
+        return program
 
-        return cached(Path(cache_dir), methods, manifest, target, tensors, say)
-    return lower(methods, manifest, target, a, tensors, say)
+    if cache_dir is None:
+        return compile_anew()
+    if isinstance(target, EagerBackend):
+        raise ConfigError("programs of the eager backend cannot be cached: they have no file format")
+    return cached(Path(cache_dir), methods, manifest, say, compile_anew)
 
 
 def rewrite(
@@ -127,23 +137,6 @@ def rewrite(
     }
 
 
-def lower(
-    methods: Mapping[str, GraphProgram],
-    manifest: Manifest,
-    backend: Backend,
-    lora_a: Mapping[str, torch.Tensor],
-    example_inputs: Iterable[torch.Tensor],
-    say: Progress,
-) -> Program:
-    """Lower the methods, and check what came out against them."""
-    say("lower")
-    artifact = backend.lower(methods, manifest)
-    program = Program(manifest, artifact, lora_a, dict(methods))
-    say("check")
-    check_lowered(program, list(example_inputs))
-    return program
-
-
 def load(path: str | PathLike[str]) -> Program:
     """Load a program file.
 
@@ -156,8 +149,8 @@ def load(path: str | PathLike[str]) -> Program:
     return Program(manifest, artifact, lora_a)
 
 
-def tested_versions() -> dict[str, str]:
-    """Installed versions of the packages that are pinned as one tested set."""
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that are pinned as one tested set."""
     versions = {}
     for package in TESTED_SET:
         try:
@@ -201,7 +194,7 @@ def _manifest(
     public = names or tuple(inputs)
     assert captured.out_spec is not None
     fakes = [node.meta["val"] for node in evaluate.output_nodes.values()]
-    low, high = loss.label_range(pytree.tree_unflatten(fakes, captured.out_spec))
+    labels = loss.label_spec(pytree.tree_unflatten(fakes, captured.out_spec))
     try:
         out_spec: str | None = pytree.treespec_dumps(captured.out_spec)
     except NotImplementedError:
@@ -209,20 +202,23 @@ def _manifest(
     limits = _vocabulary(captured)
     return Manifest(
         backend=backend.name,
-        versions=tested_versions(),
+        versions=installed_versions(),
         inputs=tuple(
             tensor_spec(name, value, **limits.get(inner, {}))
             for name, (inner, value) in zip(public, inputs.items(), strict=True)
         ),
         keywords=names is not None,
-        labels=tensor_spec("labels", train_step.inputs[LABELS], low=low, high=high, also=loss.ignore_index),
+        labels=tensor_spec(
+            "labels", train_step.inputs[LABELS], low=labels.low, high=labels.high, also=labels.ignore_index
+        ),
         outputs=tuple(tensor_spec(name, node.meta["val"]) for name, node in evaluate.output_nodes.items()),
         out_spec=out_spec,
         sites=train_step.sites,
         lora=lora,
         zo=zo,
         loss=repr(loss),
-        max_labels=loss.max_labels,
+        first_label=labels.first,
+        max_labels=labels.max_labels,
     )
 
 
@@ -237,5 +233,3 @@ def _vocabulary(captured: GraphProgram) -> dict[str, dict[str, int | None]]:
                 known = limits.get(name, {}).get("high")
                 limits[name] = {"low": 0, "high": entries - 1 if known is None else min(known, entries - 1)}
     return limits
-
-

@@ -76,7 +76,11 @@ class LoraConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         check_int("LoraConfig.r", self.r, 1, 65536)
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)) or not self.lora_alpha > 0:
+        if (
+            isinstance(self.lora_alpha, bool)
+            or not isinstance(self.lora_alpha, (int, float))
+            or not self.lora_alpha > 0
+        ):
             raise ConfigError(f"LoraConfig.lora_alpha is {self.lora_alpha!r}; it must be a number above 0")
         check_int("LoraConfig.init_seed", self.init_seed, 0, MAX_SEED)
         if isinstance(self.target_modules, str):
@@ -152,10 +156,11 @@ class ZOConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         check_int("ZOConfig.queries", self.queries, 1, 1024)
-        if self.estimator == "one-sided":
+        estimator: str = self.estimator
+        if estimator == "one-sided":
             raise NotSupportedYetError("the one-sided estimator is not built yet", hint='use estimator="two-sided"')
-        if self.estimator != "two-sided":
-            raise ConfigError(f"ZOConfig.estimator is {self.estimator!r}", hint='use "two-sided"')
+        if estimator != "two-sided":
+            raise ConfigError(f"ZOConfig.estimator is {estimator!r}", hint='use "two-sided"')
         if self.noise not in ("gaussian", "rademacher"):
             raise ConfigError(f"ZOConfig.noise is {self.noise!r}", hint='use "gaussian" or "rademacher"')
 

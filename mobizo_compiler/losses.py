@@ -14,23 +14,35 @@ from mobizo_compiler.config import JsonConfig, check_int
 from mobizo_compiler.errors import LossError
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelSpec:
+    """What labels a loss takes for given outputs.
+
+    Args:
+        shape: Sizes; the first is rows.
+        dtype: Type of the elements.
+        low: Smallest label that counts; None if any number is a label.
+        high: Largest label that counts.
+        ignore_index: The label that does not count; None if all count.
+        first: Labels before this position of a row never count (1 where the loss shifts by one token).
+        max_labels: How many labels of a row may count; None if all may.
+    """
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    low: int | None = None
+    high: int | None = None
+    ignore_index: int | None = None
+    first: int = 0
+    max_labels: int | None = None
+
+
 @runtime_checkable
 class Loss(Protocol):
     """What the compiler needs of a loss. Implementations are frozen dataclasses."""
 
-    def labels_like(self, outputs: Any) -> tuple[tuple[Any, ...], torch.dtype]:
-        """Shape and dtype of the labels for these (fake) outputs."""
-
-    def label_range(self, outputs: Any) -> tuple[int, int]:
-        """Smallest and largest label that counts."""
-
-    @property
-    def ignore_index(self) -> int:
-        """The label that does not count."""
-
-    @property
-    def max_labels(self) -> int | None:
-        """How many labels of a row may count; None if all may."""
+    def label_spec(self, outputs: Any) -> LabelSpec:
+        """The labels for these (fake) outputs of the model."""
 
     def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of losses of each row, float32 [rows], and how many values it is the sum of, float32 [rows]."""
@@ -61,18 +73,17 @@ class CausalLMLoss(JsonConfig):
             check_int("CausalLMLoss.max_labels", self.max_labels, 1, 1 << 20)
         check_int("CausalLMLoss.ignore_index", self.ignore_index, -(2**31), -1)
 
-    def labels_like(self, outputs: Any) -> tuple[tuple[Any, ...], torch.dtype]:
-        """[rows, tokens], int64."""
-        return tuple(_logits(outputs).shape[:2]), torch.int64
-
-    def label_range(self, outputs: Any) -> tuple[int, int]:
-        """0 to the size of the vocabulary - 1."""
-        return 0, int(_logits(outputs).shape[2]) - 1
+    def label_spec(self, outputs: Any) -> LabelSpec:
+        """int64 [rows, tokens], a token id or `ignore_index`."""
+        rows, tokens, vocabulary = _logits(outputs).shape
+        return LabelSpec((rows, tokens), torch.int64, 0, int(vocabulary) - 1, self.ignore_index, 1, self.max_labels)
 
     def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over the labelled tokens of each row, and their number."""
         logits_NTV, target_NT = _logits(outputs), labels[:, 1:]
-        counts_NT = (target_NT != self.ignore_index).to(torch.float32)
+        if logits_NTV.dtype in (torch.float16, torch.bfloat16):
+            logits_NTV = logits_NTV.to(torch.float32)
+        counts_NT = (target_NT != self.ignore_index).to(logits_NTV.dtype)
         if self.max_labels is None or self.max_labels >= target_NT.shape[1]:
             logits_NTV = logits_NTV[:, :-1]
         else:
@@ -82,7 +93,7 @@ class CausalLMLoss(JsonConfig):
             index_NTV = position_NT.unsqueeze(-1).expand(-1, -1, logits_NTV.shape[2])
             logits_NTV = logits_NTV.gather(1, index_NTV)
             target_NT, counts_NT = target_NT.gather(1, position_NT), counts_NT.gather(1, position_NT)
-        log_probability_NTV = F.log_softmax(logits_NTV.to(torch.float32), dim=-1)
+        log_probability_NTV = F.log_softmax(logits_NTV, dim=-1)
         index_NT1 = target_NT.clamp(min=0).unsqueeze(-1)
         picked_NT = log_probability_NTV.gather(2, index_NT1).squeeze(-1)
         return -(picked_NT * counts_NT).sum(dim=1), counts_NT.sum(dim=1)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mobizo_compiler.config import LoraConfig, ZOConfig
@@ -81,6 +80,7 @@ class Manifest:
         lora: Adapter options.
         zo: Estimator options.
         loss: The loss, as text.
+        first_label: Labels before this position of a row never count.
         max_labels: How many labels of a row may count; None if all may.
         format_version: Version of this format; see `docs/program_format.md`.
     """
@@ -96,6 +96,7 @@ class Manifest:
     lora: LoraConfig
     zo: ZOConfig
     loss: str
+    first_label: int = 0
     max_labels: int | None = None
     format_version: int = FORMAT_VERSION
 
@@ -120,10 +121,11 @@ class Manifest:
             raise ArtifactError(
                 f"the program has format {version}, this version reads format {FORMAT_VERSION}",
                 where=where,
-                hint="compile the model again, or install the version that made the file: " + str(values.get("versions")),
+                hint="compile the model again, or install the version that made the file: "
+                + str(values.get("versions")),
             )
         try:
-            specs = {name: tuple(_spec(item) for item in values.pop(name)) for name in ("inputs", "outputs")}
+            specs: dict[str, Any] = {n: tuple(_spec(item) for item in values.pop(n)) for n in ("inputs", "outputs")}
             sites = tuple(Site(**item) for item in values.pop("sites"))
             labels = _spec(values.pop("labels"))
             lora, zo = LoraConfig.from_json(values.pop("lora")), ZOConfig.from_json(values.pop("zo"))
@@ -139,7 +141,8 @@ def _spec(item: dict[str, Any]) -> TensorSpec:
 def tensor_spec(name: str, value: Tensor, **limits: int | None) -> TensorSpec:
     """The spec of a (fake) tensor.
 
-    >>> tensor_spec("ids", torch.zeros(2, 3)).shape
-    (2, 3)
+    >>> import torch
+    >>> tensor_spec("ids", torch.zeros(2, 3))
+    TensorSpec(name='ids', dtype='float32', shape=(2, 3), low=None, high=None, also=None)
     """
     return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(int(s) for s in value.shape), **limits)

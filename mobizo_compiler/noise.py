@@ -92,7 +92,7 @@ def noise(seed: int, queries: int, parameters: int, distribution: str = "gaussia
         ConfigError: An argument is out of range.
 
     >>> noise(17, queries=2, parameters=3, distribution="rademacher")
-    tensor([[ 1., -1.,  1.],
+    tensor([[-1.,  1., -1.],
             [ 1.,  1., -1.]])
     """
     check_int("seed", seed, 0, MAX_SEED)

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.exported_program import (
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
     InputKind,
     InputSpec,
-    ModuleCallEntry,
-    ModuleCallSignature,
     OutputKind,
     OutputSpec,
     TensorArgument,
 )
-from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -89,7 +88,7 @@ class GraphProgram:
     @property
     def graph(self) -> fx.Graph:
         """The graph; treat it as read-only."""
-        return self.exported.graph_module.graph
+        return cast(fx.Graph, self.exported.graph_module.graph)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -129,7 +128,7 @@ class GraphProgram:
             signature.inputs_to_lifted_tensor_constants,
         ):
             if node.name in table:
-                return table[node.name]
+                return cast(str, table[node.name])
         return None
 
 
@@ -148,6 +147,8 @@ class Editor:
         copies: dict[fx.Node, fx.Node] = {}
         results = self.graph.graph_copy(program.graph, copies)
         self.graph.output(results)
+        for old, copy in copies.items():
+            copy.name = old.name  # a copy of an input named like a Python builtin would get another name
         signature = program.exported.graph_signature
         self._input_specs = {spec.arg.name: spec for spec in signature.input_specs}
         self._tensors = {**program.exported.constants, **program.exported.state_dict}
@@ -270,9 +271,9 @@ class Editor:
         """At the end of a call, the state takes the value of `node`."""
         self._mutated[STATE] = node
 
-    def replace(self, old: fx.Node, new: fx.Node, keep: Callable[[fx.Node], bool] = lambda user: False) -> None:
-        """Let all users of `old`, except those for which `keep` holds, and all names for it, mean `new`."""
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: not keep(user))
+    def replace(self, old: fx.Node, new: fx.Node, keep: fx.Node | None = None) -> None:
+        """Let all users of `old`, except the node `keep`, and all names for it, mean `new`."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not keep)
         for table in (self._outputs, self._mutated, self.values):
             for name, node in table.items():
                 if node is old:
@@ -297,9 +298,7 @@ class Editor:
             elif node.op == "call_function":
                 value = node.meta["val"] = self._compute(node)
                 if fold and isinstance(value, (int, float, bool)):
-                    for user in list(node.users):
-                        user.args = map_arg(user.args, lambda a, n=node, v=value: v if a is n else a)
-                        user.kwargs = map_arg(user.kwargs, lambda a, n=node, v=value: v if a is n else a)
+                    _fold(node, value)
                     self.graph.erase_node(node)
 
     # -- finishing -------------------------------------------------------------------------------------------------
@@ -363,10 +362,16 @@ def flat_call_graph(inputs: int, outputs: int) -> list[ModuleCallEntry]:
     return [ModuleCallEntry("", ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec))]
 
 
+def operand(node: fx.Node, position: int = 0) -> fx.Node:
+    """An argument of a call that is a node; torch.fx types arguments as nearly anything."""
+    return cast(fx.Node, node.args[position])
+
+
 def source_line(node: fx.Node) -> str:
     """The node's name with the user's own source line, for messages."""
     trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    place = next((line for line in reversed(trace) if line.startswith("File ")), "")
+    places = [line for line in reversed(trace) if line.startswith("File ")]
+    place = next((line for line in places if "/torch/nn/" not in line), "")
     return f"%{node.name} ({node.target})" + (f", {place}" if place else "")
 
 
@@ -376,6 +381,16 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return FakeTensorMode()
+
+
+def _fold(node: fx.Node, number: float) -> None:
+    """Write the number into the arguments of all users of the node."""
+
+    def fold(argument: fx.Node) -> Any:
+        return number if argument is node else argument
+
+    for user in list(node.users):
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), fold)
 
 
 def _drop_dead_code(graph: fx.Graph) -> None:

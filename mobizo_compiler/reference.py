@@ -61,7 +61,9 @@ class ReferenceStep:
         z_QP = noise(seed, q, self.state.numel(), self.distribution).to(self.dtype)
         self._lanes_GP = torch.cat((self.state + eps * z_QP, self.state - eps * z_QP))
         repeated = _map(inputs, lambda rows: rows.repeat(lanes, *[1] * (rows.dim() - 1)))
-        row_loss_N, row_weight_N = self.loss(_call(self.model, repeated), labels.repeat(lanes, 1))
+        row_loss_N, row_weight_N = self.loss(
+            _call(self.model, repeated), labels.repeat(lanes, *[1] * (labels.dim() - 1))
+        )
         loss_G = row_loss_N.reshape(lanes, -1).sum(1) / row_weight_N.reshape(lanes, -1).sum(1)
         g_Q = (loss_G[:q] - loss_G[q:]) / (2 * eps)
         self.state -= learning_rate / q * (g_Q @ z_QP)

@@ -38,9 +38,7 @@ class Session:
         self._runner = program.artifact.runner()
         self._structure = _output_structure(program.manifest.out_spec)
 
-    def train_step(
-        self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float
-    ) -> StepResult:
+    def train_step(self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float) -> StepResult:
         """One step: 2q perturbed forwards, their losses, the projected gradient and the update, in one call.
 
         Args:
@@ -55,9 +53,9 @@ class Session:
         """
         arguments = self._flat(inputs)
         arguments.append(self._labels(labels))
-        if not eps > 0 or not math.isfinite(eps):
-            raise InputError(f"eps is {eps}; it must be finite and above 0")
         arguments += [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
+        if not arguments[-1] > 0:
+            raise InputError(f"eps is {eps}; it must be above 0")
         loss, lane_losses, projected_gradient = self._runner.call("train_step", arguments)
         return StepResult(float(loss), lane_losses, projected_gradient)
 
@@ -119,15 +117,18 @@ class Session:
         return [spec.check(value) for spec, value in zip(specs, values, strict=True)]
 
     def _labels(self, labels: Tensor) -> Tensor:
-        spec = self.program.manifest.labels
-        checked = spec.check(labels)
-        if bool((checked[:, 1:] == spec.also).all()):
+        manifest = self.program.manifest
+        checked = manifest.labels.check(labels)
+        ignored = manifest.labels.also
+        if ignored is None:
+            return checked
+        counts = (checked[:, manifest.first_label :] != ignored).sum(dim=1)
+        if not bool(counts.any()):
             raise LabelError(
-                f"no token is labelled: all labels that count are {spec.also}",
+                f"no token is labelled: all labels that count are {ignored}",
                 hint="set labels to the token ids that the model should predict; the first token of a row never counts",
             )
-        most = self.program.manifest.max_labels
-        counts = (checked[:, 1:] != spec.also).sum(dim=1)
+        most = manifest.max_labels
         if most is not None and int(counts.max()) > most:
             row = int(counts.argmax())
             raise LabelError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.errors import LoweringError
+from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.program import LABELS
 
 # Two engines add float32 products in different orders: losses agree to LOSS_TOLERANCE of their size. The projected
@@ -34,11 +35,7 @@ def check_lowered(program: Program, example_inputs: Sequence[Tensor]) -> None:
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn(program.parameters, generator=generator) * STATE_SCALE
     inputs = [value.contiguous() for value in example_inputs]
-    spec = program.manifest.labels
-    labels = torch.randint(spec.low or 0, (spec.high or 0) + 1, spec.shape, generator=generator)
-    most = program.manifest.max_labels
-    if most is not None:
-        labels[:, : max(0, labels.shape[1] - most)] = spec.also or 0
+    labels = _random_labels(program.manifest, generator)
     scalars = torch.tensor([SEED], dtype=torch.int32), torch.tensor([LEARNING_RATE]), torch.tensor([EPS])
     step = _ordered(program, inputs, labels, *scalars)
 
@@ -64,6 +61,17 @@ def check_lowered(program: Program, example_inputs: Sequence[Tensor]) -> None:
     for position, (a, b) in enumerate(zip(found, wanted, strict=True)):
         _compare("evaluate", f"output {position}", a, b, OUTPUT_TOLERANCE * max(1.0, float(b.abs().max())))
     _compare("evaluate", "state", state, start, 0.0)
+
+
+def _random_labels(manifest: Manifest, generator: torch.Generator) -> Tensor:
+    """Labels anywhere in their range, as many of a row as may count."""
+    spec = manifest.labels
+    if spec.low is None or spec.high is None:
+        return torch.randn(spec.shape, generator=generator).to(getattr(torch, spec.dtype))
+    labels = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator)
+    if manifest.max_labels is not None and spec.also is not None:
+        labels[:, : max(0, labels.shape[1] - manifest.max_labels)] = spec.also
+    return labels.to(getattr(torch, spec.dtype))
 
 
 def _ordered(program: Program, inputs: Sequence[Tensor], labels: Tensor, *scalars: Tensor) -> list[Tensor]:

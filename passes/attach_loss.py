@@ -37,7 +37,8 @@ class AttachLoss(Pass):
         leaves, spec = list(edit.outputs.values()), edit.out_spec
         assert spec is not None
         outputs = pytree.tree_unflatten([leaf.meta["val"] for leaf in leaves], spec)
-        labels = edit.add_input(LABELS, *self.loss.labels_like(outputs))
+        wanted = self.loss.label_spec(outputs)
+        labels = edit.add_input(LABELS, wanted.shape, wanted.dtype)
 
         def row_losses(labels: Tensor, *leaves: Tensor) -> Any:
             return self.loss(pytree.tree_unflatten(list(leaves), spec), labels)

@@ -127,15 +127,18 @@ def _export(model: nn.Module, example_inputs: ExampleInputs, tensors: list[Tenso
     rows = Dim("rows", min=2, max=MAX_ROWS)
     # One row would be taken for a constant (torch.export specialises sizes 0 and 1), so it is shown twice.
     doubled = [torch.cat([t, t]) if t.shape[0] == 1 else t for t in tensors]
+    args: tuple[Tensor, ...] = ()
+    kwargs: dict[str, Tensor] = {}
+    shapes: Any = [{0: rows} for _ in doubled]
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(zip(example_inputs, doubled, strict=True))
-        shapes: Any = {name: {0: rows} for name in example_inputs}
+        kwargs = dict(zip(example_inputs, doubled, strict=True))
+        shapes = dict(zip(example_inputs, shapes, strict=True))
     else:
-        args, kwargs = tuple(doubled), {}
-        shapes = tuple({0: rows} for _ in doubled)
+        args = tuple(doubled)
+        shapes = _by_argument(model, tuple(shapes))
     try:
         with torch.no_grad(), _without_cache(model):
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=_by_argument(model, args, shapes))
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__} with a symbolic number of rows: {error}",
@@ -144,14 +147,12 @@ def _export(model: nn.Module, example_inputs: ExampleInputs, tensors: list[Tenso
     return _functional(exported)
 
 
-def _by_argument(model: nn.Module, args: tuple[Tensor, ...], shapes: Any) -> Any:
-    """Shapes of positional arguments, with those that `*args` of the model's forward takes put together."""
-    if not args:
-        return shapes
+def _by_argument(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One entry per parameter of the model's forward: what `*args` takes goes into one entry."""
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         fixed = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-        return (*shapes[:fixed], tuple(shapes[fixed:]))
+        return (*shapes[:fixed], shapes[fixed:])
     return shapes
 
 
@@ -179,7 +180,8 @@ def _frozen(tensor: Tensor) -> Tensor:
 def _functional(exported: ExportedProgram) -> ExportedProgram:
     """Without in-place operators, composite operators kept whole."""
     with torch.no_grad():
-        return exported.run_decompositions({})
+        functional: ExportedProgram = exported.run_decompositions({})
+    return functional
 
 
 def _check(exported: ExportedProgram, names: tuple[str, ...] | None, tensors: list[Tensor]) -> None:
@@ -206,4 +208,3 @@ def _check(exported: ExportedProgram, names: tuple[str, ...] | None, tensors: li
                 f"example input for {node.name!r} is {tensor.dtype}{list(tensor.shape)}, "
                 f"the program was exported for {value.dtype}{list(value.shape)}"
             )
-

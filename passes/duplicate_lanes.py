@@ -38,9 +38,9 @@ class DuplicateLanes(Pass):
             for node in inputs:
                 sizes = [self.lanes] + [1] * (node.meta["val"].dim() - 1)
                 repeated = edit.call(aten.repeat.default, node, sizes)
-                edit.replace(node, repeated, keep=lambda user, repeated=repeated: user is repeated)
+                edit.replace(node, repeated, keep=repeated)
         single = edit.values["lanes"]
         with edit.graph.inserting_after(single):
             expanded = edit.call(aten.expand.default, single, [self.lanes, single.meta["val"].shape[1]])
-        edit.replace(single, expanded, keep=lambda user: user is expanded)
+        edit.replace(single, expanded, keep=expanded)
         edit.refresh()

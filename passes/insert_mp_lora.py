@@ -27,7 +27,7 @@ from mobizo_compiler import facts
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.errors import NoMatchingTargetError, UnsupportedGraphError
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor, Site, source_line
+from mobizo_compiler.program import Editor, Site, operand, source_line
 
 aten = torch.ops.aten
 
@@ -46,13 +46,14 @@ class InsertMPLoRA(Pass):
         edit.sites = self._layout(edit, calls)
         edit.lora_a = initial_lora_a(edit.sites, self.lora.init_seed)
         rows = next(iter(edit.inputs.values())).meta["val"].shape[0]
-        state = edit.add_state(edit.before.state_size or sum(site.size for site in edit.sites))
+        parameters = sum(site.size for site in edit.sites)
+        state = edit.add_state(parameters)
         scaled = [
             edit.add_constant(f"mobizo_lora_a_{index}", edit.lora_a[site.fqn] * site.scaling)
             for index, site in enumerate(edit.sites)
         ]
         with edit.graph.inserting_before(min(n for nodes in calls.values() for n in nodes)):
-            lanes = edit.call(aten.reshape.default, state, [1, sum(site.size for site in edit.sites)])
+            lanes = edit.call(aten.reshape.default, state, [1, parameters])
             count = edit.call(aten.sym_size.int, lanes, 0)
         edit.values["lanes"] = lanes
         for site, lora_a in zip(edit.sites, scaled, strict=True):
@@ -64,7 +65,7 @@ class InsertMPLoRA(Pass):
         """Calls of targeted linear layers by module path, in order of first call."""
         every: dict[str, list[fx.Node]] = {}
         for node in edit.calls(aten.linear.default):
-            path = edit.tensor_name(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+            path = edit.tensor_name(operand(node, 1))
             if path is not None:
                 every.setdefault(_module_path(node, path), []).append(node)
         found = {fqn: nodes for fqn, nodes in every.items() if self.lora.matches(fqn)}
@@ -81,7 +82,7 @@ class InsertMPLoRA(Pass):
     def _layout(self, edit: Editor, calls: dict[str, list[fx.Node]]) -> tuple[Site, ...]:
         sites, offset = [], 0
         for fqn, nodes in calls.items():
-            weight = nodes[0].args[1].meta["val"]  # type: ignore[union-attr]
+            weight = operand(nodes[0], 1).meta["val"]
             if weight.dtype != torch.float32:
                 raise UnsupportedGraphError(
                     f"layer {fqn} has {weight.dtype} weights; adapters need float32",
@@ -116,7 +117,7 @@ def _module_path(node: fx.Node, weight: str) -> str:
 
 def _check_rows(linear: fx.Node, rows: Any) -> None:
     """Lanes are told apart by the outermost axis, so it must carry the rows, and no other axis may."""
-    shape = linear.args[0].meta["val"].shape  # type: ignore[union-attr]
+    shape = operand(linear).meta["val"].shape
     symbols = rows.node.expr.free_symbols
     ratio = shape[0].node.expr / rows.node.expr if isinstance(shape[0], torch.SymInt) else None
     others = [s for s in shape[1:] if isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols]
@@ -130,15 +131,12 @@ def _check_rows(linear: fx.Node, rows: Any) -> None:
 
 def _branch(edit: Editor, linear: fx.Node, lora_a: fx.Node, lanes: fx.Node, count: fx.Node, site: Site) -> None:
     sizes = linear.meta["val"].shape
-    with edit.graph.inserting_after(linear):
-        anchor = edit.graph.create_node("placeholder", "anchor")
-    with edit.graph.inserting_before(anchor):
-        hidden = edit.call(aten.linear.default, linear.args[0], lora_a)
+    with edit.graph.inserting_before(linear.next):
+        hidden = edit.call(aten.linear.default, operand(linear), lora_a)
         hidden = edit.call(aten.reshape.default, hidden, [count, -1, site.r])
         lora_b = edit.call(aten.slice.Tensor, lanes, 1, site.offset, site.offset + site.size)
         lora_b = edit.call(aten.reshape.default, lora_b, [count, site.r, site.out_features])
         delta = edit.call(aten.bmm.default, hidden, lora_b)
         delta = edit.call(aten.reshape.default, delta, [-1, *sizes[1:]])
         total = edit.call(aten.add.Tensor, linear, delta)
-    edit.graph.erase_node(anchor)
-    edit.replace(linear, total, keep=lambda user: user is total)
+    edit.replace(linear, total, keep=total)

@@ -19,7 +19,7 @@ from torch import fx
 
 from mobizo_compiler import facts
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor
+from mobizo_compiler.program import Editor, operand
 
 aten = torch.ops.aten
 
@@ -58,10 +58,9 @@ def _is_token_wise(node: fx.Node) -> bool:
 
 
 def _move_up(edit: Editor, gather: fx.Node, source: fx.Node) -> fx.Node:
-    hidden, index = source.args[0], gather.args[2]
+    hidden, position = operand(source), operand(operand(gather, 2))
     with edit.graph.inserting_before(gather):
-        width = hidden.meta["val"].shape[2]  # type: ignore[union-attr]
-        narrow = edit.call(aten.expand.default, index.args[0], [-1, -1, width])  # type: ignore[union-attr]
+        narrow = edit.call(aten.expand.default, position, [-1, -1, hidden.meta["val"].shape[2]])
         picked = edit.call(aten.gather.default, hidden, 1, narrow)
         edit.replace(gather, edit.call(source.target, picked, *source.args[1:], **source.kwargs))
     return picked

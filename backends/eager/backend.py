@@ -70,7 +70,9 @@ class EagerRunner:
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 name = program.tensor_name(node)
-                arguments.append(self._state if name == STATE else next(given) if name is None else program.tensor(node))
+                arguments.append(
+                    self._state if name == STATE else next(given) if name is None else program.tensor(node)
+                )
         with torch.no_grad():
             results = list(program.exported.graph_module(*arguments))
         changed = len(program.exported.graph_signature.buffers_to_mutate)

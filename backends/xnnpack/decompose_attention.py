@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from mobizo_compiler import facts
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor
+from mobizo_compiler.program import Editor, operand
 
 aten = torch.ops.aten
 _MASKED = -1e30  # finite, so that a row of nothing else does not become NaN; exp of it is 0 beside any score
@@ -38,16 +39,18 @@ class DecomposeAttention(Pass):
         """Visit every call; masks are shared by all layers of most models."""
         masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         for node in edit.calls(aten.scaled_dot_product_attention.default):
-            arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+            arguments: dict[str, Any] = dict(
+                zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)
+            )
             arguments |= node.kwargs
-            if arguments.get("dropout_p", 0.0) != 0.0 or node.args[0].meta["val"].dim() != 4:
+            if arguments.get("dropout_p", 0.0) != 0.0 or operand(node).meta["val"].dim() != 4:
                 continue
             with edit.graph.inserting_before(node):
                 edit.replace(node, _attention(edit, arguments, masks))
         edit.refresh()  # the strides of the results are others now
 
 
-def _attention(edit: Editor, arguments: dict[str, fx.Node], masks: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> fx.Node:
+def _attention(edit: Editor, arguments: dict[str, Any], masks: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> fx.Node:
     query = arguments["query"]
     key, value = (_before_repeat(arguments[name]) for name in ("key", "value"))
     rows, heads, targets, width = query.meta["val"].shape
@@ -92,7 +95,7 @@ def _before_repeat(node: fx.Node) -> fx.Node:
     for targets in ((aten.reshape.default,), (aten.clone.default,), (aten.expand.default,), (aten.unsqueeze.default,)):
         inner = chain[-1]
         if inner.target in targets:
-            chain.append(inner.args[0])  # type: ignore[arg-type]
+            chain.append(operand(inner))
         elif targets != (aten.clone.default,):
             return node
     source, expanded = chain[-1], chain[-3].meta["val"].shape

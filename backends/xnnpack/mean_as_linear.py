@@ -17,7 +17,7 @@ from torch import fx
 
 from mobizo_compiler import facts
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor
+from mobizo_compiler.program import Editor, operand
 
 aten = torch.ops.aten
 
@@ -32,12 +32,12 @@ class MeanAsLinear(Pass):
         """One constant serves all means of a width."""
         constants: dict[int, fx.Node] = {}
         for node in edit.calls(aten.mean.dim):
-            source = node.args[0].meta["val"]
-            last = list(node.args[1]) in ([-1], [source.dim() - 1])
+            source = operand(node).meta["val"]
+            last = str(node.args[1]) in ("[-1]", f"[{source.dim() - 1}]")
             if not last or node.args[2:] != (True,) or source.dtype != torch.float32 or source.dim() < 2:
                 continue
             width = int(source.shape[-1])
             if width not in constants:
                 constants[width] = edit.add_constant(f"mobizo_mean_{width}", torch.full((1, width), 1.0 / width))
             with edit.graph.inserting_before(node):
-                edit.replace(node, edit.call(aten.linear.default, node.args[0], constants[width]))
+                edit.replace(node, edit.call(aten.linear.default, operand(node), constants[width]))

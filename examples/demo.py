@@ -1,0 +1,270 @@
+"""Personalise SmolLM2-135M on review sentences with forward passes only, and show the gain.
+
+    python -m examples.demo [--seed 0] [--steps 400] [--output runs/demo]
+
+Compiles the model to an ExecuTorch program (kept for the next run), measures it on sentences about movies that it
+never trains on, fine-tunes the adapter inside the program, measures again, and leaves everything in one folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+import mobizo_compiler as mobizo
+from examples.rotten_tomatoes import Prompter, Sentence, accuracy_and_auc, balanced, load_sentences, split_by_movie
+from examples.smollm2 import cache_folder, load_smollm2
+from mobizo_compiler.api import installed_versions
+
+TOKENS = 48
+ROWS = 2
+LORA = mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
+ZO = mobizo.ZOConfig(queries=8)
+LEARNING_RATE, EPS = 1e-2, 1e-2
+BATCH_SEED = 1_000_003
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the demo; see the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of batches and noise (default 0)")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=400, help="held-out sentences, half of them fresh")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--backend", default="xnnpack")
+    options = parser.parse_args(arguments)
+    console = Console()
+    start = time.monotonic()
+
+    console.rule("1. compile SmolLM2-135M-Instruct")
+    tokenizer, program, compile_seconds = compile_program(console, options.backend)
+    prompter = Prompter(tokenizer, TOKENS)
+    parts = split_by_movie(load_sentences())
+    held_out = balanced(parts["test"], options.rows, seed=0)
+    session = mobizo.Session(program)
+    training_start = time.monotonic()
+
+    console.rule("2. measure before")
+    before = measure(session, prompter, held_out, console, "zero-shot")
+    console.rule(f"3. fine-tune: {options.steps} steps of {ROWS} sentences, {ZO.queries} directions, forward only")
+    history = fine_tune(session, prompter, parts, options, console)
+    console.rule("4. measure after")
+    after = measure(session, prompter, held_out, console, "fine-tuned")
+    seconds = time.monotonic() - training_start
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    record = {
+        "model": "SmolLM2-135M-Instruct (Q4_1 weights dequantized to float32)",
+        "data": "Rotten Tomatoes sentences, split by movie",
+        "prompt": "{text} It was -> great / terrible",
+        "seed": options.seed,
+        "steps": options.steps,
+        "rows": ROWS,
+        "tokens": TOKENS,
+        "held_out_rows": len(held_out),
+        "truncated_share": truncated_share(prompter, held_out),
+        "learning_rate": f"{LEARNING_RATE} falling linearly to 0",
+        "eps": EPS,
+        "lora": LORA.to_json(),
+        "zo": ZO.to_json(),
+        "backend": options.backend,
+        "threads": torch.get_num_threads(),
+        "versions": installed_versions(),
+        "before": before,
+        "after": after,
+        "compile_seconds": round(compile_seconds, 1),
+        "seconds_after_compiling": round(seconds, 1),
+        "history": history,
+    }
+    write_results(options.output, record, session)
+    console.print(before_after(before, after))
+    minutes = (time.monotonic() - start) / 60
+    console.print(
+        f"Compiled in {compile_seconds:.0f} s, the rest took {seconds / 60:.1f} minutes ({minutes:.1f} in all)."
+    )
+    if record["truncated_share"]:
+        console.print(f"{record['truncated_share']:.1%} of the held-out sentences were cut to fit {TOKENS} tokens.")
+    console.print(f"In {options.output}: adapter.safetensors, plot.png, run.json.")
+    console.print(
+        "Next: train another seed with --seed 1; read README.md for the same in ten lines of your own Python; "
+        "look at the program with MOBIZO_DUMP=folder."
+    )
+
+
+def compile_program(console: Console, backend: str) -> tuple[Any, mobizo.Program, float]:
+    """Tokenizer, program, and the seconds it took."""
+    start = time.monotonic()
+    tokenizer, model = load_smollm2()
+    example = {
+        "input_ids": torch.zeros(ROWS, TOKENS, dtype=torch.int64),
+        "attention_mask": torch.ones(ROWS, TOKENS, dtype=torch.int64),
+    }
+    with console.status("loading") as status:
+
+        def say(phase: str) -> None:
+            console.print(f"{time.monotonic() - start:6.0f} s  {phase}", highlight=False)
+            status.update(f"{phase} (a first compilation takes some minutes; the program is kept)")
+
+        program = mobizo.compile(
+            model,
+            example,
+            lora=LORA,
+            zo=ZO,
+            loss=mobizo.CausalLMLoss(max_labels=1),
+            backend=backend,
+            cache_dir=cache_folder() / "programs",
+            progress=say,
+        )
+    console.print(f"{program.parameters:,} trained parameters in {len(program.sites)} adapters")
+    return tokenizer, program, time.monotonic() - start
+
+
+def fine_tune(
+    session: mobizo.Session,
+    prompter: Prompter,
+    parts: dict[str, list[Sentence]],
+    options: argparse.Namespace,
+    console: Console,
+) -> list[dict[str, float]]:
+    """Train with a falling learning rate; every 50 steps, measure on a few validation sentences."""
+    generator = random.Random(options.seed * BATCH_SEED)
+    classes = [[s for s in parts["train"] if s.fresh == fresh] for fresh in (0, 1)]
+    validation = balanced(parts["validation"], 60, seed=1)
+    history = []
+    smooth = None
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("fine-tuning", total=options.steps, detail="")
+        for step in range(options.steps):
+            started = time.monotonic()
+            batch = [generator.choice(members) for members in classes for _ in range(ROWS // 2)]
+            inputs, labels, _ = prompter.encode(batch)
+            result = session.train_step(
+                inputs,
+                labels,
+                seed=options.seed * BATCH_SEED + step,
+                learning_rate=LEARNING_RATE * (1 - step / options.steps),
+                eps=EPS,
+            )
+            seconds = time.monotonic() - started
+            smooth = result.loss if smooth is None else 0.9 * smooth + 0.1 * result.loss
+            entry = {"step": step + 1, "loss": result.loss, "seconds": seconds}
+            if (step + 1) % 50 == 0 and step + 1 < options.steps:
+                found = score(session, prompter, validation)
+                entry |= {f"validation_{name}": value for name, value in found.items()}
+                progress.console.print(
+                    f"step {step + 1}: loss {smooth:.2f}, on {len(validation)} validation sentences accuracy "
+                    f"{found['accuracy']:.2f}, AUC {found['auc']:.2f}",
+                    highlight=False,
+                )
+            history.append(entry)
+            progress.update(task, advance=1, detail=f"loss {smooth:.2f}  {seconds:.2f} s/step")
+    return history
+
+
+def score(session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence]) -> dict[str, float]:
+    """Accuracy and AUC."""
+    scores: list[Tensor] = []
+    for first in range(0, len(sentences), ROWS):
+        inputs, _, last = prompter.encode(sentences[first : first + ROWS])
+        scores.append(prompter.scores(session.evaluate(inputs).logits, last))
+    accuracy, auc = accuracy_and_auc(torch.cat(scores), torch.tensor([s.fresh for s in sentences]))
+    return {"accuracy": accuracy, "auc": auc}
+
+
+def measure(
+    session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence], console: Console, name: str
+) -> dict[str, float]:
+    """Score the held-out sentences and say so."""
+    with console.status(f"{name}: {len(sentences)} sentences about movies that are not trained on"):
+        found = score(session, prompter, sentences)
+    console.print(f"{name}: accuracy {found['accuracy']:.3f}, AUC {found['auc']:.3f} on {len(sentences)} sentences")
+    return found
+
+
+def truncated_share(prompter: Prompter, sentences: Sequence[Sentence]) -> float:
+    """Share of sentences that do not fit."""
+    room = prompter.tokens - len(prompter.question) - 1
+    lengths = [len(prompter.tokenizer(s.text, add_special_tokens=False).input_ids) for s in sentences]
+    return sum(length > room for length in lengths) / len(lengths)
+
+
+def before_after(before: dict[str, float], after: dict[str, float]) -> Table:
+    """The table at the end."""
+    table = Table(title="SmolLM2-135M on held-out movies")
+    for column in ("", "zero-shot", "fine-tuned", "gain"):
+        table.add_column(column, justify="left" if not column else "right")
+    for key, name in (("accuracy", "accuracy"), ("auc", "AUC")):
+        table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
+    return table
+
+
+def write_results(folder: Path, record: dict[str, Any], session: mobizo.Session) -> None:
+    """Adapter (A and B of every layer), plot, and settings with the whole history."""
+    adapter = {}
+    for site in session.program.sites:
+        adapter[f"{site.fqn}.lora_A"] = session.program.lora_a(site.fqn)
+        adapter[f"{site.fqn}.lora_B"] = session.lora_b(site.fqn)
+    metadata = {"r": str(LORA.r), "lora_alpha": str(LORA.lora_alpha), "layout": "y = W x + alpha/r * (x A^T) B"}
+    partial = folder / ".adapter.safetensors.partial"
+    save_file(adapter, partial, metadata=metadata)
+    partial.replace(folder / "adapter.safetensors")
+    plot(record, folder / "plot.png")
+    partial = folder / ".run.json.partial"
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(folder / "run.json")
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Loss over steps, and accuracy and AUC before, during and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    history = record["history"]
+    steps = [entry["step"] for entry in history]
+    losses = torch.tensor([entry["loss"] for entry in history])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    left.plot(steps, losses, color="#b8c8e0", linewidth=0.8, label="each step")
+    window = min(20, len(losses))
+    means = losses.unfold(0, window, 1).mean(1)
+    left.plot(steps[window - 1 :], means, color="#1f4e9c", linewidth=1.8, label=f"mean of {window}")
+    left.set(xlabel="step", ylabel="loss of the answer (nats)", title="Training loss")
+    left.legend(frameon=False)
+    for key, name, colour in (("accuracy", "accuracy", "#1f4e9c"), ("auc", "AUC", "#c8641e")):
+        inner = [(e["step"], e[f"validation_{key}"]) for e in history if f"validation_{key}" in e]
+        right.plot(*zip(*inner, strict=True) if inner else ([], []), "o", color=colour, alpha=0.35, markersize=4)
+        ends = [record["before"][key], record["after"][key]]
+        right.plot([0, record["steps"]], ends, "-o", color=colour, label=f"{name}, {record['held_out_rows']} held out")
+    right.plot([], [], "o", color="grey", alpha=0.35, markersize=4, label="60 validation sentences")
+    right.set(xlabel="step", title="Sentences about unseen movies", ylim=(0.45, 1))
+    right.legend(frameon=False, loc="lower right")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

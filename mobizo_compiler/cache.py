@@ -1,0 +1,57 @@
+"""Compiled programs kept by content: the same graph, weights, options and versions give the same file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from mobizo_compiler.artifact import Program
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.printer import program_text
+from mobizo_compiler.program import GraphProgram
+
+
+def cached(
+    folder: Path,
+    methods: Mapping[str, GraphProgram],
+    manifest: Manifest,
+    say: Callable[[str], None],
+    compile_anew: Callable[[], Program],
+) -> Program:
+    """The program in `folder` whose name is the hash of everything it is made from; made and kept there if missing."""
+    from mobizo_compiler.api import load
+
+    path = folder / f"{content_key(methods, manifest)}.pte"
+    if path.exists():
+        say(f"cached: {path}")
+        return load(path)
+    program = compile_anew()
+    folder.mkdir(parents=True, exist_ok=True)
+    program.save(path)
+    return program
+
+
+def content_key(methods: Mapping[str, GraphProgram], manifest: Manifest) -> str:
+    """SHA-256 over the graphs after all passes, the bytes of every tensor, the manifest and the installed packages.
+
+    The graphs are those that go into lowering, so a change in any pass changes the key; what happens during lowering
+    is covered by the versions of the packages that do it and by the source of the backends.
+    """
+    digest = hashlib.sha256()
+    digest.update(manifest.to_json().encode())
+    digest.update(importlib.metadata.version("mobizo-compiler").encode())
+    for source in sorted((Path(__file__).parent / "backends").rglob("*.py")):
+        digest.update(source.read_bytes())
+    seen: set[int] = set()
+    for name, program in methods.items():
+        digest.update(f"{name}\n{program_text(program)}".encode())
+        for target, tensor in sorted({**program.exported.state_dict, **program.exported.constants}.items()):
+            digest.update(f"{target} {tensor.dtype} {list(tensor.shape)}".encode())
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""What lowering may get wrong is caught: lost state, dropped updates, wrong numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from torch import Tensor
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import LoraConfig, ZOConfig
+from mobizo_compiler.backends import lowering
+from mobizo_compiler.backends.eager import EagerBackend
+from mobizo_compiler.backends.eager.backend import EagerArtifact, EagerRunner
+from mobizo_compiler.backends.xnnpack import XnnpackBackend
+from mobizo_compiler.errors import LoweringError
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.testing import TokenWise
+
+TOKENS = (torch.zeros(2, 5, dtype=torch.int64),)
+LORA = LoraConfig(r=2, target_modules=("up",))
+
+
+class Grabber(XnnpackPartitioner):
+    """Tags every placeholder that a delegate reads, the state with them, as other partitioners do."""
+
+    def partition(self, exported):  # type: ignore[no-untyped-def]
+        result = super().partition(exported)
+        for node in result.tagged_exported_program.graph.nodes:
+            if node.op == "placeholder" and "lora_b" in node.name:
+                tags = {user.meta.get("delegation_tag") for user in node.users} - {None}
+                if tags and len(tags) == 1:
+                    node.meta["delegation_tag"] = tags.pop()
+        return result
+
+
+class GrabbingBackend(XnnpackBackend):
+    name = "grabbing"
+
+    def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> lowering.ExecuTorchArtifact:
+        return lowering.lower_to_executorch(methods, manifest, [Grabber()])
+
+
+def test_state_is_kept_out_of_delegates_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mobizo.compile(TokenWise().eval(), TOKENS, LORA, backend=GrabbingBackend())
+    monkeypatch.setattr(lowering, "KeepStateOutside", lambda inner: inner)
+    with pytest.raises(Exception) as caught:
+        mobizo.compile(TokenWise().eval(), TOKENS, LORA, backend=GrabbingBackend())
+    assert isinstance(caught.value, LoweringError) or "mutat" in str(caught.value).lower()
+
+
+class _Crooked(EagerRunner):
+    """Answers like eager PyTorch, with one method slightly wrong."""
+
+    wrong = "train_step"
+
+    def call(self, method: str, inputs: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
+        results = super().call(method, inputs)
+        if method == self.wrong:
+            if results:
+                results = [result * 1.01 for result in results]
+            else:
+                self.state().mul_(1.01)
+        return results
+
+
+class CrookedBackend(EagerBackend):
+    name = "crooked"
+
+    def __init__(self, wrong: str) -> None:
+        self.wrong = wrong
+
+    def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> EagerArtifact:
+        artifact = EagerArtifact(dict(methods))
+
+        def runner() -> EagerRunner:
+            crooked = _Crooked(artifact.methods)
+            crooked.wrong = self.wrong
+            return crooked
+
+        artifact.runner = runner  # type: ignore[method-assign]
+        return artifact
+
+
+@pytest.mark.parametrize("method", ["train_step", "evaluate", "replay"])
+def test_wrong_numbers_are_a_compile_error_that_names_the_method(method: str) -> None:
+    with pytest.raises(LoweringError, match=f"of {method} differ by") as caught:
+        mobizo.compile(TokenWise().eval(), TOKENS, LORA, ZOConfig(queries=2), backend=CrookedBackend(method))
+    assert "expected [" in str(caught.value)
+
+
+def test_a_right_backend_passes_the_same_check() -> None:
+    mobizo.compile(TokenWise().eval(), TOKENS, LORA, ZOConfig(queries=2), backend=CrookedBackend("none"))

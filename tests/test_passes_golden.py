@@ -1,0 +1,105 @@
+"""What each pass does to a small program, as text that a person has read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from mobizo_compiler import CausalLMLoss, LoraConfig, passes
+from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
+from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.pipeline import Pass, Pipeline
+from mobizo_compiler.printer import program_text
+from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
+
+LORA = LoraConfig(r=4, lora_alpha=6, target_modules=("up",))
+CHAIN: list[tuple[str, Pass]] = [
+    ("canonicalize", passes.Canonicalize()),
+    ("attach_loss", passes.AttachLoss(CausalLMLoss(max_labels=2))),
+    ("slice_labels", passes.SliceLabels()),
+    ("insert_mp_lora", passes.InsertMPLoRA(LORA)),
+    ("duplicate_lanes", passes.DuplicateLanes(4)),
+    ("perturb", passes.Perturb("rademacher")),
+    ("difference_losses", passes.DifferenceLosses()),
+    ("update_state", passes.UpdateState()),
+]
+
+
+def change(before: GraphProgram, after: GraphProgram, program: Callable[[GraphProgram], str] = program_text) -> str:
+    """The difference of two programs, without context and without line numbers."""
+    lines = difflib.unified_diff(program(before).splitlines(), program(after).splitlines(), n=0, lineterm="")
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@"))) + "\n"
+
+
+@pytest.fixture(scope="module")
+def captured() -> GraphProgram:
+    torch.manual_seed(0)
+    return passes.capture(TokenWise().eval(), (torch.zeros(3, 5, dtype=torch.int64),))
+
+
+def test_capture(captured: GraphProgram, golden: Callable[[str, str], None]) -> None:
+    golden("capture.txt", program_text(captured))
+
+
+@pytest.mark.parametrize("position", range(len(CHAIN)), ids=[name for name, _ in CHAIN])
+def test_chain(position: int, captured: GraphProgram, golden: Callable[[str, str], None]) -> None:
+    name, step = CHAIN[position]
+    assert step.name == name
+    before = Pipeline([p for _, p in CHAIN[:position]]).run(captured)
+    after = step(before)
+    if name == "perturb":
+        # The generator is some hundred integer operators on the seed; what matters here is around them.
+        def hide(program: GraphProgram) -> str:
+            lines = program_text(program).splitlines()
+            return "\n".join(line for line in lines if ": i32[" not in line or line.startswith("input"))
+
+        golden(f"{name}.txt", change(before, after, hide))
+    elif name == "duplicate_lanes":
+        golden(f"{name}.txt", program_text(after))  # every shape changes
+    else:
+        golden(f"{name}.txt", change(before, after))
+
+
+def test_specialize(captured: GraphProgram, golden: Callable[[str, str], None]) -> None:
+    before = Pipeline([passes.Canonicalize(), passes.InsertMPLoRA(LORA), passes.DuplicateLanes(4)]).run(captured)
+    golden("specialize.txt", program_text(passes.Specialize(3)(before)))
+
+
+def test_replay(golden: Callable[[str, str], None], captured: GraphProgram) -> None:
+    sites = passes.InsertMPLoRA(LORA)(captured).sites
+    after = passes.Replay(sites, 2, "rademacher")(passes.empty_program())
+    lines = program_text(after).splitlines()
+    golden("replay.txt", "\n".join(line for line in lines if ": i32[" not in line or line.startswith("input")) + "\n")
+
+
+def test_canonicalize_removes_what_does_nothing(golden: Callable[[str, str], None]) -> None:
+    class Idle(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.dropout(x.detach(), 0.5, training=False)
+            x = x.to(torch.float32)[:, :].expand(-1, 7).reshape(-1, 7) * 1.0 + 0
+            return x.clone().t().contiguous() + 1
+
+    program = passes.capture(Idle().eval(), (torch.zeros(3, 7),))
+    golden("canonicalize_idle.txt", program_text(passes.Canonicalize()(program)))
+
+
+def static_attention() -> GraphProgram:
+    torch.manual_seed(0)
+    inputs, _ = tiny_batch()
+    program = passes.capture(TinyCausalLM(layers=1).eval(), inputs)
+    return Pipeline([passes.Specialize(3), passes.Canonicalize()]).run(program)
+
+
+def test_decompose_attention(golden: Callable[[str, str], None]) -> None:
+    before = static_attention()
+    golden("decompose_attention.txt", change(before, DecomposeAttention()(before)))
+
+
+def test_mean_as_linear(golden: Callable[[str, str], None]) -> None:
+    before = static_attention()
+    golden("mean_as_linear.txt", change(before, MeanAsLinear()(before)))

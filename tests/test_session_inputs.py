@@ -1,0 +1,217 @@
+"""Bad input: a clear error, of the right class, before anything runs or changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import LoraConfig, Session
+from mobizo_compiler.errors import (
+    CaptureError,
+    ConfigError,
+    ExampleInputError,
+    InputError,
+    LabelError,
+    LossError,
+    MobizoError,
+    NoMatchingTargetError,
+    NotSupportedYetError,
+    StateError,
+    TokenRangeError,
+    UnsupportedGraphError,
+    raised_errors,
+)
+from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
+
+
+@pytest.fixture(scope="module", params=["eager", "portable"])
+def session(request: pytest.FixtureRequest) -> Session:
+    torch.manual_seed(0)
+    inputs, _ = tiny_batch()
+    program = mobizo.compile(TinyCausalLM().eval(), inputs, LoraConfig(r=3), backend=request.param)
+    return Session(program)
+
+
+Change = Callable[[dict[str, Any]], object]
+STEP_CASES: dict[str, tuple[Change, type[MobizoError], str]] = {
+    "missing key": (lambda a: a["inputs"].pop("attention_mask"), InputError, "'attention_mask' is missing"),
+    "unknown key": (lambda a: a["inputs"].update(x=torch.ones(1)), InputError, "no input 'x'"),
+    "tuple for keywords": (lambda a: a.update(inputs=tuple(a["inputs"].values())), InputError, "must be a dict"),
+    "shape": (
+        lambda a: a["inputs"].update(input_ids=torch.zeros(3, 8, dtype=torch.int64)),
+        InputError,
+        r"'input_ids' has shape \[3, 8\], the program takes \[3, 7\]",
+    ),
+    "dtype": (
+        lambda a: a["inputs"].update(input_ids=torch.zeros(3, 7)),
+        InputError,
+        "float32, the program takes int64",
+    ),
+    "no tensor": (lambda a: a["inputs"].update(input_ids=[[0]]), InputError, "is a list, not a tensor"),
+    "token too large": (
+        lambda a: a["inputs"]["input_ids"].__setitem__((1, 2), 23),
+        TokenRangeError,
+        r"'input_ids' has the value 23 at \[1, 2\], outside 0..22",
+    ),
+    "token negative": (lambda a: a["inputs"]["input_ids"].__setitem__((0, 0), -1), TokenRangeError, "-1"),
+    "label too large": (
+        lambda a: a["labels"].__setitem__((0, 3), 23),
+        TokenRangeError,
+        r"'labels' has the value 23 at \[0, 3\], outside 0..22 \(or -100\)",
+    ),
+    "labels all ignored": (lambda a: a["labels"].fill_(-100), LabelError, "no token is labelled"),
+    "only the first token labelled": (lambda a: a["labels"][:, 1:].fill_(-100), LabelError, "no token is labelled"),
+    "label shape": (lambda a: a.update(labels=a["labels"][:2]), InputError, r"'labels' has shape \[2, 7\]"),
+    "label dtype": (lambda a: a.update(labels=a["labels"].int()), InputError, "int32"),
+    "seed negative": (lambda a: a.update(seed=-1), InputError, "seed is -1"),
+    "seed float": (lambda a: a.update(seed=1.0), InputError, "seed"),
+    "seed too large": (lambda a: a.update(seed=2**31), InputError, "seed"),
+    "eps zero": (lambda a: a.update(eps=0.0), InputError, "eps is 0.0"),
+    "eps nan": (lambda a: a.update(eps=float("nan")), InputError, "eps"),
+    "eps text": (lambda a: a.update(eps="small"), InputError, "eps"),
+    "learning rate inf": (lambda a: a.update(learning_rate=float("inf")), InputError, "learning_rate"),
+}
+
+
+@pytest.mark.parametrize("case", STEP_CASES)
+def test_bad_steps(case: str, session: Session) -> None:
+    change, error, message = STEP_CASES[case]
+    inputs, labels = tiny_batch()
+    labels[:, 1] = 1
+    arguments: dict[str, Any] = dict(inputs=inputs, labels=labels, seed=1, learning_rate=0.1, eps=0.01)
+    change(arguments)
+    before = session.state()
+    with pytest.raises(error, match=message):
+        session.train_step(**arguments)
+    assert torch.equal(session.state(), before)
+
+
+def test_bad_states_and_replays(session: Session) -> None:
+    before = session.state()
+    size = before.numel()
+    for state in (torch.zeros(size + 1), torch.zeros(size, dtype=torch.float64), [0.0] * size):
+        with pytest.raises(StateError, match="the state is"):
+            session.load_state(state)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="not finite"):
+        session.load_state(torch.full((size,), float("nan")))
+    for gradient in (torch.zeros(3), [1.0, 2.0, 3.0, float("nan")]):
+        with pytest.raises(InputError, match="4 finite numbers"):
+            session.replay(0, gradient, 0.1)
+    with pytest.raises(InputError, match="no site 'nowhere'"):
+        session.lora_b("nowhere")
+    with pytest.raises(InputError, match="no site 'nowhere'"):
+        session.program.lora_a("nowhere")
+    assert torch.equal(session.state(), before)
+
+
+def test_inputs_that_are_not_contiguous_are_taken(session: Session) -> None:
+    inputs, labels = tiny_batch()
+    turned = {name: value.t().contiguous().t() for name, value in inputs.items()}
+    torch.testing.assert_close(session.evaluate(turned)["logits"], session.evaluate(inputs)["logits"])
+    session.train_step(turned, labels.t().contiguous().t(), seed=0, learning_rate=0.0, eps=0.01)
+
+
+IDS = torch.zeros(2, 5, dtype=torch.int64)
+
+
+def compile_tokens(model: nn.Module | None = None, inputs: Any = (IDS,), **options: Any) -> mobizo.Program:
+    options.setdefault("lora", LoraConfig(r=2, target_modules=("up",)))
+    return mobizo.compile(model or TokenWise().eval(), inputs, backend="eager", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"inputs": ()}, ExampleInputError, "empty"),
+        ({"inputs": IDS}, ExampleInputError, "must be a tuple"),
+        ({"inputs": (None,)}, ExampleInputError, "NoneType"),
+        ({"inputs": (torch.tensor(3),)}, ExampleInputError, "no rows"),
+        ({"inputs": (IDS[:0],)}, ExampleInputError, "no rows"),
+        ({"inputs": (IDS, IDS[:1])}, ExampleInputError, "1 rows, the first input has 2"),
+        ({"inputs": (IDS.float(),)}, CaptureError, "cannot capture TokenWise"),
+        ({"model": TokenWise()}, CaptureError, "training mode"),
+        ({"model": "smollm2"}, CaptureError, "cannot compile a str"),
+        ({"lora": LoraConfig(target_modules=("q_proj",))}, NoMatchingTargetError, "are named head, up"),
+        (
+            {"lora": LoraConfig(target_modules=("up",), layers_to_transform=3)},
+            NoMatchingTargetError,
+            r"in layers \(3,\)",
+        ),
+        ({"lora": {"r": 3}}, ConfigError, "lora must be a LoraConfig"),
+        ({"zo": 4}, ConfigError, "zo must be a ZOConfig"),
+        ({"loss": print}, ConfigError, "loss"),
+        ({"quantization": "8da4w"}, NotSupportedYetError, "quantization"),
+        ({"dynamic_shapes": {}}, NotSupportedYetError, "dynamic"),
+    ],
+)
+def test_bad_compilations(options: dict[str, Any], error: type[MobizoError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        compile_tokens(**options)
+
+
+def test_a_program_exported_with_fixed_rows_is_refused() -> None:
+    exported = torch.export.export(TokenWise().eval(), (IDS,))
+    with pytest.raises(CaptureError, match=r"fixed number of rows, 2(.|\n)*dynamic_shapes"):
+        compile_tokens(exported)  # type: ignore[arg-type]
+
+
+def test_a_layer_whose_rows_are_not_outermost_is_refused() -> None:
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.up, self.head = nn.Embedding(11, 12), nn.Linear(12, 20), nn.Linear(20, 11)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.up(self.embedding(tokens).transpose(0, 1)).transpose(0, 1))
+
+    with pytest.raises(UnsupportedGraphError, match=r"first axis must be the rows(.|\n)*test_session_inputs.py"):
+        compile_tokens(TokensFirst().eval())
+
+
+def test_half_precision_is_refused() -> None:
+    with pytest.raises(UnsupportedGraphError, match=r"bfloat16 weights(.|\n)*model.float\(\)"):
+        compile_tokens(TokenWise().eval().bfloat16())
+
+
+def test_a_loss_that_does_not_fit_is_refused() -> None:
+    class Pooled(TokenWise):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens).mean(1)
+
+    with pytest.raises(LossError, match=r"needs logits of shape \[rows, tokens, vocabulary\]"):
+        compile_tokens(Pooled().eval())
+
+
+def test_a_model_that_changes_its_buffers_is_refused() -> None:
+    class Counting(TokenWise):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(tokens) + self.calls
+
+    with pytest.raises(UnsupportedGraphError, match="calls"):
+        compile_tokens(Counting().eval())
+
+
+def test_positional_inputs_are_counted() -> None:
+    session = Session(compile_tokens())
+    with pytest.raises(InputError, match="takes 1 inputs, 2 were given"):
+        session.evaluate((IDS, IDS))
+    assert session.evaluate(IDS).shape == session.evaluate((IDS,)).shape == (2, 5, 11)
+
+
+def test_every_error_has_a_code_of_its_own_and_a_docstring() -> None:
+    codes = [error.code for error in raised_errors()]
+    assert len(codes) == len(set(codes))
+    assert all(error.__doc__ for error in raised_errors())
+    error = InputError("wrong", where="here", hint="that")
+    assert str(error) == "[MBZ601] wrong\n  at: here\n  try: that"
+    assert isinstance(error, ValueError)

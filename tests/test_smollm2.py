@@ -1,0 +1,75 @@
+"""The real model in the stock runtime: a slice of it in every run, all of it in `make test-all`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import CausalLMLoss, LoraConfig, Session, ZOConfig
+from mobizo_compiler.reference import ReferenceStep
+
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EPS, LEARNING_RATE = 1e-2, 1e-4
+LOSS_ERROR = 3e-6  # fifty times the unit roundoff of float32
+
+
+def prompts(tokenizer: Any, rows: int, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    texts = ["A quiet film that says much. It was great", "Two hours that feel like four. It was terrible"]
+    tokenizer.padding_side = "right"
+    texts = [texts[row % 2] for row in range(rows)]
+    encoded = tokenizer(texts, padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    labels = torch.full((rows, tokens), -100)
+    last = inputs["attention_mask"].sum(1) - 1
+    labels[torch.arange(rows), last] = inputs["input_ids"][torch.arange(rows), last]
+    return inputs, labels
+
+
+def agree_over_five_steps(tokenizer: Any, model: Any, lora: LoraConfig, queries: int, rows: int, tokens: int) -> None:
+    inputs, labels = prompts(tokenizer, rows, tokens)
+    program = mobizo.compile(model, inputs, lora, ZOConfig(queries=queries), CausalLMLoss(max_labels=1))
+    session = Session(program)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=queries)
+    start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(0)) * 0.02
+    session.load_state(start)
+    reference.state.copy_(start)
+    # Two engines add products in different orders: a loss is off by LOSS_ERROR of its size. The projected gradient is
+    # off by that over eps, and the step moves B along z by learning_rate times as much, which moves the next losses
+    # by the projected gradient times that. |z| < 6.
+    drift = state_error = 0.0
+    for seed in range(5):
+        found = session.train_step(inputs, labels, seed=seed, learning_rate=LEARNING_RATE, eps=EPS)
+        wanted = reference.train_step(inputs, labels, seed=seed, learning_rate=LEARNING_RATE, eps=EPS)
+        loss_error = LOSS_ERROR * float(wanted.lane_losses.max()) + drift
+        torch.testing.assert_close(found.lane_losses, wanted.lane_losses, rtol=0, atol=loss_error)
+        torch.testing.assert_close(found.projected_gradient, wanted.projected_gradient, rtol=0, atol=loss_error / EPS)
+        drift += LEARNING_RATE * loss_error / EPS * float(wanted.projected_gradient.abs().max())
+        state_error += LEARNING_RATE * loss_error / EPS * 6
+        torch.testing.assert_close(session.state(), reference.state, rtol=0, atol=state_error)
+    movement = float((session.state() - start).abs().max())
+    assert movement > 10 * state_error, f"the state moved by {movement}, hardly more than {state_error}"
+    adapted = session.evaluate(inputs).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(adapted[real], reference.evaluate(inputs).logits[real], rtol=0, atol=5e-3)
+    session.load_state(torch.zeros_like(start))
+    moved = (session.evaluate(inputs).logits[real] - adapted[real]).abs().max()
+    assert moved > 0.1, f"evaluate must follow the state, but logits moved by {moved}"
+    reference.remove()
+
+
+def test_two_layers_with_all_seven_targets(smollm2: tuple[Any, Any]) -> None:
+    tokenizer, model = smollm2
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=ALL_TARGETS)
+    agree_over_five_steps(tokenizer, model, lora, queries=2, rows=3, tokens=19)
+
+
+@pytest.mark.slow
+def test_the_whole_model() -> None:
+    from examples.smollm2 import load_smollm2
+
+    tokenizer, model = load_smollm2()
+    agree_over_five_steps(tokenizer, model, LoraConfig(), queries=4, rows=2, tokens=32)
