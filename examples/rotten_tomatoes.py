@@ -89,8 +89,9 @@ class Prompter:
     def __init__(self, tokenizer: Any, tokens: int) -> None:
         self.tokenizer, self.tokens = tokenizer, tokens
         self.question = self._ids(PROMPT.format(text=""))
-        self.answers = tuple(self._ids(word) for word in VERBALISERS)
-        assert all(len(answer) == 1 for answer in self.answers), "verbalisers must be single tokens"
+        tokens_of_answers = [self._ids(word) for word in VERBALISERS]
+        assert all(len(ids) == 1 for ids in tokens_of_answers), "verbalisers must be single tokens"
+        self.answers = tuple(ids[0] for ids in tokens_of_answers)
         self.padding = int(tokenizer.pad_token_id)
 
     def _ids(self, text: str) -> list[int]:
@@ -106,7 +107,7 @@ class Prompter:
         for row, sentence in enumerate(sentences):
             room = self.tokens - len(self.question) - 1
             prompt = self._ids(sentence.text)[:room] + self.question
-            whole = torch.tensor(prompt + self.answers[sentence.fresh])
+            whole = torch.tensor([*prompt, self.answers[sentence.fresh]])
             ids[row, : len(whole)] = whole
             mask[row, : len(whole)] = 1
             last[row] = len(prompt) - 1
@@ -116,7 +117,7 @@ class Prompter:
     def scores(self, logits: Tensor, last: Tensor) -> Tensor:
         """How much more likely the answer " great" is than " terrible", [rows], in nats."""
         picked = logits[torch.arange(len(last)), last]
-        return picked[:, self.answers[1][0]] - picked[:, self.answers[0][0]]
+        return picked[:, self.answers[1]] - picked[:, self.answers[0]]
 
 
 def accuracy_and_auc(scores: Tensor, fresh: Tensor) -> tuple[float, float]:

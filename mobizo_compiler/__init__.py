@@ -4,7 +4,7 @@ from mobizo_compiler.api import compile, load
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.losses import CausalLMLoss, LabelSpec, Loss
+from mobizo_compiler.losses import CausalLMLoss, ChoiceLoss, LabelSpec, Loss
 from mobizo_compiler.noise import noise
 from mobizo_compiler.program import Site
 from mobizo_compiler.session import Session
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CausalLMLoss",
+    "ChoiceLoss",
     "LabelSpec",
     "LoraConfig",
     "Loss",

@@ -25,7 +25,7 @@ from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import BackendRefusedError, ConfigError, NotSupportedYetError
 from mobizo_compiler.losses import CausalLMLoss, Loss
 from mobizo_compiler.manifest import Manifest, tensor_spec
-from mobizo_compiler.passes.capture import ExampleInputs, flat_inputs
+from mobizo_compiler.passes.capture import ExampleInputs, flat_inputs, in_program_order
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, GraphProgram
 from mobizo_compiler.verify import check_lowered
@@ -79,6 +79,7 @@ def compile(
     lora, zo, loss = lora or LoraConfig(), zo or ZOConfig(), loss or CausalLMLoss()
     _check_options(lora, zo, loss, quantization, dynamic_shapes)
     target = get_backend(backend)
+    example_inputs = in_program_order(model, example_inputs)
     names, tensors = flat_inputs(example_inputs)
 
     say("capture")
@@ -209,7 +210,12 @@ def _manifest(
         ),
         keywords=names is not None,
         labels=tensor_spec(
-            "labels", train_step.inputs[LABELS], low=labels.low, high=labels.high, also=labels.ignore_index
+            "labels",
+            train_step.inputs[LABELS],
+            low=labels.low,
+            high=labels.high,
+            also=labels.ignore_index,
+            choices=labels.choices,
         ),
         outputs=tuple(tensor_spec(name, node.meta["val"]) for name, node in evaluate.output_nodes.items()),
         out_spec=out_spec,

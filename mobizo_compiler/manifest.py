@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mobizo_compiler.config import LoraConfig, ZOConfig
@@ -27,6 +28,7 @@ class TensorSpec:
         low: Smallest value allowed, None if any is.
         high: Largest value allowed.
         also: One value outside the range that is allowed too (the label that does not count).
+        choices: The values allowed, where they are few.
     """
 
     name: str
@@ -35,6 +37,7 @@ class TensorSpec:
     low: int | None = None
     high: int | None = None
     also: int | None = None
+    choices: tuple[int, ...] | None = None
 
     def check(self, value: object) -> Tensor:
         """The value as a contiguous CPU tensor; an `InputError` says what is wrong with it."""
@@ -53,13 +56,17 @@ class TensorSpec:
             )
         if self.low is not None and self.high is not None:
             outside = (value < self.low) | (value > self.high)
+            allowed = f"{self.low}..{self.high}"
+            if self.choices is not None:
+                outside = ~torch.isin(value, torch.tensor(self.choices))
+                allowed = str(list(self.choices))
             if self.also is not None:
                 outside &= value != self.also
             if bool(outside.any()):
                 place = [int(i) for i in outside.nonzero()[0]]
                 raise TokenRangeError(
                     f"input {self.name!r} has the value {int(value[tuple(place)])} at {place}, "
-                    f"outside {self.low}..{self.high}" + ("" if self.also is None else f" (or {self.also})")
+                    f"outside {allowed}" + ("" if self.also is None else f" (or {self.also})")
                 )
         return value.detach().to("cpu").contiguous()
 
@@ -135,14 +142,14 @@ class Manifest:
 
 
 def _spec(item: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**item, "shape": tuple(item["shape"])})
+    tuples = {name: tuple(item[name]) for name in ("shape", "choices") if item.get(name) is not None}
+    return TensorSpec(**{**item, **tuples})
 
 
-def tensor_spec(name: str, value: Tensor, **limits: int | None) -> TensorSpec:
+def tensor_spec(name: str, value: Tensor, **limits: Any) -> TensorSpec:
     """The spec of a (fake) tensor.
 
-    >>> import torch
     >>> tensor_spec("ids", torch.zeros(2, 3))
-    TensorSpec(name='ids', dtype='float32', shape=(2, 3), low=None, high=None, also=None)
+    TensorSpec(name='ids', dtype='float32', shape=(2, 3), low=None, high=None, also=None, choices=None)
     """
     return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(int(s) for s in value.shape), **limits)

@@ -69,6 +69,8 @@ def _random_labels(manifest: Manifest, generator: torch.Generator) -> Tensor:
     if spec.low is None or spec.high is None:
         return torch.randn(spec.shape, generator=generator).to(getattr(torch, spec.dtype))
     labels = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator)
+    if spec.choices is not None:
+        labels = torch.tensor(spec.choices)[labels % len(spec.choices)]
     if manifest.max_labels is not None and spec.also is not None:
         labels[:, : max(0, labels.shape[1] - manifest.max_labels)] = spec.also
     return labels.to(getattr(torch, spec.dtype))

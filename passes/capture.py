@@ -41,7 +41,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs) -
         CaptureError: The model cannot be exported, or not with a symbolic number of rows.
         UnsupportedGraphError: The graph has inputs or outputs that are not tensors, or weights that change.
     """
-    names, tensors = flat_inputs(example_inputs)
+    _, tensors = flat_inputs(example_inputs)
     if isinstance(model, ExportedProgram):
         exported = _functional(model)
     elif isinstance(model, nn.Module):
@@ -50,7 +50,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs) -
         raise CaptureError(
             f"cannot compile a {type(model).__name__}", hint="pass an nn.Module or a torch.export.ExportedProgram"
         )
-    _check(exported, names, tensors)
+    _check(exported, tensors)
     signature = exported.graph_signature
     spec = exported.call_spec.out_spec
     assert spec is not None
@@ -70,6 +70,23 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs) -
     if problems := facts.broken(program):
         raise CaptureError("the captured graph cannot be used:\n  - " + "\n  - ".join(problems))
     return program
+
+
+def in_program_order(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs) -> ExampleInputs:
+    """Keyword inputs of an `ExportedProgram` in the order in which it takes them; others as they are.
+
+    Raises:
+        ExampleInputError: The program takes other keywords, or takes its inputs by position.
+    """
+    spec = model.call_spec.in_spec if isinstance(model, ExportedProgram) else None
+    if spec is None:
+        return example_inputs
+    by_position, keywords = spec.child(0).num_leaves, tuple(spec.child(1).context or ())
+    given = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+    if sorted(given) != sorted(keywords) or bool(by_position) == isinstance(example_inputs, Mapping):
+        taken = f"the keywords {list(keywords)}" if keywords else f"{by_position} inputs by position"
+        raise ExampleInputError(f"the program was exported to take {taken}; example_inputs must be like that")
+    return {name: example_inputs[name] for name in keywords} if isinstance(example_inputs, Mapping) else example_inputs
 
 
 def flat_inputs(example_inputs: ExampleInputs) -> tuple[tuple[str, ...] | None, list[Tensor]]:
@@ -184,7 +201,7 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
     return functional
 
 
-def _check(exported: ExportedProgram, names: tuple[str, ...] | None, tensors: list[Tensor]) -> None:
+def _check(exported: ExportedProgram, tensors: list[Tensor]) -> None:
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]

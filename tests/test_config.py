@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig
+from mobizo_compiler import CausalLMLoss, ChoiceLoss, LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError, NotSupportedYetError
 
 PATHS = [
@@ -96,3 +96,7 @@ def test_loss_options() -> None:
         CausalLMLoss(max_labels=0)
     with pytest.raises(ConfigError):
         CausalLMLoss(ignore_index=5)
+    assert ChoiceLoss.from_json(ChoiceLoss((1, 2)).to_json()) == ChoiceLoss((1, 2))
+    for choices in ((), (1,), (1, 1), (1, -1), (1, 2.0)):
+        with pytest.raises(ConfigError, match="choices"):
+            ChoiceLoss(choices)

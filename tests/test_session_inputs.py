@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, Session
+from mobizo_compiler import ChoiceLoss, LoraConfig, Session
 from mobizo_compiler.errors import (
     CaptureError,
     ConfigError,
@@ -176,6 +176,18 @@ def test_a_layer_whose_rows_are_not_outermost_is_refused() -> None:
 def test_half_precision_is_refused() -> None:
     with pytest.raises(UnsupportedGraphError, match=r"bfloat16 weights(.|\n)*model.float\(\)"):
         compile_tokens(TokenWise().eval().bfloat16())
+
+
+def test_choices_are_checked() -> None:
+    with pytest.raises(LossError, match="choice 11 is outside of the model's vocabulary of 11"):
+        compile_tokens(loss=ChoiceLoss((1, 11)))
+    session = Session(compile_tokens(loss=ChoiceLoss((1, 7))))
+    labels = torch.full((2, 5), -100)
+    labels[:, 4] = torch.tensor([7, 3])
+    with pytest.raises(TokenRangeError, match=r"the value 3 at \[1, 4\], outside \[1, 7\] \(or -100\)"):
+        session.train_step(IDS, labels, seed=0, learning_rate=0.1, eps=0.01)
+    labels[1, 4] = 1
+    assert session.train_step(IDS, labels, seed=0, learning_rate=0.1, eps=0.01).loss > 0
 
 
 def test_a_loss_that_does_not_fit_is_refused() -> None:

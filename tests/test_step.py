@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import CausalLMLoss, LabelSpec, LoraConfig, Session, ZOConfig
+from mobizo_compiler import CausalLMLoss, ChoiceLoss, LabelSpec, LoraConfig, Session, ZOConfig
+from mobizo_compiler.errors import ExampleInputError
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
@@ -115,6 +116,16 @@ def test_loss_is_that_of_transformers() -> None:
     torch.testing.assert_close(total.sum() / count.sum(), wanted)
     few = torch.where(torch.arange(7) == 4, labels, -100)
     torch.testing.assert_close(CausalLMLoss(max_labels=2)(logits, few), CausalLMLoss()(logits, few))
+
+
+def test_choice_loss_is_cross_entropy_among_the_choices() -> None:
+    logits, labels = torch.randn(3, 7, 23), torch.full((3, 7), -100)
+    labels[0, 3], labels[1, 6], labels[2, 1] = 9, 4, 17
+    total, count = ChoiceLoss(choices=(4, 9, 17))(logits, labels)
+    picked = torch.stack([logits[0, 2], logits[1, 5], logits[2, 0]])[:, [4, 9, 17]]
+    wanted = torch.nn.functional.cross_entropy(picked, torch.tensor([1, 0, 2]), reduction="none")
+    torch.testing.assert_close(total, wanted)
+    assert count.tolist() == [1, 1, 1]
 
 
 def test_max_labels_changes_cost_not_results() -> None:
@@ -258,10 +269,13 @@ def test_an_exported_program_is_taken_too() -> None:
     exported = torch.export.export(model, (), inputs, dynamic_shapes={name: {0: rows} for name in inputs})
     lora = LoraConfig(r=3, target_modules=TARGETS)
     results = []
-    for source in (model, exported):
-        program = mobizo.compile(source, inputs, lora, backend="eager")
+    turned = dict(reversed(inputs.items()))
+    for source, example in ((model, inputs), (exported, inputs), (exported, turned)):
+        program = mobizo.compile(source, example, lora, backend="eager")
         results.append(Session(program).train_step(inputs, labels, seed=1, learning_rate=0.1, eps=0.01).lane_losses)
-    assert torch.equal(*results)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    with pytest.raises(ExampleInputError, match="take the keywords"):
+        mobizo.compile(exported, tuple(inputs.values()), lora, backend="eager")
 
 
 def test_tied_weights_adapt_the_module_that_was_named() -> None:
