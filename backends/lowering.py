@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+from executorch.exir import (
+    EdgeCompileConfig,
+    ExecutorchBackendConfig,
+    ExecutorchProgramManager,
+    to_edge_transform_and_lower,
+)
 from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.runtime import Runtime
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, LoweringError
+from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, LoweringError, MobizoError
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.program import STATE, GraphProgram, Site
 
@@ -68,36 +73,51 @@ def lower_to_executorch(
         LoweringError: Lowering lost the state of a method.
     """
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
-    with _quiet():
-        edge = to_edge_transform_and_lower(
-            {name: program.exported for name, program in methods.items()},
-            partitioner=[KeepStateOutside(inner) for inner in partitioners],
-            constant_methods={MANIFEST_METHOD: manifest.to_json(), LORA_A_METHOD: lora_a},
-            compile_config=EdgeCompileConfig(
-                _check_ir_validity=False,
-                _core_aten_ops_exception_list=[torch.ops.aten.bitwise_right_shift.Tensor_Scalar],
-            ),
-        )
-        lowered = {name: edge.exported_program(name) for name in methods}
-        delegated = {name: _delegation(program) for name, program in lowered.items()}
-        for name, program in lowered.items():
-            _check_state(name, program, methods[name])
-            for node in program.graph.nodes:
-                if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
-                    node.meta["et_init_buffer"] = True
-        executable = edge.to_executorch(
-            ExecutorchBackendConfig(
-                memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
-                emit_mutable_buffer_names=True,
-            )
-        )
+    try:
+        with _quiet():
+            executable, delegation = _lower(methods, manifest, lora_a, partitioners)
+    except MobizoError:
+        raise
+    except Exception as error:
+        raise LoweringError(
+            f"ExecuTorch cannot lower this program for backend {manifest.backend!r}: {error}",
+            hint="the message above is ExecuTorch's; MOBIZO_DUMP=folder writes the program it was given",
+        ) from error
     folder = tempfile.mkdtemp(prefix="mobizo-")
     path = Path(folder) / "program.pte"
     with path.open("wb") as file:
         executable.write_to_file(file)
-    artifact = ExecuTorchArtifact(path, delegated)
+    artifact = ExecuTorchArtifact(path, delegation)
     weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
     return artifact
+
+
+def _lower(
+    methods: Mapping[str, GraphProgram], manifest: Manifest, lora_a: Tensor, partitioners: Sequence[Partitioner]
+) -> tuple[ExecutorchProgramManager, dict[str, Delegation]]:
+    edge = to_edge_transform_and_lower(
+        {name: program.exported for name, program in methods.items()},
+        partitioner=[KeepStateOutside(inner) for inner in partitioners],
+        constant_methods={MANIFEST_METHOD: manifest.to_json(), LORA_A_METHOD: lora_a},
+        compile_config=EdgeCompileConfig(
+            _check_ir_validity=False,
+            _core_aten_ops_exception_list=[torch.ops.aten.bitwise_right_shift.Tensor_Scalar],
+        ),
+    )
+    lowered = {name: edge.exported_program(name) for name in methods}
+    delegation = {name: _delegation(program) for name, program in lowered.items()}
+    for name, program in lowered.items():
+        _check_state(name, program, methods[name])
+        for node in program.graph.nodes:
+            if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
+                node.meta["et_init_buffer"] = True
+    executable = edge.to_executorch(
+        ExecutorchBackendConfig(
+            memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+            emit_mutable_buffer_names=True,
+        )
+    )
+    return executable, delegation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +164,18 @@ class ExecuTorchRunner:
         self._artifact = artifact  # keeps a temporary file on disk
         self._program = _load(artifact.path)
         # Every load resets the shared state, so all methods are loaded before any of them runs.
-        self._methods = {name: self._program.load_method(name) for name in ("train_step", "evaluate", "replay")}
-        missing = [name for name, method in self._methods.items() if method is None]
-        if missing:
-            raise BackendUnavailableError(f"the runtime cannot load method {missing[0]!r}", where=str(artifact.path))
+        self._methods = {name: self._load_method(name) for name in ("train_step", "evaluate", "replay")}
+
+    def _load_method(self, name: str) -> Any:
+        try:
+            method = self._program.load_method(name)
+        except Exception as error:
+            raise BackendUnavailableError(
+                f"the runtime on this machine cannot load method {name!r}: {error}",
+                where=str(self._artifact.path),
+                hint="a kernel or delegate that the program needs is not registered in this runtime",
+            ) from error
+        return method
 
     def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run one method."""

@@ -256,7 +256,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         inner = [(e["step"], e[f"validation_{key}"]) for e in history if f"validation_{key}" in e]
         right.plot(*zip(*inner, strict=True) if inner else ([], []), "o", color=colour, alpha=0.35, markersize=4)
         ends = [record["before"][key], record["after"][key]]
-        right.plot([0, record["steps"]], ends, "-o", color=colour, label=f"{name}, {record['held_out_rows']} held out")
+        right.plot([0, record["steps"]], ends, "--o", color=colour, label=f"{name}, {record['held_out_rows']} held out")
     right.plot([], [], "o", color="grey", alpha=0.35, markersize=4, label="60 validation sentences")
     right.set(xlabel="step", title="Sentences about unseen movies", ylim=(0.45, 1))
     right.legend(frameon=False, loc="lower right")
