@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import MobizoError, PassContractError, PassOrderError
 from mobizo_compiler.facts import CHECKS, broken
 from mobizo_compiler.printer import program_text
-from mobizo_compiler.program import Editor, GraphProgram
+from mobizo_compiler.program import GraphProgram
 
 Observer = Callable[["Pass", GraphProgram, str], None]
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import LossError
 from mobizo_compiler.losses import Loss
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import LABELS, Editor
+from mobizo_compiler.program import LABELS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ import dataclasses
 from torch import Tensor
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import EPS, Editor
+from mobizo_compiler.program import EPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ import dataclasses
 import torch
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor
 
 aten = torch.ops.aten
 

@@ -25,9 +25,10 @@ from torch import Tensor, fx
 
 from mobizo_compiler import facts
 from mobizo_compiler.config import LoraConfig
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import NoMatchingTargetError, UnsupportedGraphError
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor, Site, operand, source_line
+from mobizo_compiler.program import Site, operand, source_line
 
 aten = torch.ops.aten
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.noise import noise_values
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import EPS, SEED, Editor
+from mobizo_compiler.program import EPS, SEED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.noise import noise_values
 from mobizo_compiler.passes.update_state import updated_state
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import LEARNING_RATE, PROJECTED_GRADIENT, SEED, Editor, Site
+from mobizo_compiler.program import LEARNING_RATE, PROJECTED_GRADIENT, SEED, Site
 
 
 @dataclasses.dataclass(frozen=True)

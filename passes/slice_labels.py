@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor, operand
+from mobizo_compiler.program import operand
 
 aten = torch.ops.aten
 

@@ -15,8 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import EPS, LEARNING_RATE, Editor
+from mobizo_compiler.program import EPS, LEARNING_RATE
 
 
 def updated_state(queries: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

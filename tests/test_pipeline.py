@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from mobizo_compiler import CausalLMLoss, LoraConfig, facts, passes
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import PassContractError, PassOrderError
 from mobizo_compiler.pipeline import Pass, Pipeline, dump_to
 from mobizo_compiler.printer import program_text
-from mobizo_compiler.program import Editor, GraphProgram
+from mobizo_compiler.program import GraphProgram
 from mobizo_compiler.testing import TokenWise
 
 

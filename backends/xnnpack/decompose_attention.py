@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, fx
 
 from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Editor, operand
+from mobizo_compiler.program import operand
 
 aten = torch.ops.aten
 _MASKED = -1e30  # finite, so that a row of nothing else does not become NaN; exp of it is 0 beside any score
