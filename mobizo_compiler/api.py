@@ -28,7 +28,7 @@ from mobizo_compiler.manifest import Manifest, tensor_spec
 from mobizo_compiler.passes.capture import ExampleInputs, flat_inputs, in_program_order
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, GraphProgram
-from mobizo_compiler.verify import check_lowered
+from mobizo_compiler.verify import check_program
 
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
 DUMP_VARIABLE = "MOBIZO_DUMP"
@@ -97,7 +97,7 @@ def compile(
         say("lower")
         program = Program(manifest, target.lower(methods, manifest), methods["train_step"].lora_a, methods)
         say("check")
-        check_lowered(program, tensors)
+        check_program(program, loss, tensors)
         return program
 
     if cache_dir is None:

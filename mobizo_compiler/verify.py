@@ -1,4 +1,4 @@
-"""Trust nothing that was lowered: one step and one evaluation of the artifact against the graphs it was made from."""
+"""Trust nothing: lanes must be independent, and the artifact must compute what the graphs that it was made from do."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mobizo_compiler.artifact import Program
+from mobizo_compiler.backends.contract import Runner
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.errors import LoweringError
+from mobizo_compiler.errors import LoweringError, UnsupportedGraphError
+from mobizo_compiler.losses import Loss
 from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.noise import noise
 from mobizo_compiler.program import LABELS
 
 # Two engines add float32 products in different orders: losses agree to LOSS_TOLERANCE of their size. The projected
@@ -18,20 +22,20 @@ from mobizo_compiler.program import LABELS
 # state moves by learning_rate * mean(g z), so its error is that of g times learning_rate * |z|, with |z| < 6.
 LOSS_TOLERANCE = 1e-4
 OUTPUT_TOLERANCE = 2e-3
+LANE_TOLERANCE = 1e-5  # one engine, other batch sizes
 EPS, LEARNING_RATE, SEED, STATE_SCALE = 1e-2, 1e-3, 20, 1e-2
 LARGEST_NORMAL = 6.0
 
 
-def check_lowered(program: Program, example_inputs: Sequence[Tensor]) -> None:
-    """Run `train_step`, `evaluate` and `replay` in the artifact and in eager PyTorch from one random state.
+def check_program(program: Program, loss: Loss, example_inputs: Sequence[Tensor]) -> None:
+    """Check on the example inputs that lanes are independent, and that the artifact computes what the graphs say.
 
     Raises:
-        LoweringError: They disagree by more than rounding explains; the message names the method and the numbers.
+        UnsupportedGraphError: A lane has another loss among other lanes than alone: the model mixes rows.
+        LoweringError: Artifact and graphs disagree by more than rounding explains; the message names the method and
+            the numbers.
     """
-    if program.manifest.backend == "eager":
-        return
-    lowered = program.artifact.runner()
-    expected = EagerBackend().lower(program.methods, program.manifest).runner()
+    graphs = EagerBackend().lower(program.methods, program.manifest).runner()
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn(program.parameters, generator=generator) * STATE_SCALE
     inputs = [value.contiguous() for value in example_inputs]
@@ -39,28 +43,47 @@ def check_lowered(program: Program, example_inputs: Sequence[Tensor]) -> None:
     scalars = torch.tensor([SEED], dtype=torch.int32), torch.tensor([LEARNING_RATE]), torch.tensor([EPS])
     step = _ordered(program, inputs, labels, *scalars)
 
-    def run(method: str, arguments: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        results = []
-        for runner in (lowered, expected):
-            runner.state().copy_(start)
-            results.append((runner.call(method, arguments), runner.state().clone()))
-        return results[0][0], results[1][0], results[0][1], results[1][1]
+    def run(runner: Runner, method: str, arguments: list[Tensor], state: Tensor) -> tuple[list[Tensor], Tensor]:
+        runner.state().copy_(state)
+        return runner.call(method, arguments), runner.state().clone()
 
-    found, wanted, state, wanted_state = run("train_step", step)
-    size = max(1.0, float(wanted[1].abs().max()))
-    _compare("train_step", "lane losses", found[1], wanted[1], LOSS_TOLERANCE * size)
-    _compare("train_step", "projected gradient", found[2], wanted[2], LOSS_TOLERANCE * size / EPS)
+    (_, losses, gradient), updated = run(graphs, "train_step", step, start)
+    size = max(1.0, float(losses.abs().max()))
+    zo = program.manifest.zo
+    first = start + EPS * noise(SEED, zo.queries, program.parameters, zo.noise)[0]
+    outputs, _ = run(graphs, "evaluate", inputs, first)
+    _check_lane(program, loss, outputs, labels, float(losses[0]), size)
+    if program.manifest.backend == EagerBackend.name:
+        return
+
+    lowered = program.artifact.runner()
+    (_, found_losses, found_gradient), found_state = run(lowered, "train_step", step, start)
+    _compare("train_step", "lane losses", found_losses, losses, LOSS_TOLERANCE * size)
+    _compare("train_step", "projected gradient", found_gradient, gradient, LOSS_TOLERANCE * size / EPS)
     moved = LEARNING_RATE * LARGEST_NORMAL * LOSS_TOLERANCE * size / EPS
-    _compare("train_step", "state", state, wanted_state, moved)
-    if torch.equal(state, start):
+    _compare("train_step", "state", found_state, updated, moved)
+    if torch.equal(found_state, start):
         raise LoweringError("train_step does not change the state", where=f"backend {program.manifest.backend!r}")
-    gradient = [scalars[0], found[2].clone(), scalars[1]]
-    _, _, replayed, _ = run("replay", gradient)
-    _compare("replay", "state", replayed, state, 0.0)
-    found, wanted, state, _ = run("evaluate", inputs)
-    for position, (a, b) in enumerate(zip(found, wanted, strict=True)):
+    _, replayed = run(lowered, "replay", [scalars[0], found_gradient.clone(), scalars[1]], start)
+    _compare("replay", "state", replayed, found_state, 0.0)
+    found_outputs, kept = run(lowered, "evaluate", inputs, first)
+    for position, (a, b) in enumerate(zip(found_outputs, outputs, strict=True)):
         _compare("evaluate", f"output {position}", a, b, OUTPUT_TOLERANCE * max(1.0, float(b.abs().max())))
-    _compare("evaluate", "state", state, start, 0.0)
+    _compare("evaluate", "state", kept, first, 0.0)
+
+
+def _check_lane(
+    program: Program, loss: Loss, outputs: list[Tensor], labels: Tensor, among_others: float, size: float
+) -> None:
+    spec = program.methods["evaluate"].out_spec
+    assert spec is not None
+    row_loss, row_weight = loss(pytree.tree_unflatten(outputs, spec), labels)
+    alone = float(row_loss.sum() / row_weight.sum())
+    if not abs(alone - among_others) <= LANE_TOLERANCE * size:
+        raise UnsupportedGraphError(
+            f"the model mixes rows: a lane has loss {alone:.6g} alone and {among_others:.6g} beside other lanes",
+            hint="remove what computes over the batch (a mean over rows, batch statistics), or put it into eval mode",
+        )
 
 
 def _random_labels(manifest: Manifest, generator: torch.Generator) -> Tensor:

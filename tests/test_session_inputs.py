@@ -173,6 +173,20 @@ def test_a_layer_whose_rows_are_not_outermost_is_refused() -> None:
         compile_tokens(TokensFirst().eval())
 
 
+@pytest.mark.parametrize("backend", ["eager", "portable"])
+def test_a_model_that_mixes_rows_is_refused(backend: str) -> None:
+    class Centred(TokenWise):
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = torch.tanh(self.up(self.embedding(tokens)))
+            return self.head(hidden - hidden.mean(0, keepdim=True))
+
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedGraphError, match="mixes rows: a lane has loss"):
+        mobizo.compile(
+            Centred().eval(), (torch.randint(0, 11, (3, 5)),), LoraConfig(target_modules=("up",)), backend=backend
+        )
+
+
 def test_half_precision_is_refused() -> None:
     with pytest.raises(UnsupportedGraphError, match=r"bfloat16 weights(.|\n)*model.float\(\)"):
         compile_tokens(TokenWise().eval().bfloat16())
