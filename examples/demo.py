@@ -44,12 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=400, help="held-out sentences, half of them fresh")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--backend", default="xnnpack")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="at the start; falls to 0")
+    parser.add_argument(
+        "--loss", choices=("choice", "causal-lm"), default="choice", help="between answers, or all words"
+    )
     options = parser.parse_args(arguments)
     console = Console()
     start = time.monotonic()
 
     console.rule("1. compile SmolLM2-135M-Instruct")
-    tokenizer, program, compile_seconds = compile_program(console, options.backend)
+    tokenizer, program, compile_seconds = compile_program(console, options.backend, options.loss)
     prompter = Prompter(tokenizer, TOKENS)
     parts = split_by_movie(load_sentences())
     held_out = balanced(parts["test"], options.rows, seed=0)
@@ -75,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tokens": TOKENS,
         "held_out_rows": len(held_out),
         "truncated_share": truncated_share(prompter, held_out),
-        "learning_rate": f"{LEARNING_RATE} falling linearly to 0",
+        "learning_rate": f"{options.learning_rate} falling linearly to 0",
         "eps": EPS,
+        "loss": program.manifest.loss,
         "lora": LORA.to_json(),
         "zo": ZO.to_json(),
         "backend": options.backend,
@@ -103,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def compile_program(console: Console, backend: str) -> tuple[Any, mobizo.Program, float]:
+def compile_program(console: Console, backend: str, loss: str) -> tuple[Any, mobizo.Program, float]:
     """Tokenizer, program, and the seconds it took."""
     start = time.monotonic()
     tokenizer, model = load_smollm2()
@@ -111,6 +116,7 @@ def compile_program(console: Console, backend: str) -> tuple[Any, mobizo.Program
         "input_ids": torch.zeros(ROWS, TOKENS, dtype=torch.int64),
         "attention_mask": torch.ones(ROWS, TOKENS, dtype=torch.int64),
     }
+    answers = Prompter(tokenizer, TOKENS).answers
     with console.status("loading") as status:
 
         def say(phase: str) -> None:
@@ -122,7 +128,7 @@ def compile_program(console: Console, backend: str) -> tuple[Any, mobizo.Program
             example,
             lora=LORA,
             zo=ZO,
-            loss=mobizo.ChoiceLoss(Prompter(tokenizer, TOKENS).answers),
+            loss=mobizo.ChoiceLoss(answers) if loss == "choice" else mobizo.CausalLMLoss(max_labels=1),
             backend=backend,
             cache_dir=cache_folder() / "programs",
             progress=say,
@@ -163,7 +169,7 @@ def fine_tune(
                 inputs,
                 labels,
                 seed=options.seed * BATCH_SEED + step,
-                learning_rate=LEARNING_RATE * (1 - step / options.steps),
+                learning_rate=options.learning_rate * (1 - step / options.steps),
                 eps=EPS,
             )
             seconds = time.monotonic() - started
