@@ -74,12 +74,12 @@ def pages() -> dict[Path, str]:
 def main() -> int:
     """Write the pages, or with --check say which are not fresh."""
     check = "--check" in sys.argv[1:]
-    stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
-    for path in stale:
+    stale = {path: text for path, text in pages().items() if not path.exists() or path.read_text() != text}
+    for path, text in stale.items():
         if check:
             print(f"{path.relative_to(DOCS.parent)} is not fresh: run make docs")
         else:
-            path.write_text(pages()[path])
+            path.write_text(text)
             print(f"wrote {path.relative_to(DOCS.parent)}")
     return int(check and bool(stale))
 

@@ -79,6 +79,8 @@ def compile(
     lora, zo, loss = lora or LoraConfig(), zo or ZOConfig(), loss or CausalLMLoss()
     _check_options(lora, zo, loss, quantization, dynamic_shapes)
     target = get_backend(backend)
+    if cache_dir is not None and isinstance(target, EagerBackend):
+        raise ConfigError("programs of the eager backend cannot be cached: they have no file format")
     example_inputs = in_program_order(model, example_inputs)
     names, tensors = flat_inputs(example_inputs)
 
@@ -102,8 +104,6 @@ def compile(
 
     if cache_dir is None:
         return compile_anew()
-    if isinstance(target, EagerBackend):
-        raise ConfigError("programs of the eager backend cannot be cached: they have no file format")
     return cached(Path(cache_dir), methods, manifest, say, compile_anew)
 
 

@@ -56,15 +56,24 @@ class Program:
         """Number P of trained parameters."""
         return self.manifest.parameters
 
+    def site(self, fqn: str) -> Site:
+        """The site at that path.
+
+        Raises:
+            InputError: There is none.
+        """
+        for site in self.sites:
+            if site.fqn == fqn:
+                return site
+        raise InputError(f"there is no site {fqn!r}", hint=f"sites: {', '.join(s.fqn for s in self.sites)}")
+
     def lora_a(self, fqn: str) -> Tensor:
         """A of one site, float32 [r, in_features]; B of the site is [r, out_features].
 
         Raises:
             InputError: There is no site at that path.
         """
-        if fqn not in self.lora_a_by_fqn:
-            raise InputError(f"there is no site {fqn!r}", hint=f"sites: {', '.join(self.lora_a_by_fqn)}")
-        return self.lora_a_by_fqn[fqn].clone()
+        return self.lora_a_by_fqn[self.site(fqn).fqn].clone()
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the program to one file and return its path. The file appears whole or not at all."""

@@ -53,5 +53,5 @@ def content_key(methods: Mapping[str, GraphProgram], manifest: Manifest) -> str:
             digest.update(f"{target} {tensor.dtype} {list(tensor.shape)}".encode())
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
-                digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -97,25 +97,11 @@ class GraphProgram:
         """Number P of trained parameters."""
         return sum(site.size for site in self.sites)
 
-    def tensor(self, node: fx.Node) -> Tensor | None:
-        """The parameter, buffer or constant behind a placeholder; None for anything else."""
-        target = self.tensor_name(node)
-        if target is None:
-            return None
-        found = self.exported.state_dict.get(target)
-        return cast(Tensor, found if found is not None else self.exported.constants[target])
-
-    def tensor_name(self, node: fx.Node) -> str | None:
-        """The path in the user's model of the parameter, buffer or constant behind a placeholder."""
-        signature = self.exported.graph_signature
-        for table in (
-            signature.inputs_to_parameters,
-            signature.inputs_to_buffers,
-            signature.inputs_to_lifted_tensor_constants,
-        ):
-            if node.name in table:
-                return cast(str, table[node.name])
-        return None
+    def tensors(self) -> dict[str, tuple[str, Tensor]]:
+        """Path and value of the parameter, buffer or constant behind each placeholder that is not a user input."""
+        known = {**self.exported.constants, **self.exported.state_dict}
+        specs = self.exported.graph_signature.input_specs
+        return {spec.arg.name: (spec.target, known[spec.target]) for spec in specs if spec.target is not None}
 
 
 def flat_call_graph(inputs: int, outputs: int) -> list[ModuleCallEntry]:

@@ -96,11 +96,9 @@ class Session:
 
     def lora_b(self, fqn: str) -> Tensor:
         """A copy of B of one site, float32 [r, out_features]."""
-        for site in self.program.sites:
-            if site.fqn == fqn:
-                part = self._runner.state()[site.offset : site.offset + site.size]
-                return part.reshape(site.r, site.out_features).clone()
-        raise InputError(f"there is no site {fqn!r}", hint=f"sites: {', '.join(s.fqn for s in self.program.sites)}")
+        site = self.program.site(fqn)
+        part = self._runner.state()[site.offset : site.offset + site.size]
+        return part.reshape(site.r, site.out_features).clone()
 
     def _flat(self, inputs: Inputs) -> list[Tensor]:
         manifest = self.program.manifest

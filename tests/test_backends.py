@@ -13,6 +13,7 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig, backends
 from mobizo_compiler.backends import assert_backend_contract, backend_names, get_backend
 from mobizo_compiler.backends.eager import EagerBackend
+from mobizo_compiler.cache import content_key
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError, UnknownBackendError
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
@@ -184,3 +185,23 @@ def test_cache_is_by_content(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
     with pytest.raises(ConfigError, match="eager"):
         mobizo.compile(model, tokens, LoraConfig(target_modules=("up",)), backend="eager", cache_dir=tmp_path)
+
+
+def test_a_buffer_without_dimensions_has_a_key_too() -> None:
+    class Scaled(TokenWise):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(2.0))
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens) * self.scale
+
+    tokens = (torch.zeros(2, 5, dtype=torch.int64),)
+    keys = set()
+    for scale in (2.0, 2.0, 3.0):
+        torch.manual_seed(0)
+        model = Scaled().eval()
+        model.scale.fill_(scale)
+        program = mobizo.compile(model, tokens, LoraConfig(r=2, target_modules=("up",)), backend="eager")
+        keys.add(content_key(program.methods, program.manifest))
+    assert len(keys) == 2

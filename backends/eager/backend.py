@@ -57,6 +57,12 @@ class EagerRunner:
     def __init__(self, methods: dict[str, GraphProgram]) -> None:
         self._methods = methods
         self._state = torch.zeros(next(iter(methods.values())).state_size)
+        self._tensors = {name: self._placeholders(program) for name, program in methods.items()}
+
+    def _placeholders(self, program: GraphProgram) -> list[Tensor | None]:
+        """What each placeholder stands for: a tensor, the live state, or None for a user input."""
+        known = {name: self._state if path == STATE else value for name, (path, value) in program.tensors().items()}
+        return [known.get(node.name) for node in program.graph.nodes if node.op == "placeholder"]
 
     def state(self) -> Tensor:
         """The live state."""
@@ -66,13 +72,7 @@ class EagerRunner:
         """Run one method."""
         program = self._methods[method]
         given = iter(inputs)
-        arguments = []
-        for node in program.graph.nodes:
-            if node.op == "placeholder":
-                name = program.tensor_name(node)
-                arguments.append(
-                    self._state if name == STATE else next(given) if name is None else program.tensor(node)
-                )
+        arguments = [next(given) if tensor is None else tensor for tensor in self._tensors[method]]
         with torch.no_grad():
             results = list(program.exported.graph_module(*arguments))
         changed = len(program.exported.graph_signature.buffers_to_mutate)
