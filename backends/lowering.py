@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import math
 import os
 import shutil
 import struct
@@ -212,8 +213,8 @@ def load_program_file(path: Path) -> tuple[ExecuTorchArtifact, Manifest, dict[st
 
 
 def _split_lora_a(sites: Sequence[Site], flat: Tensor) -> dict[str, Tensor]:
-    parts = torch.split(flat, [site.r * site.in_features for site in sites])
-    return {site.fqn: part.reshape(site.r, site.in_features) for site, part in zip(sites, parts, strict=True)}
+    parts = torch.split(flat, [math.prod(site.a_shape) for site in sites])
+    return {site.fqn: part.reshape(site.a_shape) for site, part in zip(sites, parts, strict=True)}
 
 
 def _load(path: Path) -> Any:

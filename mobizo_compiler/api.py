@@ -5,34 +5,47 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler import passes
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.cache import cached
-from mobizo_compiler.config import LoraConfig, ZOConfig
-from mobizo_compiler.errors import BackendRefusedError, ConfigError, NotSupportedYetError
-from mobizo_compiler.losses import CausalLMLoss, Loss
-from mobizo_compiler.manifest import Manifest, tensor_spec
-from mobizo_compiler.passes.capture import ExampleInputs, flat_inputs, in_program_order
+from mobizo_compiler.config import ALL_LINEAR, LoraConfig, ZOConfig
+from mobizo_compiler.errors import (
+    BackendRefusedError,
+    CaptureError,
+    ConfigError,
+    ExampleInputError,
+    LossError,
+    MobizoError,
+    NoMatchingTargetError,
+    NotSupportedYetError,
+)
+from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
+from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
+from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, GraphProgram
+from mobizo_compiler.targets import resolve_targets, short_names
 from mobizo_compiler.verify import check_program
 
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
 DUMP_VARIABLE = "MOBIZO_DUMP"
 Progress = Callable[[str], None]
+LossFunction = Callable[[Any, Tensor], Tensor]
+_Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
 
 
 def compile(
@@ -40,11 +53,13 @@ def compile(
     example_inputs: ExampleInputs,
     lora: LoraConfig | None = None,
     zo: ZOConfig | None = None,
-    loss: Loss | None = None,
+    loss: Loss | LossFunction | None = None,
     quantization: None = None,
     backend: str | Backend = "xnnpack",
-    dynamic_shapes: None = None,
+    dynamic_shapes: DynamicShapes | None = None,
     *,
+    row_axes: RowAxes | None = None,
+    example_labels: Tensor | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -52,17 +67,23 @@ def compile(
     """Compile a model into a program that fine-tunes itself with forward passes only.
 
     Args:
-        model: A module in eval mode, or a `torch.export.ExportedProgram` with a dynamic batch.
-        example_inputs: A tuple of tensors, or a dict for keyword arguments; axis 0 of each is rows. Their shapes are
-            the shapes that the program takes.
+        model: A module in eval mode, or a `torch.export.ExportedProgram`.
+        example_inputs: A tuple, or a dict for keyword arguments, nested as the model wants it. Their shapes are the
+            shapes that the program takes. Values that are no tensors are fixed by the capture.
         lora: Which layers are adapted; `LoraConfig()` if None.
         zo: How the gradient is estimated; `ZOConfig()` if None.
-        loss: `CausalLMLoss()` if None.
+        loss: `CausalLMLoss()` if None; a loss of `mobizo_compiler`, or a traceable function of the model's outputs and
+            the labels to one loss per row, [rows].
         quantization: Not built yet: None.
         backend: Name of an installed backend, or a backend.
-        dynamic_shapes: Not built yet: None.
+        dynamic_shapes: Sizes that may differ from call to call, as in `torch.export`: for each input (by name or
+            position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
+        row_axes: The axis of the rows of an input, by name or position, where it is not axis 0; None for an input
+            without rows, which all lanes share. An input without axes, or with a first axis of 1 beside others with
+            more rows, has none anyway.
+        example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
     Raises:
@@ -76,22 +97,26 @@ def compile(
     (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0),)
     """
     say = progress or (lambda line: None)
-    lora, zo, loss = lora or LoraConfig(), zo or ZOConfig(), loss or CausalLMLoss()
-    _check_options(lora, zo, loss, quantization, dynamic_shapes)
+    lora, zo = lora or LoraConfig(), zo or ZOConfig()
+    row_loss = _loss(loss, example_labels)
+    _check_options(lora, zo, row_loss, quantization)
     target = get_backend(backend)
     if cache_dir is not None and isinstance(target, EagerBackend):
         raise ConfigError("programs of the eager backend cannot be cached: they have no file format")
-    example_inputs = in_program_order(model, example_inputs)
-    names, tensors = flat_inputs(example_inputs)
+    example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
 
-    say("capture")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
-        captured = passes.capture(model, example_inputs)
     observer = functools.partial(_observer, dump_dir)
-    say("rewrite")
-    methods = rewrite(captured, tensors[0].shape[0], lora, zo, loss, target, observer)
-    manifest = _manifest(captured, methods, names, lora, zo, loss, target)
+
+    def graphs(symbolic: bool) -> tuple[GraphProgram, dict[str, GraphProgram]]:
+        say("capture")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
+            captured = passes.capture(model, example, symbolic=symbolic)
+        say("rewrite")
+        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, observer)
+
+    captured, methods = _symbolic_or_fixed(graphs, model, example)
+    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target)
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
@@ -99,12 +124,42 @@ def compile(
         say("lower")
         program = Program(manifest, target.lower(methods, manifest), methods["train_step"].lora_a, methods)
         say("check")
-        check_program(program, loss, tensors)
+        check_program(program, row_loss, example.tensors)
         return program
 
     if cache_dir is None:
         return compile_anew()
     return cached(Path(cache_dir), methods, manifest, say, compile_anew)
+
+
+def _symbolic_or_fixed(graphs: Callable[[bool], _Graphs], model: object, example: Example) -> _Graphs:
+    """The graphs from a capture with a symbolic number of rows, or, for a module that resists, with a fixed one.
+
+    What is wrong with the user's own arguments is wrong either way, and said at once.
+    """
+    if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module) or model.training:
+        return graphs(True)
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.ERROR)  # torch logs what fails while sizes are computed
+        return graphs(True)
+    except (LossError, NoMatchingTargetError, ExampleInputError):
+        raise
+    except Exception as error:
+        symbolic = error
+    finally:
+        logging.disable(before)
+    if any(leaf.dims for leaf in example.leaves):
+        if isinstance(symbolic, MobizoError):
+            raise symbolic
+        raise CaptureError(f"the model cannot be compiled with these dynamic shapes: {symbolic}") from symbolic
+    try:
+        return graphs(False)
+    except Exception as error:
+        shown = error if isinstance(error, MobizoError) or not isinstance(symbolic, MobizoError) else symbolic
+        if isinstance(shown, MobizoError):
+            raise shown from symbolic
+        raise CaptureError(f"the captured graph cannot be rewritten: {shown}") from error
 
 
 def rewrite(
@@ -118,18 +173,20 @@ def rewrite(
 ) -> dict[str, GraphProgram]:
     """The three methods of a program: static graphs that share one state, ready for the backend to lower."""
     finish: list[Pass] = [passes.Specialize(rows), passes.Canonicalize(), *backend.passes()]
+    front: list[Pass] = [passes.AttachLoss(loss), passes.Canonicalize(), passes.FreeRows(), passes.SliceLabels()]
+    observe = observer("train_step")
+    with_loss = Pipeline(front, observe).run(captured)
+    lora = resolve_targets(with_loss, lora)
     train: list[Pass] = [
-        passes.Canonicalize(),
-        passes.AttachLoss(loss),
-        passes.SliceLabels(),
         passes.InsertMPLoRA(lora),
         passes.DuplicateLanes(zo.lanes),
         passes.Perturb(zo.noise),
         passes.DifferenceLosses(),
         passes.UpdateState(),
     ]
-    train_step = Pipeline([*train, *finish], observer("train_step")).run(captured)
-    evaluate = Pipeline([passes.Canonicalize(), passes.InsertMPLoRA(lora), *finish], observer("evaluate")).run(captured)
+    train_step = Pipeline([*train, *finish], observe).run(with_loss)
+    adapted: list[Pass] = [passes.Canonicalize(), passes.InsertMPLoRA(lora, train_step.sites)]
+    evaluate = Pipeline([*adapted, *finish], observer("evaluate")).run(captured)
     replay = passes.Replay(train_step.sites, zo.queries, zo.noise)
     return {
         "train_step": train_step,
@@ -166,7 +223,21 @@ def _observer(dump_dir: str | PathLike[str] | None, method: str) -> Observer | N
     return dump_to(Path(folder), method) if folder else None
 
 
-def _check_options(lora: object, zo: object, loss: object, quantization: object, dynamic_shapes: object) -> None:
+def _loss(loss: object, example_labels: Tensor | None) -> Any:
+    """The loss as the passes want it: a function with example labels becomes one."""
+    if loss is None or isinstance(loss, Loss) or not callable(loss):
+        if example_labels is not None:
+            raise ConfigError("example_labels are only for a loss that is a function", hint="leave them out")
+        return CausalLMLoss() if loss is None else loss
+    if not isinstance(example_labels, Tensor) or not example_labels.dim():
+        raise ConfigError(
+            f"the loss {loss!r} is a function, so example_labels must be a tensor with rows in its first axis",
+            hint="compile(..., loss=function, example_labels=labels of one batch)",
+        )
+    return CallableLoss(loss, tuple(example_labels.shape[1:]), example_labels.dtype)
+
+
+def _check_options(lora: object, zo: object, loss: object, quantization: object) -> None:
     for name, value, kind in (("lora", lora, LoraConfig), ("zo", zo, ZOConfig), ("loss", loss, Loss)):
         if not isinstance(value, kind):
             raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
@@ -174,53 +245,48 @@ def _check_options(lora: object, zo: object, loss: object, quantization: object,
         raise ConfigError(f"loss must be a frozen dataclass, so that it can be named in the program; got {loss!r}")
     if quantization is not None:
         raise NotSupportedYetError("quantization is not built yet", hint="use quantization=None")
-    if dynamic_shapes is not None:
-        raise NotSupportedYetError(
-            "dynamic shapes are not built yet",
-            hint="use dynamic_shapes=None and pad inputs to the shape of example_inputs",
-        )
 
 
 def _manifest(
     captured: GraphProgram,
     methods: Mapping[str, GraphProgram],
-    names: tuple[str, ...] | None,
+    example: Example,
     lora: LoraConfig,
     zo: ZOConfig,
     loss: Loss,
     backend: Backend,
 ) -> Manifest:
     train_step, evaluate = methods["train_step"], methods["evaluate"]
+    sites = [site.fqn for site in train_step.sites]
+    names = short_names(sites, sites) if lora.target_modules in (None, ALL_LINEAR) else lora.target_modules
     inputs = {n: v for n, v in train_step.inputs.items() if n not in (LABELS, SEED, EPS, LEARNING_RATE)}
-    public = names or tuple(inputs)
-    assert captured.out_spec is not None
-    fakes = [node.meta["val"] for node in evaluate.output_nodes.values()]
-    labels = loss.label_spec(pytree.tree_unflatten(fakes, captured.out_spec))
-    try:
-        out_spec: str | None = pytree.treespec_dumps(captured.out_spec)
-    except NotImplementedError:
-        out_spec = None
-    limits = _vocabulary(captured)
+    public = [leaf.name for leaf in example.leaves] if example.keywords else list(inputs)
+    assert captured.nesting is not None
+    labels = loss.label_spec(captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()]))
+    limits, dynamic = _vocabulary(captured), captured.dynamic
     return Manifest(
         backend=backend.name,
         versions=installed_versions(),
         inputs=tuple(
-            tensor_spec(name, value, **limits.get(inner, {}))
+            tensor_spec(name, value, dynamic, **limits.get(inner, {}))
             for name, (inner, value) in zip(public, inputs.items(), strict=True)
         ),
-        keywords=names is not None,
+        keywords=example.keywords,
+        fixed={name: repr(value) for name, value in example.fixed.items()},
+        sizes=tuple(dynamic.values()),
         labels=tensor_spec(
             "labels",
             train_step.inputs[LABELS],
+            dynamic,
             low=labels.low,
             high=labels.high,
             also=labels.ignore_index,
             choices=labels.choices,
         ),
-        outputs=tuple(tensor_spec(name, node.meta["val"]) for name, node in evaluate.output_nodes.items()),
-        out_spec=out_spec,
+        outputs=tuple(tensor_spec(name, node.meta["val"], dynamic) for name, node in evaluate.output_nodes.items()),
+        nesting=nesting_to_json(captured.nesting),
         sites=train_step.sites,
-        lora=lora,
+        lora=dataclasses.replace(lora, target_modules=names),
         zo=zo,
         loss=repr(loss),
         first_label=labels.first,

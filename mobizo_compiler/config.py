@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from mobizo_compiler.errors import ConfigError, NotSupportedYetError
 
 MAX_SEED = 2**31 - 1
+ALL_LINEAR = "all-linear"
 
 
 class JsonConfig:
@@ -44,7 +45,7 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(JsonConfig):
-    """Which linear layers get a low-rank adapter, and of what rank. Fields mean what peft's `LoraConfig` means.
+    """Which layers get a low-rank adapter, and of what rank. Fields mean what peft's `LoraConfig` means.
 
     The adapter is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A is drawn once and frozen, only B is trained.
 
@@ -52,7 +53,8 @@ class LoraConfig(JsonConfig):
         r: Rank of the adapters.
         lora_alpha: The branch is scaled by `lora_alpha / r`.
         target_modules: Names matched at the end of a module's path, or one regular expression that must match the
-            whole path.
+            whole path, or "all-linear" for every layer but the output layer. If None, the layers that make the
+            queries and the values of attention, as the graph says, and "all-linear" where there is no attention.
         layers_to_transform: Index or indices of layers to adapt; all layers if None. The index is the number after
             the last `layers`, `h`, `blocks`, ... in the path, as in peft.
         layers_pattern: The name before the index, where it is not a common one.
@@ -69,7 +71,7 @@ class LoraConfig(JsonConfig):
 
     r: int = 8
     lora_alpha: float = 16
-    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: str | None = None
     init_seed: int = 0
@@ -83,7 +85,9 @@ class LoraConfig(JsonConfig):
         ):
             raise ConfigError(f"LoraConfig.lora_alpha is {self.lora_alpha!r}; it must be a number above 0")
         check_int("LoraConfig.init_seed", self.init_seed, 0, MAX_SEED)
-        if isinstance(self.target_modules, str):
+        if self.target_modules is None:
+            pass
+        elif isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
             except re.error as error:
@@ -107,11 +111,12 @@ class LoraConfig(JsonConfig):
     def matches(self, fqn: str) -> bool:
         """Whether the module at path `fqn` is a target (peft, `tuners_utils.check_target_module_exists`).
 
-        >>> LoraConfig(layers_to_transform=(1,)).matches("model.layers.1.self_attn.q_proj")
+        >>> LoraConfig(target_modules=("q_proj",), layers_to_transform=(1,)).matches("model.layers.1.self_attn.q_proj")
         True
-        >>> LoraConfig(layers_to_transform=(1,)).matches("model.layers.0.self_attn.q_proj")
+        >>> LoraConfig(target_modules=("q_proj",), layers_to_transform=(1,)).matches("model.layers.0.self_attn.q_proj")
         False
         """
+        assert self.target_modules is not None and self.target_modules != ALL_LINEAR, "not resolved yet"
         if isinstance(self.target_modules, str):
             if not re.fullmatch(self.target_modules, fqn):
                 return False

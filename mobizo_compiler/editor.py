@@ -24,6 +24,8 @@ from torch.utils import _pytree as pytree
 from mobizo_compiler.errors import PassContractError
 from mobizo_compiler.program import STATE, GraphProgram, flat_call_graph
 
+aten = torch.ops.aten
+
 
 class Editor:
     """A private, editable copy of a program's graph. Passes use this and nothing else to change a program.
@@ -51,7 +53,8 @@ class Editor:
         self.values = {name: self.node(node) for name, node in program.values.items()}
         self.sites = program.sites
         self.lora_a = dict(program.lora_a)
-        self.out_spec = program.out_spec
+        self.nesting = program.nesting
+        self.rows = dict(program.rows)
         self.mode = _fake_mode(self.graph)
 
     # -- looking ---------------------------------------------------------------------------------------------------
@@ -92,10 +95,21 @@ class Editor:
         spec = self._input_specs.get(node.name)
         return None if spec is None else spec.target
 
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether a placeholder stands for a parameter, or for a buffer or constant in place of one."""
+        spec = self._input_specs.get(node.name)
+        return spec is not None and spec.kind is InputKind.PARAMETER
+
     # -- adding ----------------------------------------------------------------------------------------------------
 
     def add_input(
-        self, name: str, shape: Iterable[Any], dtype: torch.dtype, *, before: fx.Node | None = None
+        self,
+        name: str,
+        shape: Iterable[Any],
+        dtype: torch.dtype,
+        *,
+        before: fx.Node | None = None,
+        row_axis: int | None = None,
     ) -> fx.Node:
         """Add a user input, before another one or at the end; a dimension may be a `SymInt` of the program."""
         with self.mode:
@@ -104,6 +118,8 @@ class Editor:
         anchor = before or (placeholders[-1].next if placeholders else next(iter(self.graph.nodes)))
         node = self._placeholder(name, value, anchor)
         self._input_specs[node.name] = InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None)
+        if row_axis is not None:
+            self.rows[node.name] = row_axis
         return node
 
     def add_constant(self, name: str, tensor: Tensor) -> fx.Node:
@@ -125,6 +141,11 @@ class Editor:
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         node.meta["val"] = self._compute(node)
         return node
+
+    def sizes(self, node: fx.Node) -> list[Any]:
+        """The sizes of a tensor as arguments of a call: numbers, and nodes where they are symbolic."""
+        shape = node.meta["val"].shape
+        return [s if isinstance(s, int) else self.call(aten.sym_size.int, node, axis) for axis, s in enumerate(shape)]
 
     def inline(self, function: Callable[..., Any], *args: fx.Node) -> Any:
         """Trace a function of tensors and insert its operators at the insertion point.
@@ -225,7 +246,9 @@ class Editor:
         return GraphProgram(
             exported=exported,
             outputs=tuple(name for name, _ in user),
-            out_spec=self.out_spec,
+            nesting=self.nesting,
+            rows=self.rows,
+            dynamic=self.before.dynamic,
             sites=self.sites,
             lora_a=self.lora_a,
             values={name: node.name for name, node in self.values.items() if node.name in alive},

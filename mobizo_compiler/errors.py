@@ -85,6 +85,24 @@ class LossError(MobizoError):
     code = "MBZ205"
 
 
+class RowMixingError(UnsupportedGraphError):
+    """An operation lets one row of the batch see another, so that lanes would not be independent."""
+
+    code = "MBZ206"
+
+
+class NoAxisRuleError(UnsupportedGraphError):
+    """No rule says how rows go through an operator; see `mobizo_compiler.axes.axis_rule`."""
+
+    code = "MBZ207"
+
+
+class FixedRowsError(UnsupportedGraphError):
+    """A graph that was captured with a fixed number of rows cannot be proved right for another number."""
+
+    code = "MBZ208"
+
+
 class PassOrderError(MobizoError):
     """A list of passes asks for facts that nothing before it provides."""
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE, GraphProgram, source_line
+from mobizo_compiler.program import LABELS, STATE, GraphProgram, source_line
 
 FUNCTIONAL = "functional"
-SYMBOLIC_ROWS = "symbolic-rows"
+ANY_ROWS = "any-rows"
 CANONICAL = "canonical"
 LOSS = "loss"
 SITES = "sites"
@@ -28,10 +28,14 @@ def _functional(program: GraphProgram) -> Iterator[str]:
             yield f"{source_line(node)} changes its input in place"
 
 
-def _symbolic_rows(program: GraphProgram) -> Iterator[str]:
-    for name, value in program.inputs.items():
-        if name not in (SEED, LEARNING_RATE, EPS) and not isinstance(value.shape[0], torch.SymInt):
-            yield f"input {name!r} has a fixed number of rows, {value.shape[0]}"
+def _any_rows(program: GraphProgram) -> Iterator[str]:
+    if not program.rows:
+        yield "no input has rows"
+    for name, axis in program.rows.items():
+        if name not in program.inputs or axis >= program.inputs[name].dim():
+            yield f"input {name!r} is said to have its rows in axis {axis}"
+    if program.fixed_rows is not None and not any(step.startswith("FreeRows") for step in program.history):
+        yield f"the number of rows is fixed to {program.fixed_rows}"
 
 
 def _canonical(program: GraphProgram) -> Iterator[str]:
@@ -93,13 +97,13 @@ def _static(program: GraphProgram) -> Iterator[str]:
         return isinstance(value, torch.SymInt)
 
     for node in program.graph.nodes:
-        if symbolic(node.meta.get("val")):
+        if symbolic(node.meta.get("val")) and not program.dynamic:
             yield f"{source_line(node)} has a symbolic size"
 
 
 CHECKS: dict[str, Callable[[GraphProgram], Iterator[str]]] = {
     FUNCTIONAL: _functional,
-    SYMBOLIC_ROWS: _symbolic_rows,
+    ANY_ROWS: _any_rows,
     CANONICAL: _canonical,
     LOSS: _loss,
     SITES: _sites,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
-from mobizo_compiler.program import Site
+from mobizo_compiler.program import DynamicSize, Nesting, Site
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class TensorSpec:
     Args:
         name: Name of the argument.
         dtype: As in `torch.<dtype>`.
-        shape: Sizes.
+        shape: Sizes; the name of a dynamic size stands for it.
         low: Smallest value allowed, None if any is.
         high: Largest value allowed.
         also: One value outside the range that is allowed too (the label that does not count).
@@ -33,14 +35,20 @@ class TensorSpec:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     low: int | None = None
     high: int | None = None
     also: int | None = None
     choices: tuple[int, ...] | None = None
 
-    def check(self, value: object) -> Tensor:
-        """The value as a contiguous CPU tensor; an `InputError` says what is wrong with it."""
+    def check(self, value: object, sizes: Mapping[str, DynamicSize], found: dict[str, int]) -> Tensor:
+        """The value as a contiguous CPU tensor; an `InputError` says what is wrong with it.
+
+        Args:
+            value: What the user passed.
+            sizes: The dynamic sizes of the program by name.
+            found: What they are in this call; this input's are added.
+        """
         if not isinstance(value, Tensor):
             raise InputError(f"input {self.name!r} is a {type(value).__name__}, not a tensor")
         dtype = str(value.dtype).removeprefix("torch.")
@@ -49,11 +57,7 @@ class TensorSpec:
                 f"input {self.name!r} has dtype {dtype}, the program takes {self.dtype}",
                 hint=f"{self.name}.to(torch.{self.dtype})",
             )
-        if tuple(value.shape) != self.shape:
-            raise InputError(
-                f"input {self.name!r} has shape {list(value.shape)}, the program takes {list(self.shape)}",
-                hint="shapes are fixed when compiling: pad to this shape, or compile with other example_inputs",
-            )
+        self._check_shape(tuple(value.shape), sizes, found)
         if self.low is not None and self.high is not None:
             outside = (value < self.low) | (value > self.high)
             allowed = f"{self.low}..{self.high}"
@@ -70,6 +74,22 @@ class TensorSpec:
                 )
         return value.detach().to("cpu").contiguous()
 
+    def _check_shape(self, shape: tuple[int, ...], sizes: Mapping[str, DynamicSize], found: dict[str, int]) -> None:
+        named = {axis: name for axis, name in enumerate(self.shape) if isinstance(name, str)}
+        fixed = [size for axis, size in enumerate(shape) if axis not in named]
+        if len(shape) != len(self.shape) or fixed != [size for size in self.shape if not isinstance(size, str)]:
+            raise InputError(
+                f"input {self.name!r} has shape {list(shape)}, the program takes [{', '.join(map(str, self.shape))}]",
+                hint="shapes are fixed when compiling: pad to this shape, or compile with other example_inputs or with "
+                "dynamic_shapes",
+            )
+        for axis, name in named.items():
+            size, allowed = shape[axis], sizes[name]
+            if not allowed.low <= size <= allowed.high:
+                raise InputError(f"input {self.name!r} has {name} = {size}, outside {allowed.low}..{allowed.high}")
+            if found.setdefault(name, size) != size:
+                raise InputError(f"input {self.name!r} has {name} = {size}, an input before it has {found[name]}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -81,8 +101,10 @@ class Manifest:
         inputs: The model's inputs.
         keywords: Whether the model's inputs are passed by name.
         labels: The labels of `train_step`.
+        fixed: Inputs that are no tensors, as text: the capture fixed them.
+        sizes: The dynamic sizes.
         outputs: The model's outputs, in flat order.
-        out_spec: How they nest, as PyTorch's pytree JSON; None if that cannot be written down.
+        nesting: How they nest, as JSON; None if that cannot be written down.
         sites: Adapter sites.
         lora: Adapter options.
         zo: Estimator options.
@@ -96,9 +118,11 @@ class Manifest:
     versions: Mapping[str, str]
     inputs: tuple[TensorSpec, ...]
     keywords: bool
+    fixed: Mapping[str, str]
+    sizes: tuple[DynamicSize, ...]
     labels: TensorSpec
     outputs: tuple[TensorSpec, ...]
-    out_spec: str | None
+    nesting: str | None
     sites: tuple[Site, ...]
     lora: LoraConfig
     zo: ZOConfig
@@ -133,10 +157,11 @@ class Manifest:
             )
         try:
             specs: dict[str, Any] = {n: tuple(_spec(item) for item in values.pop(n)) for n in ("inputs", "outputs")}
-            sites = tuple(Site(**item) for item in values.pop("sites"))
+            sites = tuple(Site(**{**item, "kernel": tuple(item["kernel"])}) for item in values.pop("sites"))
+            sizes = tuple(DynamicSize(**item) for item in values.pop("sizes"))
             labels = _spec(values.pop("labels"))
             lora, zo = LoraConfig.from_json(values.pop("lora")), ZOConfig.from_json(values.pop("zo"))
-            return cls(**values, **specs, sites=sites, labels=labels, lora=lora, zo=zo)
+            return cls(**values, **specs, sites=sites, sizes=sizes, labels=labels, lora=lora, zo=zo)
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"the manifest lacks or has unknown fields: {error!r}", where=where) from None
 
@@ -146,10 +171,42 @@ def _spec(item: dict[str, Any]) -> TensorSpec:
     return TensorSpec(**{**item, **tuples})
 
 
-def tensor_spec(name: str, value: Tensor, **limits: Any) -> TensorSpec:
+def nesting_to_json(nesting: Nesting) -> str | None:
+    """How outputs nest, as JSON text; None where a class of its own has no name that can be written down."""
+    try:
+        fixed = {str(position): value for position, value in nesting.fixed.items()}
+        return json.dumps({"spec": pytree.treespec_dumps(nesting.spec), "fixed": fixed})
+    except (NotImplementedError, TypeError):
+        return None
+
+
+def nesting_from_json(text: str) -> Nesting:
+    """Inverse of `nesting_to_json`; raises `NotImplementedError` where a class is unknown here."""
+    values = json.loads(text)
+    fixed = {int(position): value for position, value in values["fixed"].items()}
+    return Nesting(pytree.treespec_loads(values["spec"]), fixed)
+
+
+def tensor_spec(
+    name: str, value: Tensor, dynamic: Mapping[str, DynamicSize] = MappingProxyType({}), **limits: Any
+) -> TensorSpec:
     """The spec of a (fake) tensor.
+
+    Args:
+        name: Name of the argument.
+        value: The tensor.
+        dynamic: Dynamic sizes by symbol.
+        limits: Range of the values; see `TensorSpec`.
 
     >>> tensor_spec("ids", torch.zeros(2, 3))
     TensorSpec(name='ids', dtype='float32', shape=(2, 3), low=None, high=None, also=None, choices=None)
     """
-    return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(int(s) for s in value.shape), **limits)
+
+    def size(value: Any) -> int | str:
+        if isinstance(value, int):
+            return value
+        text = str(value.node.expr)
+        return dynamic[text].name if text in dynamic else text
+
+    shape = tuple(size(s) for s in value.shape)
+    return TensorSpec(name, str(value.dtype).removeprefix("torch."), shape, **limits)

@@ -8,7 +8,7 @@ next one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, fx
@@ -23,15 +23,16 @@ PROJECTED_GRADIENT = "mobizo_projected_gradient"
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One adapted linear layer, and where its B lies in the flat state.
+    """One adapted layer, and where its B lies in the flat state.
 
     Args:
         fqn: Path of the module in the user's model.
         offset: First element of B in the state; B is `state[offset:offset + r * out_features].view(r, out_features)`.
         r: Rank.
-        in_features: Width of the layer's input.
-        out_features: Width of the layer's output.
+        in_features: Width of the layer's input; channels for a convolution.
+        out_features: Width of the layer's output; channels for a convolution.
         scaling: Factor of the branch, `lora_alpha / r`.
+        kernel: Window of a convolution; empty for a linear layer.
     """
 
     fqn: str
@@ -40,11 +41,45 @@ class Site:
     in_features: int
     out_features: int
     scaling: float
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        """Shape of A: [r, in_features], followed by the window of a convolution."""
+        return (self.r, self.in_features, *self.kernel)
 
     @property
     def size(self) -> int:
         """Number of elements of B."""
         return self.r * self.out_features
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicSize:
+    """A size that may differ from call to call, in a range that includes both ends."""
+
+    name: str
+    low: int
+    high: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Nesting:
+    """How the outputs of a model nest: a pytree whose leaves are tensors and values that were fixed by the capture.
+
+    Args:
+        spec: The pytree.
+        fixed: Leaves that are no tensors (numbers, text, None), by their position among all leaves.
+    """
+
+    spec: pytree.TreeSpec
+    fixed: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+
+    def unflatten(self, tensors: Sequence[Any]) -> Any:
+        """The structure with these values in place of its tensors."""
+        given = iter(tensors)
+        leaves = [self.fixed[i] if i in self.fixed else next(given) for i in range(self.spec.num_leaves)]
+        return pytree.tree_unflatten(leaves, self.spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +89,9 @@ class GraphProgram:
     Args:
         exported: The graph: functional ATen, flat tensor inputs, static or with one symbolic number of rows.
         outputs: Names of the user outputs, in order.
-        out_spec: How the model's outputs nest (pytree), for the loss and for `evaluate`.
+        nesting: How the model's outputs nest, for the loss and for `evaluate`.
+        rows: Axis of the rows of each user input that has rows.
+        dynamic: Sizes that stay symbolic to the end, by symbol.
         sites: Adapter sites, in the order of their offsets.
         lora_a: A of every site by module path, float32, [r, in_features], not scaled.
         values: Names for inner nodes that later passes need.
@@ -64,7 +101,9 @@ class GraphProgram:
 
     exported: ExportedProgram
     outputs: tuple[str, ...] = ()
-    out_spec: pytree.TreeSpec | None = None
+    nesting: Nesting | None = None
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    dynamic: Mapping[str, DynamicSize] = dataclasses.field(default_factory=dict)
     sites: tuple[Site, ...] = ()
     lora_a: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     values: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -91,6 +130,17 @@ class GraphProgram:
             for name, arg in zip(self.outputs, self.exported.graph_signature.user_outputs, strict=True)
             if isinstance(arg, str)
         }
+
+    @property
+    def fixed_rows(self) -> int | None:
+        """The number of rows, where it is not symbolic."""
+        inputs = self.inputs
+        size = next((inputs[name].shape[axis] for name, axis in self.rows.items()), None)
+        return size if isinstance(size, int) else None
+
+    def with_facts(self, *facts: str) -> GraphProgram:
+        """The same program, of which more is known."""
+        return dataclasses.replace(self, facts=self.facts | set(facts))
 
     @property
     def state_size(self) -> int:

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import MAX_SEED
 from mobizo_compiler.errors import InputError, LabelError, StateError
-from mobizo_compiler.manifest import TensorSpec
+from mobizo_compiler.example import flat_names
+from mobizo_compiler.manifest import TensorSpec, nesting_from_json
+from mobizo_compiler.program import Nesting
 
-Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 class Session:
@@ -36,14 +37,15 @@ class Session:
             program = load(program)
         self.program = program
         self._runner = program.artifact.runner()
-        self._structure = _output_structure(program.manifest.out_spec)
+        self._nesting = _nesting(program.manifest.nesting)
+        self._sizes = {size.name: size for size in program.manifest.sizes}
 
     def train_step(self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float) -> StepResult:
         """One step: 2q perturbed forwards, their losses, the projected gradient and the update, in one call.
 
         Args:
             inputs: As `example_inputs` of `compile`.
-            labels: int64, the shape of `input_ids`; -100 does not count.
+            labels: As the loss takes them; for a language model int64, the shape of `input_ids`, -100 does not count.
             seed: 0..2^31-1; the step's noise is a function of it alone.
             learning_rate: Finite; 0 measures and leaves the state as it is.
             eps: Size of the perturbation, above 0.
@@ -51,8 +53,9 @@ class Session:
         Raises:
             InputError: An input is missing, unknown, or of the wrong shape, dtype or value. Nothing has run then.
         """
-        arguments = self._flat(inputs)
-        arguments.append(self._labels(labels))
+        sizes: dict[str, int] = {}
+        arguments = self._flat(inputs, sizes)
+        arguments.append(self._labels(labels, sizes))
         arguments += [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
         if not arguments[-1] > 0:
             raise InputError(f"eps is {eps}; it must be above 0")
@@ -61,10 +64,10 @@ class Session:
 
     def evaluate(self, inputs: Inputs) -> Any:
         """What the model returns for these inputs, with the adapter on and nothing perturbed."""
-        outputs = self._runner.call("evaluate", self._flat(inputs))
-        if self._structure is None:
+        outputs = self._runner.call("evaluate", self._flat(inputs, {}))
+        if self._nesting is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
-        return pytree.tree_unflatten(outputs, self._structure)
+        return self._nesting.unflatten(outputs)
 
     def replay(self, seed: int, projected_gradient: Tensor | Sequence[float], learning_rate: float) -> None:
         """Repeat the update of a step from its seed and projected gradient, without a forward pass.
@@ -100,31 +103,34 @@ class Session:
         part = self._runner.state()[site.offset : site.offset + site.size]
         return part.reshape(site.r, site.out_features).clone()
 
-    def _flat(self, inputs: Inputs) -> list[Tensor]:
+    def _flat(self, inputs: Inputs, sizes: dict[str, int]) -> list[Tensor]:
+        """The tensors in flat order, checked; the dynamic sizes of this call go to `sizes`."""
         manifest = self.program.manifest
         specs = manifest.inputs
         if isinstance(inputs, Mapping):
-            values = _by_name(inputs, specs)
+            values = _by_name(inputs, specs, manifest.fixed)
         elif manifest.keywords:
             names = [spec.name for spec in specs]
             raise InputError(f"inputs must be a dict with the keys {names}, not a {type(inputs).__name__}")
         else:
-            values = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+            leaves = flat_names((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+            values = [value for name, value in leaves if not _is_fixed(name, value, manifest.fixed)]
             if len(values) != len(specs):
                 raise InputError(f"the model takes {len(specs)} inputs, {len(values)} were given")
-        return [spec.check(value) for spec, value in zip(specs, values, strict=True)]
+        return [spec.check(value, self._sizes, sizes) for spec, value in zip(specs, values, strict=True)]
 
-    def _labels(self, labels: Tensor) -> Tensor:
+    def _labels(self, labels: Tensor, sizes: dict[str, int]) -> Tensor:
         manifest = self.program.manifest
-        checked = manifest.labels.check(labels)
+        checked = manifest.labels.check(labels, self._sizes, sizes)
         ignored = manifest.labels.also
         if ignored is None:
             return checked
-        counts = (checked[:, manifest.first_label :] != ignored).sum(dim=1)
+        counts = (checked.reshape(checked.shape[0], -1)[:, manifest.first_label :] != ignored).sum(dim=1)
         if not bool(counts.any()):
             raise LabelError(
-                f"no token is labelled: all labels that count are {ignored}",
-                hint="set labels to the token ids that the model should predict; the first token of a row never counts",
+                f"nothing is labelled: all labels that count are {ignored}",
+                hint="set labels to what the model should predict"
+                + ("; the first token of a row never counts" if manifest.first_label else ""),
             )
         most = manifest.max_labels
         if most is not None and int(counts.max()) > most:
@@ -136,14 +142,27 @@ class Session:
         return checked
 
 
-def _by_name(inputs: Mapping[str, Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:
+def _by_name(inputs: Mapping[str, Any], specs: Sequence[TensorSpec], fixed: Mapping[str, str]) -> list[Any]:
+    given = {name: value for name, value in flat_names(inputs) if not _is_fixed(name, value, fixed)}
     names = [spec.name for spec in specs]
-    missing = [name for name in names if name not in inputs]
-    unknown = [name for name in inputs if name not in names]
+    missing = [name for name in names if name not in given]
+    unknown = [name for name in given if name not in names]
     if missing or unknown:
         problem = f"input {missing[0]!r} is missing" if missing else f"there is no input {unknown[0]!r}"
         raise InputError(f"{problem}; the program takes {names}")
-    return [inputs[name] for name in names]
+    return [given[name] for name in names]
+
+
+def _is_fixed(name: str, value: object, fixed: Mapping[str, str]) -> bool:
+    """Whether this is an input that the capture fixed; then it may be left out, but not differ."""
+    if name not in fixed or isinstance(value, Tensor):
+        return False
+    if repr(value) != fixed[name]:
+        raise InputError(
+            f"input {name!r} is {value!r}; the program was compiled with {fixed[name]}",
+            hint="values that are no tensors are fixed when compiling",
+        )
+    return True
 
 
 def _seed(seed: int) -> Tensor:
@@ -158,23 +177,17 @@ def _number(name: str, value: float) -> Tensor:
     return torch.tensor([value], dtype=torch.float32)
 
 
-def _output_structure(out_spec: str | None) -> pytree.TreeSpec | None:
+def _nesting(text: str | None) -> Nesting | None:
     """The nesting of the outputs; None (a tensor or a tuple) where its classes cannot be had on this machine."""
-    if out_spec is None:
+    if text is None:
         return None
     try:
-        return pytree.treespec_loads(out_spec)
+        return nesting_from_json(text)
     except NotImplementedError:
-        return _with_transformers(out_spec)
-
-
-def _with_transformers(out_spec: str) -> pytree.TreeSpec | None:
-    """Output classes of transformers register themselves when their module is imported."""
+        pass
     try:
-        import transformers.modeling_outputs  # noqa: F401
-    except ImportError:
-        return None
-    try:
-        return pytree.treespec_loads(out_spec)
-    except NotImplementedError:
+        import transformers.modeling_outputs  # noqa: F401  (its output classes register themselves)
+
+        return nesting_from_json(text)
+    except (ImportError, NotImplementedError):
         return None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.backends.contract import Runner
@@ -39,7 +38,7 @@ def check_program(program: Program, loss: Loss, example_inputs: Sequence[Tensor]
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn(program.parameters, generator=generator) * STATE_SCALE
     inputs = [value.contiguous() for value in example_inputs]
-    labels = _random_labels(program.manifest, generator)
+    labels = random_labels(program.manifest, inputs, generator)
     scalars = torch.tensor([SEED], dtype=torch.int32), torch.tensor([LEARNING_RATE]), torch.tensor([EPS])
     step = _ordered(program, inputs, labels, *scalars)
 
@@ -75,9 +74,9 @@ def check_program(program: Program, loss: Loss, example_inputs: Sequence[Tensor]
 def _check_lane(
     program: Program, loss: Loss, outputs: list[Tensor], labels: Tensor, among_others: float, size: float
 ) -> None:
-    spec = program.methods["evaluate"].out_spec
-    assert spec is not None
-    row_loss, row_weight = loss(pytree.tree_unflatten(outputs, spec), labels)
+    nesting = program.methods["evaluate"].nesting
+    assert nesting is not None
+    row_loss, row_weight = loss(nesting.unflatten(outputs), labels)
     alone = float(row_loss.sum() / row_weight.sum())
     if not abs(alone - among_others) <= LANE_TOLERANCE * size:
         raise UnsupportedGraphError(
@@ -86,12 +85,18 @@ def _check_lane(
         )
 
 
-def _random_labels(manifest: Manifest, generator: torch.Generator) -> Tensor:
-    """Labels anywhere in their range, as many of a row as may count."""
+def random_labels(manifest: Manifest, inputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Labels for these inputs, anywhere in their range, as many of a row as may count."""
     spec = manifest.labels
+    known: dict[str, int] = {}
+    for value, size in zip(inputs, manifest.inputs, strict=True):
+        known |= {name: n for name, n in zip(size.shape, value.shape, strict=True) if isinstance(name, str)}
+    shape = tuple(known[size] if isinstance(size, str) else size for size in spec.shape)
+    dtype = getattr(torch, spec.dtype)
     if spec.low is None or spec.high is None:
-        return torch.randn(spec.shape, generator=generator).to(getattr(torch, spec.dtype))
-    labels = torch.randint(spec.low, spec.high + 1, spec.shape, generator=generator)
+        normal = torch.randn(shape, generator=generator)
+        return normal.to(dtype) if dtype.is_floating_point else (normal > 0).to(dtype)
+    labels = torch.randint(spec.low, spec.high + 1, shape, generator=generator)
     if spec.choices is not None:
         labels = torch.tensor(spec.choices)[labels % len(spec.choices)]
     if manifest.max_labels is not None and spec.also is not None:

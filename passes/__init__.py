@@ -5,6 +5,7 @@ from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.passes.capture import capture, empty_program
 from mobizo_compiler.passes.difference_losses import DifferenceLosses
 from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
+from mobizo_compiler.passes.free_rows import FreeRows
 from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
 from mobizo_compiler.passes.perturb import Perturb
 from mobizo_compiler.passes.replay import Replay
@@ -17,6 +18,7 @@ __all__ = [
     "Canonicalize",
     "DifferenceLosses",
     "DuplicateLanes",
+    "FreeRows",
     "InsertMPLoRA",
     "Perturb",
     "Replay",

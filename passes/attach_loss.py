@@ -14,12 +14,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
 from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
-from mobizo_compiler.errors import LossError
+from mobizo_compiler.errors import LossError, MobizoError
 from mobizo_compiler.losses import Loss
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import LABELS
@@ -30,26 +29,45 @@ class AttachLoss(Pass):
     """Trace `loss` on the model's outputs."""
 
     loss: Loss
-    needs = frozenset({facts.FUNCTIONAL, facts.SYMBOLIC_ROWS})
+    needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.LOSS})
+    breaks = frozenset({facts.CANONICAL})
 
     def rewrite(self, edit: Editor) -> None:
         """Raise `LossError` if the loss does not fit the outputs."""
-        leaves, spec = list(edit.outputs.values()), edit.out_spec
-        assert spec is not None
-        outputs = pytree.tree_unflatten([leaf.meta["val"] for leaf in leaves], spec)
-        wanted = self.loss.label_spec(outputs)
-        labels = edit.add_input(LABELS, wanted.shape, wanted.dtype)
+        leaves, nesting = list(edit.outputs.values()), edit.nesting
+        assert nesting is not None
+        name, axis = next(iter(edit.rows.items()))
+        rows = edit.inputs[name].meta["val"].shape[axis]
+        wanted = self.loss.label_spec(nesting.unflatten([leaf.meta["val"] for leaf in leaves]))
+        if wanted.shape[0] is not None and str(wanted.shape[0]) != str(rows):
+            raise LossError(
+                f"{self.loss!r} takes labels of shape {tuple(map(str, wanted.shape))} for these outputs; "
+                f"the first axis must be the {rows} rows",
+                hint="the outputs have their rows elsewhere: pass a function of outputs and labels as the loss",
+            )
+        labels = edit.add_input(LABELS, (rows, *wanted.shape[1:]), wanted.dtype, row_axis=0)
 
         def row_losses(labels: Tensor, *leaves: Tensor) -> Any:
-            return self.loss(pytree.tree_unflatten(list(leaves), spec), labels)
+            return self.loss(nesting.unflatten(leaves), labels)
 
         with edit.graph.inserting_before(edit.graph.output_node()):
-            row_loss, row_weight = edit.inline(row_losses, labels, *leaves)
-        rows = labels.meta["val"].shape[0]
+            row_loss, row_weight = self._traced(edit, row_losses, labels, *leaves)
         for name, node in (("loss", row_loss), ("weight", row_weight)):
             if tuple(map(str, node.meta["val"].shape)) != (str(rows),):
                 raise LossError(
                     f"the {name} that {self.loss!r} returns has shape {tuple(node.meta['val'].shape)}, not [rows]"
                 )
         edit.set_outputs({"row_loss": row_loss, "row_weight": row_weight})
+
+    def _traced(self, edit: Editor, function: Any, *nodes: fx.Node) -> Any:
+        try:
+            return edit.inline(function, *nodes)
+        except MobizoError:
+            raise
+        except Exception as error:
+            raise LossError(
+                f"{self.loss!r} cannot be traced on the model's outputs: {error}",
+                hint="a loss is made of tensor operations on outputs and labels; for rewards that are not, score lanes "
+                "with learning rate 0 or `Session.lane`, and pass what the host computes to `Session.replay`",
+            ) from error

@@ -1,59 +1,63 @@
-"""Capture a model as a functional graph in which the number of rows is a symbol.
+"""Capture a model as a functional graph; where it can be, with a symbolic number of rows.
 
-Given:  an `nn.Module` in eval mode and example inputs (rows first), or an `ExportedProgram` with a symbolic batch
+Given:  an `nn.Module` in eval mode or an `ExportedProgram`, and example inputs
 Result: input %ids: i64[rows, 5]
           %embedding = embedding(%p_weight, %ids) : f32[rows, 5, 12]
 Numbers: exact.
 
-The symbol is what later passes reason with: it says which axis of every value carries rows. This is the front of the
-pipeline and so a function, not a `Pass`: there is no program before it.
+A model whose code fixes the number of rows can be captured with the rows of the example; `free_rows.py` then makes
+the graph right for any number. Operators that the axis analysis has no rule for are decomposed as far as torch can.
+This is the front of the pipeline and so a function, not a `Pass`: there is no program before it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
+from torch.export.graph_signature import ConstantArgument, ExportGraphSignature
 
 from mobizo_compiler import facts
+from mobizo_compiler.axes import has_rule
 from mobizo_compiler.errors import CaptureError, ExampleInputError, UnsupportedGraphError
-from mobizo_compiler.program import GraphProgram, flat_call_graph
+from mobizo_compiler.example import Example, Leaf, doubled
+from mobizo_compiler.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
 
-ExampleInputs = Sequence[Tensor] | Mapping[str, Tensor]
 MAX_ROWS = 1 << 20
 
 
-def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs) -> GraphProgram:
-    """Capture `model` with a symbolic number of rows.
+def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: bool = True) -> GraphProgram:
+    """Capture `model` with a symbolic number of rows, or with the rows of the example.
 
     Args:
-        model: A module in eval mode, or a program that was exported with a dynamic batch.
-        example_inputs: A tuple of tensors, or a dict for keyword arguments; axis 0 of every tensor is rows.
+        model: A module in eval mode, or an exported program.
+        example: Its inputs; see `bind_example`.
+        symbolic: Whether the number of rows of a module is a symbol.
 
     Raises:
-        ExampleInputError: The inputs are not tensors with one common number of rows.
-        CaptureError: The model cannot be exported, or not with a symbolic number of rows.
+        ExampleInputError: An exported program takes other inputs.
+        CaptureError: The model cannot be exported.
         UnsupportedGraphError: The graph has inputs or outputs that are not tensors, or weights that change.
     """
-    _, tensors = flat_inputs(example_inputs)
     if isinstance(model, ExportedProgram):
         exported = _functional(model)
     elif isinstance(model, nn.Module):
-        exported = _export(model, example_inputs, tensors)
+        exported = _functional(_export(model, example, symbolic))
     else:
         raise CaptureError(
             f"cannot compile a {type(model).__name__}", hint="pass an nn.Module or a torch.export.ExportedProgram"
         )
-    _check(exported, tensors)
-    signature = exported.graph_signature
-    spec = exported.call_spec.out_spec
-    assert spec is not None
+    old = exported.graph_signature
+    if old.buffers_to_mutate or old.user_inputs_to_mutate:
+        changed = [*old.buffers_to_mutate.values(), *old.user_inputs_to_mutate.values()]
+        raise UnsupportedGraphError(f"the model changes {changed} when it runs", hint="compile a model without state")
+    signature, nesting = _only_tensors(exported)
+    leaves = _leaves(exported, signature, example)
     flat = ExportedProgram(
         root=nn.Module(),
         graph=exported.graph,
@@ -65,57 +69,20 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs) -
         verifiers=exported.verifiers,
     )
     outputs = tuple(f"output_{position}" for position in range(len(signature.user_outputs)))
-    found = frozenset({facts.FUNCTIONAL, facts.SYMBOLIC_ROWS})
-    program = GraphProgram(flat, outputs=outputs, out_spec=spec, facts=found, history=("capture()",))
+    program = GraphProgram(
+        flat,
+        outputs=outputs,
+        nesting=nesting,
+        rows={name: leaf.row_axis for name, leaf in leaves.items() if leaf.row_axis is not None},
+        dynamic=_dynamic(exported, leaves),
+        facts=frozenset({facts.FUNCTIONAL}),
+        history=("capture()",),
+    )
+    if program.fixed_rows is None:
+        program = program.with_facts(facts.ANY_ROWS)
     if problems := facts.broken(program):
         raise CaptureError("the captured graph cannot be used:\n  - " + "\n  - ".join(problems))
     return program
-
-
-def in_program_order(model: nn.Module | ExportedProgram, example_inputs: ExampleInputs) -> ExampleInputs:
-    """Keyword inputs of an `ExportedProgram` in the order in which it takes them; others as they are.
-
-    Raises:
-        ExampleInputError: The program takes other keywords, or takes its inputs by position.
-    """
-    spec = model.call_spec.in_spec if isinstance(model, ExportedProgram) else None
-    if spec is None:
-        return example_inputs
-    by_position, keywords = spec.child(0).num_leaves, tuple(spec.child(1).context or ())
-    given = tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
-    if sorted(given) != sorted(keywords) or bool(by_position) == isinstance(example_inputs, Mapping):
-        taken = f"the keywords {list(keywords)}" if keywords else f"{by_position} inputs by position"
-        raise ExampleInputError(f"the program was exported to take {taken}; example_inputs must be like that")
-    return {name: example_inputs[name] for name in keywords} if isinstance(example_inputs, Mapping) else example_inputs
-
-
-def flat_inputs(example_inputs: ExampleInputs) -> tuple[tuple[str, ...] | None, list[Tensor]]:
-    """Names (None for positional inputs) and tensors of example inputs, checked."""
-    if isinstance(example_inputs, Mapping):
-        names, tensors = tuple(example_inputs), list(example_inputs.values())
-    elif isinstance(example_inputs, (tuple, list)):
-        names, tensors = None, list(example_inputs)
-    else:
-        raise ExampleInputError(
-            f"example_inputs must be a tuple of tensors or a dict, not {type(example_inputs).__name__}"
-        )
-    if not tensors:
-        raise ExampleInputError("example_inputs are empty")
-    for position, tensor in enumerate(tensors):
-        label = repr(names[position]) if names else f"#{position}"
-        if not isinstance(tensor, Tensor):
-            raise ExampleInputError(
-                f"input {label} is a {type(tensor).__name__}, not a tensor",
-                hint="bind options that are not tensors with a small wrapper module, and leave out None",
-            )
-        if tensor.dim() == 0 or tensor.shape[0] == 0:
-            raise ExampleInputError(f"input {label} has no rows: its shape is {tuple(tensor.shape)}")
-        if tensor.shape[0] != tensors[0].shape[0]:
-            raise ExampleInputError(
-                f"input {label} has {tensor.shape[0]} rows, the first input has {tensors[0].shape[0]}",
-                hint="axis 0 of every input is the row axis; bind inputs without rows with a wrapper module",
-            )
-    return names, tensors
 
 
 def empty_program() -> GraphProgram:
@@ -138,30 +105,43 @@ def _empty_graph() -> fx.Graph:
     return graph
 
 
-def _export(model: nn.Module, example_inputs: ExampleInputs, tensors: list[Tensor]) -> ExportedProgram:
+def _export(model: nn.Module, example: Example, symbolic: bool) -> ExportedProgram:
     if model.training:
         raise CaptureError("the model is in training mode", hint="call model.eval() first: dropout must be off")
-    rows = Dim("rows", min=2, max=MAX_ROWS)
-    # One row would be taken for a constant (torch.export specialises sizes 0 and 1), so it is shown twice.
-    doubled = [torch.cat([t, t]) if t.shape[0] == 1 else t for t in tensors]
-    args: tuple[Tensor, ...] = ()
-    kwargs: dict[str, Tensor] = {}
-    shapes: Any = [{0: rows} for _ in doubled]
-    if isinstance(example_inputs, Mapping):
-        kwargs = dict(zip(example_inputs, doubled, strict=True))
-        shapes = dict(zip(example_inputs, shapes, strict=True))
-    else:
-        args = tuple(doubled)
-        shapes = _by_argument(model, tuple(shapes))
+    rows = (example.rows_dim or Dim("mobizo_rows", min=2, max=MAX_ROWS)) if symbolic else None
     try:
-        with torch.no_grad(), _without_cache(model):
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        return _export_once(model, example, rows)
     except Exception as error:
+        how = " with a symbolic number of rows" if symbolic else ""
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__} with a symbolic number of rows: {error}",
-            hint="check that the model runs on the example inputs, and that its code does not depend on the batch size",
+            f"torch.export cannot capture {type(model).__name__}{how}: {error}",
+            hint="check that the model runs on the example inputs; what torch.export needs of a model is written at "
+            "https://docs.pytorch.org/docs/stable/export.html",
         ) from error
-    return _functional(exported)
+
+
+def _export_once(model: nn.Module, example: Example, rows: Any) -> ExportedProgram:
+    def sizes(leaf: Leaf) -> dict[int, Any]:
+        return dict(leaf.dims) if leaf.row_axis is None else {**leaf.dims, leaf.row_axis: rows}
+
+    given = example.mapped(doubled) if rows is not None else example.inputs
+    shapes = None if rows is None else _shapes(example.mapped(sizes), example.inputs)
+    args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
+    if isinstance(shapes, tuple):
+        shapes = _by_argument(model, shapes)
+    with torch.no_grad(), _without_cache(model):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+
+
+def _shapes(shapes: Any, inputs: Any) -> Any:
+    """The structure of the inputs with the dynamic sizes of tensors, and None for other values."""
+    if isinstance(inputs, Tensor):
+        return shapes
+    if isinstance(inputs, Mapping):
+        return {name: _shapes(shapes[name], value) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_shapes(s, value) for s, value in zip(shapes, inputs, strict=True))
+    return None
 
 
 def _by_argument(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -195,33 +175,83 @@ def _frozen(tensor: Tensor) -> Tensor:
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
-    """Without in-place operators, composite operators kept whole."""
+    """Without in-place operators; composite operators are kept whole where the axis analysis knows them."""
     with torch.no_grad():
         functional: ExportedProgram = exported.run_decompositions({})
-    return functional
+        table = torch.export.default_decompositions()
+        done: set[Any] = set()
+        while True:
+            calls = [node for node in functional.graph.nodes if node.op == "call_function" and not has_rule(node)]
+            wanted = {node.target for node in calls if node.target in table} - done
+            if not wanted:
+                return functional
+            done |= wanted
+            functional = functional.run_decompositions({target: table[target] for target in wanted})
 
 
-def _check(exported: ExportedProgram, tensors: list[Tensor]) -> None:
-    signature = exported.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-        raise UnsupportedGraphError(f"the model changes {changed} when it runs", hint="compile a model without state")
-    if any(not isinstance(name, str) for name in (*signature.user_inputs, *signature.user_outputs)):
-        raise UnsupportedGraphError("the model takes or returns values that are not tensors")
+def _only_tensors(exported: ExportedProgram) -> tuple[ExportGraphSignature, Nesting]:
+    """Take inputs and outputs that are no tensors out of the graph: the capture fixed their values."""
+    signature, graph = exported.graph_signature, exported.graph
+    spec = exported.call_spec.out_spec
+    assert spec is not None
+    constants = {s.arg.name for s in signature.input_specs if isinstance(s.arg, ConstantArgument)}
+    for node in [node for node in graph.nodes if node.op == "placeholder" and node.name in constants]:
+        graph.erase_node(node)
+    inputs = [s for s in signature.input_specs if s.arg.name not in constants]
+    fixed = {
+        position: s.arg.value
+        for position, s in enumerate(signature.output_specs)
+        if isinstance(s.arg, ConstantArgument)
+    }
+    output = graph.output_node()
+    results = [value for position, value in enumerate(output.args[0]) if position not in fixed]
+    output.args = (tuple(results),)
+    values = [node.meta["val"] for node in results] + [
+        node.meta.get("val") for node in graph.nodes if node.op == "placeholder" and node.name in signature.user_inputs
+    ]
+    if not all(isinstance(value, Tensor) for value in values):
+        raise UnsupportedGraphError("the model takes or returns sizes that are not tensors")
+    outputs = [s for position, s in enumerate(signature.output_specs) if position not in fixed]
+    return ExportGraphSignature(inputs, outputs), Nesting(spec, fixed)
+
+
+def _leaves(exported: ExportedProgram, signature: ExportGraphSignature, example: Example) -> dict[str, Leaf]:
+    """The example tensor of every user input, checked against what the program takes."""
     placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
-    inputs = [placeholders[str(name)] for name in signature.user_inputs]
-    if len(inputs) != len(tensors):
-        raise ExampleInputError(f"the program takes {len(inputs)} tensors, example_inputs have {len(tensors)}")
-    for node, tensor in zip(inputs, tensors, strict=True):
-        value = node.meta["val"]
-        if not isinstance(value.shape[0], torch.SymInt):
-            raise CaptureError(
-                f"input {node.name!r} was captured with a fixed number of rows, {value.shape[0]}",
-                hint="export with a dynamic batch: dynamic_shapes={...: {0: torch.export.Dim('rows', min=2)}}",
-            )
-        fixed = [(a, b) for a, b in zip(value.shape[1:], tensor.shape[1:], strict=False) if isinstance(a, int)]
-        if value.dim() != tensor.dim() or value.dtype != tensor.dtype or any(a != b for a, b in fixed):
+    names = [str(name) for name in signature.user_inputs]
+    if len(names) != len(example.leaves):
+        raise ExampleInputError(f"the program takes {len(names)} tensors, example_inputs have {len(example.leaves)}")
+    leaves = dict(zip(names, example.leaves, strict=True))
+    for name, leaf in leaves.items():
+        value = placeholders[name].meta["val"]
+        fixed = [(a, b) for a, b in zip(value.shape, leaf.tensor.shape, strict=False) if isinstance(a, int)]
+        if value.dim() != leaf.tensor.dim() or value.dtype != leaf.tensor.dtype or any(a != b for a, b in fixed):
             raise ExampleInputError(
-                f"example input for {node.name!r} is {tensor.dtype}{list(tensor.shape)}, "
+                f"example input for {name!r} is {leaf.tensor.dtype}{list(leaf.tensor.shape)}, "
                 f"the program was exported for {value.dtype}{list(value.shape)}"
             )
+    symbolic = {
+        name: isinstance(placeholders[name].meta["val"].shape[leaf.row_axis], torch.SymInt)
+        for name, leaf in leaves.items()
+        if leaf.row_axis is not None
+    }
+    if len(set(symbolic.values())) > 1:
+        raise UnsupportedGraphError(
+            f"the number of rows is symbolic in some inputs and fixed in others: {symbolic}",
+            hint="export with one Dim for the row axis of all inputs",
+        )
+    return leaves
+
+
+def _dynamic(exported: ExportedProgram, leaves: Mapping[str, Leaf]) -> dict[str, DynamicSize]:
+    """What stands behind the symbols of the sizes that the user declared dynamic."""
+    placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    found = {}
+    for name, leaf in leaves.items():
+        for axis, dim in leaf.dims.items():
+            size = placeholders[name].meta["val"].shape[axis]
+            if not isinstance(size, torch.SymInt):
+                raise CaptureError(f"the model fixes axis {axis} of input {name!r} to {size}; it cannot be dynamic")
+            low = 1 if axis == leaf.row_axis else max(1, dim.min)
+            found[str(size.node.expr)] = DynamicSize(dim.__name__, low, int(dim.max))
+    return found

@@ -1,4 +1,4 @@
-"""Repeat the rows of every input once per lane, and let every lane have its own copy of B (MobiZO, section 3.2).
+"""Repeat the rows of the inputs once per lane, and let every lane have its own copy of B (MobiZO, section 3.2).
 
 Given:    input %ids: i64[rows, 5]        %lanes = view(%state, [1, P])
 Result:   input %ids: i64[rows, 5]        %repeat = repeat(%ids, [G, 1]) : i64[G*rows, 5]
@@ -27,16 +27,16 @@ class DuplicateLanes(Pass):
     """Repeat the rows `lanes` times."""
 
     lanes: int
-    needs = frozenset({facts.SYMBOLIC_ROWS, facts.SITES})
+    needs = frozenset({facts.ANY_ROWS, facts.SITES})
     gives = frozenset({facts.LANES})
 
     def rewrite(self, edit: Editor) -> None:
         """Insert the repeats at the inputs and recompute all shapes."""
-        inputs = list(edit.inputs.values())
         first_call = next(node for node in edit.graph.nodes if node.op != "placeholder")
         with edit.graph.inserting_before(first_call):
-            for node in inputs:
-                sizes = [self.lanes] + [1] * (node.meta["val"].dim() - 1)
+            for name, axis in edit.rows.items():
+                node = edit.inputs[name]
+                sizes = [self.lanes if a == axis else 1 for a in range(node.meta["val"].dim())]
                 repeated = edit.call(aten.repeat.default, node, sizes)
                 edit.replace(node, repeated, keep=repeated)
         single = edit.values["lanes"]

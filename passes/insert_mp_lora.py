@@ -1,4 +1,4 @@
-"""Add an adapter branch to every targeted linear layer (MP-LoRA on LoRA-FA; MobiZO, section 3.3).
+"""Add an adapter branch to every targeted layer (MP-LoRA on LoRA-FA; MobiZO, section 3.3).
 
 Given:    %y = linear(%x, %p_w)                                                : f32[rows, 5, 20]
 Result:   tensor %b_mobizo_lora_b: f32[P]
@@ -12,6 +12,10 @@ Numbers: exact while B is zero, which it is at the start.
 `lanes` holds one copy of B per lane, here a single one. The number of lanes is read from its shape, so a later pass
 multiplies lanes by replacing this one value. A is frozen and shared by all lanes; `lora_alpha / r` is folded into it.
 All B lie in one flat buffer, so noise and update are one operation each however many sites there are.
+
+Where the rows are not the outermost axis, or are flattened together with others, the axis analysis says how lanes are
+brought to the front for the product with B, and back. A convolution gets a convolution to r channels as A, and B as a
+1x1 convolution on top.
 """
 
 from __future__ import annotations
@@ -24,120 +28,158 @@ import torch
 from torch import Tensor, fx
 
 from mobizo_compiler import facts
+from mobizo_compiler.axes import Layout, row_axes
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import NoMatchingTargetError, UnsupportedGraphError
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Site, operand, source_line
+from mobizo_compiler.program import Site, source_line
+from mobizo_compiler.targets import Target, find_targets
 
 aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
 class InsertMPLoRA(Pass):
-    """Adapt the linear layers that `lora` selects."""
+    """Adapt the layers that `lora` selects, or those of `sites`.
+
+    Args:
+        lora: Which layers, and how.
+        sites: Sites of another method of the program. With them there is one lane, and rows may meet.
+    """
 
     lora: LoraConfig
-    needs = frozenset({facts.FUNCTIONAL, facts.SYMBOLIC_ROWS})
+    sites: tuple[Site, ...] = ()
+    needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.SITES})
 
     def rewrite(self, edit: Editor) -> None:
-        """Raise `NoMatchingTargetError` or `UnsupportedGraphError`."""
-        calls = self._targets(edit)
-        edit.sites = self._layout(edit, calls)
+        """Raise `NoMatchingTargetError`, or `UnsupportedGraphError` where rows meet or a layer cannot be adapted."""
+        every = find_targets(edit)
+        if self.sites:
+            calls = {site.fqn: every.get(site.fqn, []) for site in self.sites}
+            edit.sites = self.sites
+        else:
+            calls = self._targets(every)
+            edit.sites = self._layout(calls)
         edit.lora_a = initial_lora_a(edit.sites, self.lora.init_seed)
-        rows = next(iter(edit.inputs.values())).meta["val"].shape[0]
+        layouts = None if self.sites else row_axes(edit.graph, edit.rows, edit.before.fixed_rows)
         parameters = sum(site.size for site in edit.sites)
         state = edit.add_state(parameters)
         scaled = [
             edit.add_constant(f"mobizo_lora_a_{index}", edit.lora_a[site.fqn] * site.scaling)
             for index, site in enumerate(edit.sites)
         ]
-        with edit.graph.inserting_before(min(n for nodes in calls.values() for n in nodes)):
+        with edit.graph.inserting_before(min(t.call for targets in calls.values() for t in targets)):
             lanes = edit.call(aten.reshape.default, state, [1, parameters])
             count = edit.call(aten.sym_size.int, lanes, 0)
         edit.values["lanes"] = lanes
         for site, lora_a in zip(edit.sites, scaled, strict=True):
-            for linear in calls[site.fqn]:
-                _check_rows(linear, rows)
-                _branch(edit, linear, lora_a, lanes, count, site)
+            for target in calls[site.fqn]:
+                layout = layouts.layout(target.call) if layouts else Layout(0)
+                if layout is None:
+                    raise UnsupportedGraphError(
+                        f"layer {site.fqn} works on a value that has no rows, so that lanes cannot differ there",
+                        where=source_line(target.call),
+                        hint="leave this layer out of target_modules",
+                    )
+                _branch(edit, target, lora_a, _Lanes(lanes, count, layout, site))
 
-    def _targets(self, edit: Editor) -> dict[str, list[fx.Node]]:
-        """Calls of targeted linear layers by module path, in order of first call."""
-        every: dict[str, list[fx.Node]] = {}
-        for node in edit.calls(aten.linear.default):
-            path = edit.tensor_name(operand(node, 1))
-            if path is not None:
-                every.setdefault(_module_path(node, path), []).append(node)
-        found = {fqn: nodes for fqn, nodes in every.items() if self.lora.matches(fqn)}
+    def _targets(self, every: dict[str, list[Target]]) -> dict[str, list[Target]]:
+        """Calls of targeted layers by path, in order of first call."""
+        found = {fqn: targets for fqn, targets in every.items() if self.lora.matches(fqn)}
         if not found:
             names = sorted({fqn.rpartition(".")[2] for fqn in every})
             layers = "" if self.lora.layers_to_transform is None else f" in layers {self.lora.layers_to_transform}"
             raise NoMatchingTargetError(
-                f"no linear layer matches target_modules={self.lora.target_modules!r}{layers}",
-                hint=f"the linear layers of this model are named {', '.join(names) or '(there is none)'}; "
+                f"no linear layer or convolution matches target_modules={self.lora.target_modules!r}{layers}",
+                hint=f"the layers of this model that can be adapted are named {', '.join(names) or '(there is none)'}; "
                 f"a whole path is for example {next(iter(every), '-')!r}",
             )
         return found
 
-    def _layout(self, edit: Editor, calls: dict[str, list[fx.Node]]) -> tuple[Site, ...]:
+    def _layout(self, calls: dict[str, list[Target]]) -> tuple[Site, ...]:
         sites, offset = [], 0
-        for fqn, nodes in calls.items():
-            weight = operand(nodes[0], 1).meta["val"]
-            if weight.dtype != torch.float32:
-                raise UnsupportedGraphError(
-                    f"layer {fqn} has {weight.dtype} weights; adapters need float32",
-                    where=source_line(nodes[0]),
-                    hint="call model.float() first",
-                )
-            out_features, in_features = weight.shape
-            sites.append(Site(fqn, offset, self.lora.r, in_features, out_features, self.lora.scaling))
+        for fqn, targets in calls.items():
+            first = targets[0]
+            for target in targets:
+                dtype = target.call.meta["val"].dtype
+                if dtype != torch.float32:
+                    raise UnsupportedGraphError(
+                        f"layer {fqn} computes in {dtype}; adapters need float32",
+                        where=source_line(target.call),
+                        hint="call model.float() first",
+                    )
+                if (target.in_features, target.out_features) != (first.in_features, first.out_features):
+                    raise UnsupportedGraphError(
+                        f"parameter {fqn} is used in two orientations", where=source_line(target.call)
+                    )
+            sites.append(
+                Site(fqn, offset, self.lora.r, first.in_features, first.out_features, self.lora.scaling, first.kernel)
+            )
             offset += sites[-1].size
         return tuple(sites)
 
 
 def initial_lora_a(sites: tuple[Site, ...], seed: int) -> dict[str, Tensor]:
-    """A of every site, float32 [r, in_features], Kaiming-uniform with a = sqrt 5, from one CPU generator."""
+    """A of every site, float32 [r, in_features, *kernel], Kaiming-uniform with a = sqrt 5, from one CPU generator."""
     generator = torch.Generator().manual_seed(seed)
     matrices = {}
     for site in sites:
-        matrix = torch.empty(site.r, site.in_features)
+        matrix = torch.empty(site.a_shape)
         matrices[site.fqn] = torch.nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
     return matrices
 
 
-def _module_path(node: fx.Node, weight: str) -> str:
-    """Path of the module that calls: where weights are tied, the weight's own path may name another module."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if stack:
-        fqn = str(list(stack.values())[-1][0])
-        if fqn and "Linear" in str(list(stack.values())[-1][1]):
-            return fqn.removeprefix("L['self'].")
-    return weight.rpartition(".")[0]
+@dataclasses.dataclass(frozen=True)
+class _Lanes:
+    """The lanes' copies of B, their number, and where the rows of a layer's result are."""
+
+    lanes: fx.Node
+    count: fx.Node
+    layout: Layout
+    site: Site
 
 
-def _check_rows(linear: fx.Node, rows: Any) -> None:
-    """Lanes are told apart by the outermost axis, so it must carry the rows, and no other axis may."""
-    shape = operand(linear).meta["val"].shape
-    symbols = rows.node.expr.free_symbols
-    ratio = shape[0].node.expr / rows.node.expr if isinstance(shape[0], torch.SymInt) else None
-    others = [s for s in shape[1:] if isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols]
-    if ratio is None or ratio.free_symbols & symbols or others or len(shape) < 2:
+def _branch(edit: Editor, target: Target, lora_a: fx.Node, lanes: _Lanes) -> None:
+    layer = target.call
+    with edit.graph.inserting_before(layer.next):
+        if target.kernel:
+            options = (None, *layer.args[3:]) if len(layer.args) > 3 else (None,)
+            hidden = edit.call(layer.target, target.source, lora_a, *options, **layer.kwargs)
+            rank = layer.meta["val"].dim()
+            hidden = edit.call(aten.permute.default, hidden, [0, *range(2, rank), 1])
+            delta = _times_b(edit, hidden, lanes)
+            delta = edit.call(aten.permute.default, delta, [0, rank - 1, *range(1, rank - 1)])
+        else:
+            delta = _times_b(edit, edit.call(aten.linear.default, target.source, lora_a), lanes)
+        total = edit.call(aten.add.Tensor, layer, delta)
+    edit.replace(layer, total, keep=total)
+
+
+def _times_b(edit: Editor, hidden: fx.Node, lanes: _Lanes) -> fx.Node:
+    """The product of every lane's entries of `hidden` [..., r] with its own B: [..., out_features]."""
+    site, count, axis = lanes.site, lanes.count, lanes.layout.axis
+    sizes: list[Any] = edit.sizes(hidden)
+    if lanes.layout.outer == 0:
+        raise UnsupportedGraphError("rows and another axis are flattened together", where=source_line(hidden))
+    above = [size for size in (*sizes[:axis], lanes.layout.outer) if size != 1]
+    if any(isinstance(size, fx.Node) for size in above):
         raise UnsupportedGraphError(
-            f"the input of this layer has shape {tuple(map(str, shape))}; its first axis must be the rows ({rows})",
-            where=source_line(linear),
-            hint="leave this layer out of target_modules, or make the model batch-first",
+            f"layer {site.fqn} has its rows behind an axis of dynamic size",
+            where=source_line(hidden),
+            hint="leave dynamic_shapes out, or make the model batch-first",
         )
-
-
-def _branch(edit: Editor, linear: fx.Node, lora_a: fx.Node, lanes: fx.Node, count: fx.Node, site: Site) -> None:
-    sizes = linear.meta["val"].shape
-    with edit.graph.inserting_before(linear.next):
-        hidden = edit.call(aten.linear.default, operand(linear), lora_a)
-        hidden = edit.call(aten.reshape.default, hidden, [count, -1, site.r])
-        lora_b = edit.call(aten.slice.Tensor, lanes, 1, site.offset, site.offset + site.size)
-        lora_b = edit.call(aten.reshape.default, lora_b, [count, site.r, site.out_features])
-        delta = edit.call(aten.bmm.default, hidden, lora_b)
-        delta = edit.call(aten.reshape.default, delta, [-1, *sizes[1:]])
-        total = edit.call(aten.add.Tensor, linear, delta)
-    edit.replace(linear, total, keep=total)
+    blocks = math.prod(above)
+    if blocks > 1:
+        hidden = edit.call(aten.reshape.default, hidden, [blocks, count, -1, site.r])
+        hidden = edit.call(aten.permute.default, hidden, [1, 0, 2, 3])
+    hidden = edit.call(aten.reshape.default, hidden, [count, -1, site.r])
+    lora_b = edit.call(aten.slice.Tensor, lanes.lanes, 1, site.offset, site.offset + site.size)
+    lora_b = edit.call(aten.reshape.default, lora_b, [count, site.r, site.out_features])
+    delta = edit.call(aten.bmm.default, hidden, lora_b)
+    if blocks > 1:
+        delta = edit.call(aten.reshape.default, delta, [count, blocks, -1, site.out_features])
+        delta = edit.call(aten.permute.default, delta, [1, 0, 2, 3])
+    sizes[axis], sizes[-1] = -1, site.out_features
+    return edit.call(aten.reshape.default, delta, sizes)

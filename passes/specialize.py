@@ -5,6 +5,7 @@ Result:   input %ids: i64[4, 5]       %v = view(%x, [4, 5, 3, 4])
 Numbers: exact.
 
 The symbol did its work: it said where the rows are. Engines run static shapes faster, and some run nothing else.
+Sizes that were asked to be dynamic stay symbols.
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from mobizo_compiler.pipeline import Pass
 
 @dataclasses.dataclass(frozen=True)
 class Specialize(Pass):
-    """Give every input `rows` rows."""
+    """Give every input `rows` rows, unless their number is dynamic."""
 
     rows: int
-    needs = frozenset({facts.SYMBOLIC_ROWS})
+    needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.STATIC})
-    breaks = frozenset({facts.SYMBOLIC_ROWS, facts.CANONICAL})
+    breaks = frozenset({facts.ANY_ROWS, facts.CANONICAL})
 
     def rewrite(self, edit: Editor) -> None:
         """Recompute every value for the fixed number and fold sizes into the arguments."""
-        mode = FakeTensorMode()
+        mode = edit.mode if edit.before.dynamic else FakeTensorMode()
         inputs = {}
         for name, node in edit.inputs.items():
             value = node.meta["val"]
-            shape = [self.rows if isinstance(size, torch.SymInt) else size for size in value.shape]
             with mode:
-                inputs[name] = torch.empty(shape, dtype=value.dtype)
+                inputs[name] = torch.empty([self._size(edit, s) for s in value.shape], dtype=value.dtype)
         edit.refresh(inputs, fold=True)
+
+    def _size(self, edit: Editor, size: int | torch.SymInt) -> int | torch.SymInt:
+        """Rows are the only symbol that was not asked for."""
+        keep = isinstance(size, int) or str(size.node.expr) in edit.before.dynamic
+        return size if keep else self.rows

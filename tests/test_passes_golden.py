@@ -12,6 +12,7 @@ from torch import nn
 from mobizo_compiler import CausalLMLoss, LoraConfig, passes
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.example import bind_example
 from mobizo_compiler.pipeline import Pass, Pipeline
 from mobizo_compiler.printer import program_text
 from mobizo_compiler.program import GraphProgram
@@ -19,8 +20,8 @@ from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 LORA = LoraConfig(r=4, lora_alpha=6, target_modules=("up",))
 CHAIN: list[tuple[str, Pass]] = [
-    ("canonicalize", passes.Canonicalize()),
     ("attach_loss", passes.AttachLoss(CausalLMLoss(max_labels=2))),
+    ("canonicalize", passes.Canonicalize()),
     ("slice_labels", passes.SliceLabels()),
     ("insert_mp_lora", passes.InsertMPLoRA(LORA)),
     ("duplicate_lanes", passes.DuplicateLanes(4)),
@@ -39,7 +40,7 @@ def change(before: GraphProgram, after: GraphProgram, program: Callable[[GraphPr
 @pytest.fixture(scope="module")
 def captured() -> GraphProgram:
     torch.manual_seed(0)
-    return passes.capture(TokenWise().eval(), (torch.zeros(3, 5, dtype=torch.int64),))
+    return passes.capture(TokenWise().eval(), bind_example(None, (torch.zeros(3, 5, dtype=torch.int64),)))
 
 
 def test_capture(captured: GraphProgram, golden: Callable[[str, str], None]) -> None:
@@ -84,14 +85,14 @@ def test_canonicalize_removes_what_does_nothing(golden: Callable[[str, str], Non
             x = x.to(torch.float32)[:, :].expand(-1, 7).reshape(-1, 7) * 1.0 + 0
             return x.clone().t().contiguous() + 1
 
-    program = passes.capture(Idle().eval(), (torch.zeros(3, 7),))
+    program = passes.capture(Idle().eval(), bind_example(None, (torch.zeros(3, 7),)))
     golden("canonicalize_idle.txt", program_text(passes.Canonicalize()(program)))
 
 
 def static_attention() -> GraphProgram:
     torch.manual_seed(0)
     inputs, _ = tiny_batch()
-    program = passes.capture(TinyCausalLM(layers=1).eval(), inputs)
+    program = passes.capture(TinyCausalLM(layers=1).eval(), bind_example(None, inputs))
     return Pipeline([passes.Specialize(3), passes.Canonicalize()]).run(program)
 
 

@@ -11,6 +11,7 @@ import torch
 from mobizo_compiler import CausalLMLoss, LoraConfig, facts, passes
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import PassContractError, PassOrderError
+from mobizo_compiler.example import bind_example
 from mobizo_compiler.pipeline import Pass, Pipeline, dump_to
 from mobizo_compiler.printer import program_text
 from mobizo_compiler.program import GraphProgram
@@ -20,7 +21,7 @@ from mobizo_compiler.testing import TokenWise
 @pytest.fixture
 def captured() -> GraphProgram:
     torch.manual_seed(0)
-    return passes.capture(TokenWise().eval(), (torch.zeros(3, 5, dtype=torch.int64),))
+    return passes.capture(TokenWise().eval(), bind_example(None, (torch.zeros(3, 5, dtype=torch.int64),)))
 
 
 def test_every_unmet_need_is_named_before_anything_runs(captured: GraphProgram) -> None:
@@ -98,6 +99,7 @@ def test_passes_leave_their_input_alone(captured: GraphProgram) -> None:
     for step in (
         passes.Canonicalize(),
         passes.AttachLoss(CausalLMLoss()),
+        passes.Canonicalize(),
         passes.SliceLabels(),
         passes.InsertMPLoRA(lora),
         passes.DuplicateLanes(4),

@@ -1,0 +1,128 @@
+"""`check_against_oracle`: three training steps of a backend on any model, each compared with plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from mobizo_compiler.api import compile
+from mobizo_compiler.artifact import Program
+from mobizo_compiler.backends import Backend
+from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.example import bind_example
+from mobizo_compiler.losses import CausalLMLoss, Loss
+from mobizo_compiler.noise import noise
+from mobizo_compiler.session import Session
+from mobizo_compiler.testing.oracle import Oracle, rounding
+from mobizo_compiler.verify import random_labels
+
+LARGEST_NORMAL = 6.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `check_against_oracle` measured: errors as a share of what rounding explains; all are at most 1.
+
+    Args:
+        program: The compiled program.
+        losses: Lane losses.
+        gradient: Projected gradients.
+        state: State after each step.
+        signal: Smallest of the steps' largest projected gradients, as a multiple of what rounding explains.
+    """
+
+    program: Program
+    losses: float
+    gradient: float
+    state: float
+    signal: float
+
+
+def check_against_oracle(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    backend: str | Backend,
+    lora: LoraConfig | None = None,
+    loss: Loss | None = None,
+    queries: int = 2,
+    steps: int = 3,
+    eps: float = 0.05,
+    learning_rate: float = 0.01,
+    b_scale: float = 0.3,
+    **options: Any,
+) -> Report:
+    """Compile, train from a B that is not zero, and compare every step with `Oracle`; AssertionError if they differ.
+
+    Every step starts from the state in which the program left the one before. What may differ is derived: losses by
+    the model's own rounding (see `rounding`), g by that over eps, the state by learning_rate * 6 times that of g. The
+    check also fails if the signal does not stand out from rounding, because then it could not fail otherwise.
+
+    Args:
+        model: In eval mode, float32.
+        inputs: As for `compile`.
+        backend: Name or backend.
+        lora: Adapters; rank 3 on the default layers if None.
+        loss: The loss; causal language modelling if None.
+        queries: Number of directions.
+        steps: Number of steps.
+        eps: Size of the perturbation.
+        learning_rate: Of each step.
+        b_scale: Standard deviation of B at the start.
+        options: More options of `compile`.
+    """
+    loss = loss or CausalLMLoss()
+    lora = lora or LoraConfig(r=3, lora_alpha=5)
+    program = compile(model, inputs, lora, ZOConfig(queries=queries), loss, backend=backend, **options)
+    session = Session(program)
+    generator = torch.Generator().manual_seed(5)
+    state = torch.randn(program.parameters, generator=generator) * b_scale
+    example = bind_example(model, inputs, options.get("row_axes"), options.get("dynamic_shapes"))
+    labels = random_labels(program.manifest, example.tensors, generator)
+    exact, single = (
+        Oracle(model, program.sites, program.lora_a_by_fqn, queries=queries, loss=loss, dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    try:
+        exact.evaluate(inputs)
+    except RuntimeError:  # the model names float32 in its code
+        exact = copy.deepcopy(single)
+    worst, signal = [0.0, 0.0, 0.0], float("inf")
+    session.load_state(state)
+    for seed in range(steps):
+        arguments = {"seed": seed, "learning_rate": learning_rate, "eps": eps}
+        start = session.state()
+        exact.state, single.state = start.to(exact.dtype), start.clone()
+        wanted, other = (oracle.train_step(inputs, labels, **arguments) for oracle in (exact, single))  # type: ignore[arg-type]
+        found = session.train_step(inputs, labels, **arguments)  # type: ignore[arg-type]
+        loss_tolerance = rounding(wanted, other)
+        state_tolerance = learning_rate * LARGEST_NORMAL * loss_tolerance / eps + 1e-7 * float(start.abs().max())
+        for position, (a, b, tolerance) in enumerate(
+            (
+                (found.lane_losses, wanted.lane_losses, loss_tolerance),
+                (found.projected_gradient, wanted.projected_gradient, loss_tolerance / eps),
+                (session.state(), exact.state, state_tolerance),
+            )
+        ):
+            error = float((a.double() - b.double()).abs().max())
+            what = ("lane losses", "projected gradient", "state")[position]
+            assert error <= tolerance, f"step {seed}: {what} differ by {error:.3g}, rounding explains {tolerance:.3g}"
+            worst[position] = max(worst[position], error / tolerance)
+        signal = min(signal, float(wanted.projected_gradient.abs().max()) / (loss_tolerance / eps))
+    assert signal > 3, f"the projected gradient is only {signal:.2g} times what rounding explains: widen the weights"
+    _check_evaluate(session, exact, inputs, loss, labels, float(rounding(wanted, other)))
+    return Report(program, worst[0], worst[1], worst[2], signal)
+
+
+def _check_evaluate(session: Session, exact: Oracle, inputs: Any, loss: Loss, labels: Any, tolerance: float) -> None:
+    """`evaluate` has the loss of a lane with the same B."""
+    state = session.state() + 0.05 * noise(99, 1, session.state().numel())[0]
+    session.load_state(state)
+    found, weight = loss(session.evaluate(inputs), labels)
+    wanted, _ = loss(exact.evaluate(inputs, state.to(exact.dtype)), labels)
+    error = float(((found.double() - wanted.double()).sum() / weight.double().sum()).abs())
+    assert error <= tolerance, f"evaluate: the loss differs by {error:.3g}, rounding explains {tolerance:.3g}"

@@ -1,0 +1,102 @@
+"""The oracle: a training step in plain PyTorch that shares nothing with the compiler but the noise and the loss.
+
+Lanes run one after the other, each as an ordinary call of the model with the adapter merged into its weights, so there
+are no lanes in a batch, no hooks, no graph, and no notion of where rows are. In float64 it says what is right; the
+distance of its own float32 run from that says how much rounding a model shows (`rounding`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mobizo_compiler.artifact import StepResult
+from mobizo_compiler.losses import CausalLMLoss, Loss
+from mobizo_compiler.noise import noise
+from mobizo_compiler.program import Site
+
+# Another order of additions gives another rounding error of the same size; eight times it is not rounding any more.
+ROUNDING_FACTOR = 8.0
+FLOAT32_ROUNDING = 1e-6
+
+
+class Oracle:
+    """Steps of `model` with adapters at `sites`.
+
+    Args:
+        model: The module in eval mode; it is copied.
+        sites: As the compiled program says.
+        lora_a: A of every site.
+        queries: Number q of directions.
+        loss: The loss; causal language modelling if None.
+        distribution: Of the noise.
+        dtype: float64, or float32 for a model that computes in nothing else.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Iterable[Site],
+        lora_a: Mapping[str, Tensor],
+        *,
+        queries: int,
+        loss: Loss | None = None,
+        distribution: str = "gaussian",
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.model = copy.deepcopy(model).to(dtype)
+        self.dtype, self.queries, self.distribution = dtype, queries, distribution
+        self.loss = loss or CausalLMLoss()
+        self.sites = tuple(sites)
+        self.lora_a = {fqn: a.to(dtype) for fqn, a in lora_a.items()}
+        self.state = torch.zeros(sum(site.size for site in self.sites), dtype=dtype)
+
+    def merged(self, state: Tensor) -> dict[str, Tensor]:
+        """Weights with B of this state, by name."""
+        modules, parameters = dict(self.model.named_modules()), dict(self.model.named_parameters(remove_duplicate=False))
+        weights = {}
+        for site in self.sites:
+            name = f"{site.fqn}.weight" if f"{site.fqn}.weight" in parameters else site.fqn
+            weight = parameters[name].detach()
+            b_RO = state[site.offset : site.offset + site.size].reshape(site.r, site.out_features)
+            delta_OI = site.scaling * (b_RO.T @ self.lora_a[site.fqn].reshape(site.r, -1))
+            inputs_first = type(modules.get(site.fqn)).__name__ == "Conv1D" or (
+                site.fqn not in modules and tuple(weight.shape) == (site.in_features, site.out_features)
+            )
+            weights[name] = weight + (delta_OI.T if inputs_first else delta_OI.reshape(weight.shape))
+        return weights
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Any, state: Tensor | None = None) -> Any:
+        """What the model returns with this state, or its own."""
+        given = pytree.tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, inputs)
+        args, kwargs = ((), given) if isinstance(given, Mapping) else (tuple(given), {})
+        merged = self.merged(self.state if state is None else state)
+        return torch.func.functional_call(self.model, merged, args, dict(kwargs), tie_weights=False)
+
+    @torch.no_grad()
+    def train_step(self, inputs: Any, labels: Tensor, *, seed: int, learning_rate: float, eps: float) -> StepResult:
+        """One step; see `Session.train_step`."""
+        labels = labels.to(self.dtype) if labels.is_floating_point() else labels
+        z_QP = noise(seed, self.queries, self.state.numel(), self.distribution).to(self.dtype)
+        losses = []
+        for sign in (1, -1):
+            for z_P in z_QP:
+                row_loss, row_weight = self.loss(self.evaluate(inputs, self.state + sign * eps * z_P), labels)
+                losses.append(row_loss.sum() / row_weight.sum())
+        loss_G = torch.stack(losses)
+        g_Q = (loss_G[: self.queries] - loss_G[self.queries :]) / (2 * eps)
+        self.state = self.state - learning_rate / self.queries * (g_Q @ z_QP.to(g_Q.dtype)).to(self.dtype)
+        return StepResult(float(loss_G.mean()), loss_G, g_Q)
+
+
+def rounding(exact: StepResult, single: StepResult) -> float:
+    """How far a float32 engine may be from the exact lane losses, from what one float32 run showed."""
+    shown = float((single.lane_losses.double() - exact.lane_losses.double()).abs().max())
+    size = max(1.0, float(exact.lane_losses.abs().max()))
+    return ROUNDING_FACTOR * max(shown, FLOAT32_ROUNDING * size)
