@@ -11,6 +11,7 @@ import dataclasses
 import io
 import logging
 import math
+import operator
 import os
 import shutil
 import struct
@@ -38,6 +39,7 @@ from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, Lower
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.program import STATE, GraphProgram, Site
 
+aten = torch.ops.aten
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
 _HEADER = struct.Struct("<4s4s4sIQQQ")  # root offset, file identifier, then ExecuTorch's extended header
@@ -112,6 +114,7 @@ def _lower(
         for node in program.graph.nodes:
             if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
                 node.meta["et_init_buffer"] = True
+        _sizes_for_strides(program)
     executable = edge.to_executorch(
         ExecutorchBackendConfig(
             memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
@@ -119,6 +122,24 @@ def _lower(
         )
     )
     return executable, delegation
+
+
+def _sizes_for_strides(program: ExportedProgram) -> None:
+    """Tracing may read a dynamic size off the stride of an input, for which the runtime has no operator."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (aten.sym_stride, aten.sym_stride.int):
+            source, axis = node.args
+            with graph.inserting_before(node):
+                size = None
+                for inner in range(axis + 1, source.meta["val"].dim()):  # inputs are contiguous
+                    found = graph.call_function(aten.sym_size.int, (source, inner))
+                    found.meta["val"] = source.meta["val"].shape[inner]
+                    size = found if size is None else graph.call_function(operator.mul, (size, found))
+                    size.meta["val"] = found.meta["val"] if size is found else node.meta["val"]
+            node.replace_all_uses_with(size)
+            graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 @dataclasses.dataclass(frozen=True)

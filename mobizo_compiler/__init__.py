@@ -4,7 +4,16 @@ from mobizo_compiler.api import compile, load
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.losses import CausalLMLoss, ChoiceLoss, LabelSpec, Loss
+from mobizo_compiler.losses import (
+    CausalLMLoss,
+    ChoiceLoss,
+    LabelSpec,
+    Loss,
+    MaskedLMLoss,
+    MSELoss,
+    SequenceClassificationLoss,
+    TokenClassificationLoss,
+)
 from mobizo_compiler.noise import noise
 from mobizo_compiler.program import Site
 from mobizo_compiler.session import Session
@@ -17,11 +26,15 @@ __all__ = [
     "LabelSpec",
     "LoraConfig",
     "Loss",
+    "MSELoss",
+    "MaskedLMLoss",
     "MobizoError",
     "Program",
+    "SequenceClassificationLoss",
     "Session",
     "Site",
     "StepResult",
+    "TokenClassificationLoss",
     "ZOConfig",
     "compile",
     "load",

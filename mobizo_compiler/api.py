@@ -32,6 +32,7 @@ from mobizo_compiler.errors import (
     MobizoError,
     NoMatchingTargetError,
     NotSupportedYetError,
+    UnsupportedGraphError,
 )
 from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
@@ -156,10 +157,11 @@ def _symbolic_or_fixed(graphs: Callable[[bool], _Graphs], model: object, example
     try:
         return graphs(False)
     except Exception as error:
-        shown = error if isinstance(error, MobizoError) or not isinstance(symbolic, MobizoError) else symbolic
-        if isinstance(shown, MobizoError):
-            raise shown from symbolic
-        raise CaptureError(f"the captured graph cannot be rewritten: {shown}") from error
+        if isinstance(symbolic, UnsupportedGraphError) or not isinstance(error, MobizoError):
+            error, symbolic = symbolic, error
+        if isinstance(error, MobizoError):
+            raise error from symbolic
+        raise CaptureError(f"the captured graph cannot be rewritten: {error}") from symbolic
 
 
 def rewrite(

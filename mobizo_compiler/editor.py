@@ -90,6 +90,11 @@ class Editor:
         spec = self._input_specs.get(node.name)
         return None if spec is None or spec.target is None else self._tensors[spec.target]
 
+    @property
+    def tensors(self) -> dict[fx.Node, Tensor]:
+        """The tensors behind placeholders."""
+        return {node: tensor for node in self._placeholders() if (tensor := self.tensor(node)) is not None}
+
     def tensor_name(self, node: fx.Node) -> str | None:
         """The path in the user's model of the tensor behind a placeholder."""
         spec = self._input_specs.get(node.name)

@@ -143,8 +143,10 @@ class Session:
 
 
 def _by_name(inputs: Mapping[str, Any], specs: Sequence[TensorSpec], fixed: Mapping[str, str]) -> list[Any]:
-    given = {name: value for name, value in flat_names(inputs) if not _is_fixed(name, value, fixed)}
     names = [spec.name for spec in specs]
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if name in names}
+    nested = {name: value for name, value in inputs.items() if name not in names}
+    given |= {name: value for name, value in flat_names(nested) if not _is_fixed(name, value, fixed)}
     missing = [name for name in names if name not in given]
     unknown = [name for name in given if name not in names]
     if missing or unknown:

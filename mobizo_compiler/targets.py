@@ -15,7 +15,11 @@ from mobizo_compiler.errors import NoMatchingTargetError
 from mobizo_compiler.program import GraphProgram, operand
 
 aten = torch.ops.aten
-_CONVOLUTIONS = (aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_CONVOLUTIONS = (
+    aten.convolution.default,
+    *(getattr(aten, f"conv{d}d").default for d in (1, 2, 3)),
+    *(getattr(aten, f"conv{d}d").padding for d in (1, 2, 3)),
+)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 _MAX_STEPS = 400
@@ -28,7 +32,7 @@ class Target:
     Args:
         fqn: Path of the module, or of the parameter where no module of its own holds it.
         call: The call.
-        source: Its input.
+        position: Which argument of the call is the input.
         in_features: Width of the input (channels).
         out_features: Width of the output (channels).
         kernel: Window of a convolution, else empty.
@@ -36,10 +40,15 @@ class Target:
 
     fqn: str
     call: fx.Node
-    source: fx.Node
+    position: int
     in_features: int
     out_features: int
     kernel: tuple[int, ...] = ()
+
+    @property
+    def source(self) -> fx.Node:
+        """The input, as it is now: a layer before this one may have been adapted meanwhile."""
+        return operand(self.call, self.position)
 
 
 def find_targets(edit: Editor) -> dict[str, list[Target]]:
@@ -60,7 +69,7 @@ def resolve_targets(program: GraphProgram, lora: LoraConfig) -> LoraConfig:
     if lora.target_modules is not None and lora.target_modules != ALL_LINEAR:
         return lora
     edit = Editor(program)
-    layouts = row_axes(edit.graph, edit.rows, program.fixed_rows)
+    layouts = row_axes(edit.graph, edit.rows, program.fixed_rows, edit.tensors)
     every = find_targets(edit)
     able = {fqn: calls for fqn, calls in every.items() if all(layouts.layout(t.call) is not None for t in calls)}
     chosen = default_targets(edit, able) if lora.target_modules is None else sorted(all_targets(edit, able))
@@ -131,28 +140,29 @@ def _reach(
 
 
 def _target(edit: Editor, node: fx.Node, constants: set[fx.Node]) -> Target | None:
-    values = list(node.args)
     if node.target is aten.linear.default or node.target in _CONVOLUTIONS:
-        source, weight, turned = values[0], values[1], False
+        position, turned = 0, False
     elif node.target is aten.addmm.default:
-        source, weight, turned = values[1], values[2], True
-    elif node.target in (aten.mm.default, aten.matmul.default):
-        source, weight, turned = values[0], values[1], True
+        position, turned = 1, True
+    elif node.target in (aten.mm.default, aten.matmul.default, aten.bmm.default):
+        position, turned = 0, True
     else:
         return None
-    assert isinstance(source, fx.Node) and isinstance(weight, fx.Node)
+    source, weight = operand(node, position), operand(node, position + 1)
     shape = tuple(weight.meta["val"].shape)
-    if weight not in constants or source in constants or source.meta["val"].dim() < 2:
+    if weight not in constants or source.meta["val"].dim() < 2:
         return None
+    if node.target is aten.bmm.default and shape[0] == 1:
+        shape = shape[1:]  # a product of matrices that einsum made
     names = _parameters(edit, weight)
     if not names or (turned and len(shape) != 2):
         return None
     if node.target in _CONVOLUTIONS:
         if _groups(node) != 1 or source.meta["val"].dim() != len(shape):
             return None
-        return Target(_path(node, names[0]), node, source, int(shape[1]), int(shape[0]), tuple(map(int, shape[2:])))
+        return Target(_path(node, names[0]), node, position, int(shape[1]), int(shape[0]), tuple(map(int, shape[2:])))
     out_features, in_features = (shape[1], shape[0]) if turned else shape
-    return Target(_path(node, names[0]), node, source, int(in_features), int(out_features))
+    return Target(_path(node, names[0]), node, position, int(in_features), int(out_features))
 
 
 def _groups(node: fx.Node) -> int:

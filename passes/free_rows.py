@@ -42,7 +42,7 @@ class FreeRows(Pass):
         rows = edit.before.fixed_rows
         if rows is None:
             return
-        found = row_axes(edit.graph, edit.rows, rows)
+        found = row_axes(edit.graph, edit.rows, rows, edit.tensors)
         for node, layout in found.layouts.items():
             if isinstance(layout, Layout) and node.op == "call_function":
                 _free(edit, node, layout)

@@ -63,7 +63,7 @@ class InsertMPLoRA(Pass):
             calls = self._targets(every)
             edit.sites = self._layout(calls)
         edit.lora_a = initial_lora_a(edit.sites, self.lora.init_seed)
-        layouts = None if self.sites else row_axes(edit.graph, edit.rows, edit.before.fixed_rows)
+        layouts = None if self.sites else row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors)
         parameters = sum(site.size for site in edit.sites)
         state = edit.add_state(parameters)
         scaled = [

@@ -64,8 +64,8 @@ STEP_CASES: dict[str, tuple[Change, type[MobizoError], str]] = {
         TokenRangeError,
         r"'labels' has the value 23 at \[0, 3\], outside 0..22 \(or -100\)",
     ),
-    "labels all ignored": (lambda a: a["labels"].fill_(-100), LabelError, "no token is labelled"),
-    "only the first token labelled": (lambda a: a["labels"][:, 1:].fill_(-100), LabelError, "no token is labelled"),
+    "labels all ignored": (lambda a: a["labels"].fill_(-100), LabelError, "nothing is labelled"),
+    "only the first token labelled": (lambda a: a["labels"][:, 1:].fill_(-100), LabelError, "nothing is labelled"),
     "label shape": (lambda a: a.update(labels=a["labels"][:2]), InputError, r"'labels' has shape \[2, 7\]"),
     "label dtype": (lambda a: a.update(labels=a["labels"].int()), InputError, "int32"),
     "seed negative": (lambda a: a.update(seed=-1), InputError, "seed is -1"),
@@ -129,10 +129,10 @@ def compile_tokens(model: nn.Module | None = None, inputs: Any = (IDS,), **optio
     [
         ({"inputs": ()}, ExampleInputError, "empty"),
         ({"inputs": IDS}, ExampleInputError, "must be a tuple"),
-        ({"inputs": (None,)}, ExampleInputError, "NoneType"),
+        ({"inputs": (None,)}, ExampleInputError, "no tensor is among them"),
         ({"inputs": (torch.tensor(3),)}, ExampleInputError, "no rows"),
         ({"inputs": (IDS[:0],)}, ExampleInputError, "no rows"),
-        ({"inputs": (IDS, IDS[:1])}, ExampleInputError, "1 rows, the first input has 2"),
+        ({"inputs": (IDS, torch.zeros(3, 5))}, ExampleInputError, "'1' has 3 rows, input '0' has 2"),
         ({"inputs": (IDS.float(),)}, CaptureError, "cannot capture TokenWise"),
         ({"model": TokenWise()}, CaptureError, "training mode"),
         ({"model": "smollm2"}, CaptureError, "cannot compile a str"),
@@ -146,7 +146,7 @@ def compile_tokens(model: nn.Module | None = None, inputs: Any = (IDS,), **optio
         ({"zo": 4}, ConfigError, "zo must be a ZOConfig"),
         ({"loss": print}, ConfigError, "loss"),
         ({"quantization": "8da4w"}, NotSupportedYetError, "quantization"),
-        ({"dynamic_shapes": {}}, NotSupportedYetError, "dynamic"),
+        ({"dynamic_shapes": 3}, ExampleInputError, "must be a dict or a tuple"),
     ],
 )
 def test_bad_compilations(options: dict[str, Any], error: type[MobizoError], message: str) -> None:
@@ -154,41 +154,8 @@ def test_bad_compilations(options: dict[str, Any], error: type[MobizoError], mes
         compile_tokens(**options)
 
 
-def test_a_program_exported_with_fixed_rows_is_refused() -> None:
-    exported = torch.export.export(TokenWise().eval(), (IDS,))
-    with pytest.raises(CaptureError, match=r"fixed number of rows, 2(.|\n)*dynamic_shapes"):
-        compile_tokens(exported)  # type: ignore[arg-type]
-
-
-def test_a_layer_whose_rows_are_not_outermost_is_refused() -> None:
-    class TokensFirst(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.up, self.head = nn.Embedding(11, 12), nn.Linear(12, 20), nn.Linear(20, 11)
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.head(self.up(self.embedding(tokens).transpose(0, 1)).transpose(0, 1))
-
-    with pytest.raises(UnsupportedGraphError, match=r"first axis must be the rows(.|\n)*test_session_inputs.py"):
-        compile_tokens(TokensFirst().eval())
-
-
-@pytest.mark.parametrize("backend", ["eager", "portable"])
-def test_a_model_that_mixes_rows_is_refused(backend: str) -> None:
-    class Centred(TokenWise):
-        def forward(self, tokens: Tensor) -> Tensor:
-            hidden = torch.tanh(self.up(self.embedding(tokens)))
-            return self.head(hidden - hidden.mean(0, keepdim=True))
-
-    torch.manual_seed(0)
-    with pytest.raises(UnsupportedGraphError, match="mixes rows: a lane has loss"):
-        mobizo.compile(
-            Centred().eval(), (torch.randint(0, 11, (3, 5)),), LoraConfig(target_modules=("up",)), backend=backend
-        )
-
-
 def test_half_precision_is_refused() -> None:
-    with pytest.raises(UnsupportedGraphError, match=r"bfloat16 weights(.|\n)*model.float\(\)"):
+    with pytest.raises(UnsupportedGraphError, match=r"computes in torch.bfloat16(.|\n)*model.float\(\)"):
         compile_tokens(TokenWise().eval().bfloat16())
 
 

@@ -32,7 +32,7 @@ _MASKED = -1e30  # finite, so that a row of nothing else does not become NaN; ex
 
 @dataclasses.dataclass(frozen=True)
 class DecomposeAttention(Pass):
-    """Replace every attention without dropout on static four-dimensional inputs."""
+    """Replace every attention without dropout on four-dimensional inputs whose rows and heads are numbers."""
 
     needs = frozenset({facts.STATIC, facts.CANONICAL})
 
@@ -44,7 +44,8 @@ class DecomposeAttention(Pass):
                 zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)
             )
             arguments |= node.kwargs
-            if arguments.get("dropout_p", 0.0) != 0.0 or operand(node).meta["val"].dim() != 4:
+            shape = operand(node).meta["val"].shape
+            if arguments.get("dropout_p", 0.0) != 0.0 or len(shape) != 4 or not isinstance(shape[0], int):
                 continue
             with edit.graph.inserting_before(node):
                 edit.replace(node, _attention(edit, arguments, masks))
@@ -54,31 +55,42 @@ class DecomposeAttention(Pass):
 def _attention(edit: Editor, arguments: dict[str, Any], masks: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> fx.Node:
     query = arguments["query"]
     key, value = (_before_repeat(arguments[name]) for name in ("key", "value"))
-    rows, heads, targets, width = query.meta["val"].shape
-    _, key_heads, sources, _ = key.meta["val"].shape
+    rows, heads, targets, width = edit.sizes(query)
+    _, key_heads, sources, _ = edit.sizes(key)
     if value.meta["val"].shape[1] != key_heads:
         key, value, key_heads = arguments["key"], arguments["value"], heads
     groups, repeat = rows * key_heads, heads // key_heads
+    queries = repeat * targets if isinstance(targets, int) else -1
     scale = arguments.get("scale")
     scaled = edit.call(aten.mul.Tensor, query, 1 / math.sqrt(width) if scale is None else scale)
-    scaled = edit.call(aten.reshape.default, scaled, [groups, repeat * targets, width])
-    turned = edit.call(aten.reshape.default, edit.call(aten.transpose.int, key, 2, 3), [groups, width, sources])
+    scaled = edit.call(aten.reshape.default, scaled, [groups, queries, width])
+    turned = edit.call(aten.reshape.default, edit.call(aten.transpose.int, key, 2, 3), [groups, width, sources if isinstance(sources, int) else -1])
     scores = edit.call(aten.bmm.default, scaled, turned)
     scores = edit.call(aten.reshape.default, scores, [rows, heads, targets, sources])
     mask = arguments.get("attn_mask")
     if arguments.get("is_causal"):
-        causal = torch.full((1, 1, targets, sources), _MASKED).triu(1)
-        scores = edit.call(aten.add.Tensor, scores, edit.add_constant(f"mobizo_causal_{targets}_{sources}", causal))
+        if isinstance(targets, int) and isinstance(sources, int):
+            causal = torch.full((1, 1, targets, sources), _MASKED).triu(1)
+            bias = edit.add_constant(f"mobizo_causal_{targets}_{sources}", causal)
+        else:
+            bias = edit.inline(_causal_bias, scores)
+        scores = edit.call(aten.add.Tensor, scores, bias)
     elif mask is not None:
         if mask not in masks:
             masks[mask] = edit.inline(_bias_and_any, mask)
         scores = edit.call(aten.add.Tensor, scores, masks[mask][0])
     weights = edit.call(aten.softmax.int, scores, -1)
-    weights = edit.call(aten.reshape.default, weights, [groups, repeat * targets, sources])
+    weights = edit.call(aten.reshape.default, weights, [groups, queries, sources])
     flat_value = edit.call(aten.reshape.default, value, [groups, sources, value.meta["val"].shape[3]])
     result = edit.call(aten.bmm.default, weights, flat_value)
     result = edit.call(aten.reshape.default, result, [rows, heads, targets, value.meta["val"].shape[3]])
     return edit.call(aten.mul.Tensor, result, masks[mask][1]) if mask in masks else result
+
+
+def _causal_bias(scores: Tensor) -> Tensor:
+    """What is added to scores [..., targets, sources] of dynamic sizes, so that no query sees what comes after it."""
+    targets, sources = (torch.arange(size) for size in scores.shape[-2:])
+    return (sources[None, :] > targets[:, None]).to(torch.float32) * _MASKED
 
 
 def _bias_and_any(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from mobizo_compiler.axes.layout import Layout
 from mobizo_compiler.axes.rules import CREATORS, SHAPE_ONLY, Call, RowsMix, find_rule, operator_name
@@ -66,26 +68,35 @@ class RowAxes:
         return found
 
 
-def row_axes(graph: fx.Graph, inputs: Mapping[str, int], fixed_rows: int | None = None) -> RowAxes:
+def row_axes(
+    graph: fx.Graph,
+    inputs: Mapping[str, int],
+    fixed_rows: int | None = None,
+    tensors: Mapping[fx.Node, Tensor] = MappingProxyType({}),
+) -> RowAxes:
     """Find the layout of every value.
 
     Args:
         graph: A functional graph with `meta["val"]` everywhere.
         inputs: Row axis of each placeholder that carries rows.
         fixed_rows: The number of rows, where it is not symbolic.
+        tensors: Parameters and constants by placeholder, to see which constants are equal for all rows.
 
     Raises:
         RowMixingError: At a node, rows meet.
         NoAxisRuleError: A node with rows has an operator without a rule.
     """
-    return _Walk(graph, inputs, fixed_rows).run()
+    return _Walk(graph, inputs, fixed_rows, tensors).run()
 
 
 class _Walk:
     """State of one analysis; what rules may ask is in `Call`."""
 
-    def __init__(self, graph: fx.Graph, inputs: Mapping[str, int], fixed_rows: int | None) -> None:
+    def __init__(
+        self, graph: fx.Graph, inputs: Mapping[str, int], fixed_rows: int | None, tensors: Mapping[fx.Node, Tensor]
+    ) -> None:
         self.graph, self.inputs = graph, inputs
+        self.constants: dict[fx.Node, Any] = dict(tensors)
         self.static = fixed_rows is not None
         self.rows = fixed_rows or ROWS_PRIME
         self.symbols: frozenset[sympy.Symbol] = frozenset()
@@ -168,6 +179,17 @@ class _Walk:
                 return Layout(axis, 1, call.out_shape[axis] // self.rows, "same")
             return Layout(axis, 1, 1, "same") if exact else Layout(axis, 0, 0, "same")
         raise RowsMix(f"a value of shape {call.shown(call.out_shape)} is made with one entry per row")
+
+    def constant(self, node: fx.Node) -> Any:
+        """The value of a node that depends on parameters and constants alone; None if it depends on an input."""
+        if node not in self.constants:
+            inputs = [self.constant(inner) for inner in node.all_input_nodes]
+            self.constants[node] = None
+            if node.op == "call_function" and all(value is not None for value in inputs):
+                args, kwargs = map_arg((node.args, node.kwargs), lambda inner: self.constants[inner])
+                with torch.no_grad():
+                    self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.constants[node]
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,9 @@ class Walk(Protocol):
     def without_rows(self, call: Call) -> Layouts:
         """Results of a call that makes values from nothing."""
 
+    def constant(self, node: fx.Node) -> Any:
+        """The value of a node that depends on parameters and constants alone; None if it depends on an input."""
+
 
 class Call:
     """One call in a graph, as rules see it: arguments by name, sizes as plain numbers."""
@@ -114,11 +117,16 @@ class Call:
         size = self.shape(node)[axis]
         if broadcasts and size == 1:
             return
-        if not self.walk.static or not same_along(node, axis):
+        if not self.walk.static or not (same_along(node, axis) or self._equal_along(node, axis)):
             raise RowsMix(f"%{node.name} has {size} different entries along the axis of the rows")
         from mobizo_compiler.axes.analysis import Adoption
 
         self.walk.adoptions.append(Adoption(self.node, node, axis, broadcasts))
+
+    def _equal_along(self, node: fx.Node, axis: int) -> bool:
+        """Whether the entries of a constant are equal along an axis."""
+        value = self.walk.constant(node)
+        return value is not None and bool((value == value.narrow(axis, 0, 1)).all())
 
     def counts_from_zero(self) -> bool:
         """Whether this `arange` is 0, 1, 2, ..."""
@@ -217,7 +225,7 @@ def _numbers_of_rows(node: fx.Node, call: Call) -> int | None:
 # -- entry by entry ------------------------------------------------------------------------------------------------
 
 
-@axis_rule("to", "_to_copy", "type_as", "__and__", "__or__", "__xor__", "masked_fill", "copy", "fill", "contiguous")
+@axis_rule("to", "_to_copy", "__and__", "__or__", "__xor__", "masked_fill", "copy", "fill", "contiguous")
 @axis_rule("isin", "bucketize", "hardswish", "dropout", "alias", "detach", "lift_fresh_copy", "real", "imag", "relu_")
 @axis_rule(
     "pin_memory", "_assert_tensor_metadata", "conj", "resolve_conj", "resolve_neg", "hardsigmoid", "feature_dropout"
@@ -239,6 +247,12 @@ def pointwise(call: Call) -> Layouts:
         if call.layout(node) is None and axis >= 0:
             call.adopt(node, axis, broadcasts=True)
     return call.results(joined)
+
+
+@axis_rule("type_as")
+def same_rows(call: Call) -> Layouts:
+    """The second operand gives only the type."""
+    return call.layout(call.args["self"])
 
 
 @axis_rule("zeros_like", "ones_like", "full_like", "empty_like")
@@ -487,7 +501,7 @@ def group_norm(call: Call) -> Layouts:
     return call.results(batch_first(call))  # type: ignore[arg-type]
 
 
-@axis_rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update")
+@axis_rule("batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update")
 def batch_norm(call: Call) -> Layouts:
     """Statistics that were learnt, never those of the batch."""
     if call.args.get("training"):

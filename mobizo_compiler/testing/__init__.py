@@ -1,8 +1,13 @@
 """What authors of backends and passes test with: small models, a zoo of architectures, and the oracle.
 
-`zoo()` needs transformers, which is imported when a model is built.
+`check_against_oracle` compiles any model for any backend and compares training steps with plain PyTorch; `zoo` has
+models to try it on. Models of transformers need that package when they are built.
 """
 
+from mobizo_compiler.testing.case import Case
+from mobizo_compiler.testing.check import Report, check_against_oracle
 from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
+from mobizo_compiler.testing.oracle import Oracle
+from mobizo_compiler.testing.zoo import zoo
 
-__all__ = ["TinyCausalLM", "TokenWise", "tiny_batch"]
+__all__ = ["Case", "Oracle", "Report", "TinyCausalLM", "TokenWise", "check_against_oracle", "tiny_batch", "zoo"]

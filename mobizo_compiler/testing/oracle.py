@@ -58,7 +58,10 @@ class Oracle:
 
     def merged(self, state: Tensor) -> dict[str, Tensor]:
         """Weights with B of this state, by name."""
-        modules, parameters = dict(self.model.named_modules()), dict(self.model.named_parameters(remove_duplicate=False))
+        modules, parameters = (
+            dict(self.model.named_modules()),
+            dict(self.model.named_parameters(remove_duplicate=False)),
+        )
         weights = {}
         for site in self.sites:
             name = f"{site.fqn}.weight" if f"{site.fqn}.weight" in parameters else site.fqn

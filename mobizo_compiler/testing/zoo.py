@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import nn
 
 from mobizo_compiler.losses import CausalLMLoss, Loss, MaskedLMLoss, MSELoss, SequenceClassificationLoss
+from mobizo_compiler.testing.case import Case
+from mobizo_compiler.testing.plain import plain_cases
 
 _ROWS, _TOKENS, _VOCABULARY = 3, 7, 23
 _IDS = {"vocab_size": _VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
@@ -89,35 +90,18 @@ _MIXED = ["sliding_attention", "full_attention"]
 _CAUSAL_LM = CausalLMLoss()
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A tiny model with inputs, a loss and modules to adapt.
-
-    Args:
-        name: Name of the architecture.
-        family: "decoder", "encoder", "encoder-decoder", "vision", "speech", "multimodal" or "other".
-        build: Makes the float32 model with random weights.
-        inputs: Makes keyword inputs of three rows, the same ones each time.
-        loss: A loss that fits what the model returns.
-        target_modules: Ends of the names of modules to adapt; None is the compiler's default.
-    """
-
-    name: str
-    family: str
-    build: Callable[[], nn.Module]
-    inputs: Callable[[], dict[str, Any]]
-    loss: Loss = _CAUSAL_LM
-    target_modules: tuple[str, ...] | str | None = None
-
-    def model(self) -> nn.Module:
-        """The model in eval mode, with the same weights each time."""
-        torch.manual_seed(0)
-        return self.build().eval()
-
-
 def zoo() -> dict[str, Case]:
-    """All cases by name."""
-    groups = (_decoders(), _encoders(), _encoder_decoders(), _vision(), _speech(), _multimodal(), _others())
+    """All cases by name: plain modules and architectures of transformers, which is imported when a model is built."""
+    groups = (
+        plain_cases(),
+        _decoders(),
+        _encoders(),
+        _encoder_decoders(),
+        _vision(),
+        _speech(),
+        _multimodal(),
+        _others(),
+    )
     return {case.name: case for cases in groups for case in cases}
 
 
