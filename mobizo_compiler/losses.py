@@ -199,7 +199,10 @@ class CallableLoss:
         losses_N = self.function(outputs, labels)
         if not isinstance(losses_N, Tensor) or losses_N.dim() != 1:
             found = f"a tensor of shape {tuple(losses_N.shape)}" if isinstance(losses_N, Tensor) else repr(losses_N)
-            raise LossError(f"{self!r} must return one loss per row, [rows]; it returns {found}")
+            raise LossError(
+                f"{self!r} must return one loss per row, [rows]; it returns {found}",
+                hint='use reduction="none", and the mean over all axes but the rows',
+            )
         losses_N = losses_N.to(torch.float32)
         return losses_N, torch.ones_like(losses_N)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -15,6 +16,7 @@ from mobizo_compiler.config import MAX_SEED
 from mobizo_compiler.errors import InputError, LabelError, StateError
 from mobizo_compiler.example import flat_names
 from mobizo_compiler.manifest import TensorSpec, nesting_from_json
+from mobizo_compiler.noise import noise
 from mobizo_compiler.program import Nesting
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -82,6 +84,34 @@ class Session:
         if tuple(gradient.shape) != (queries,) or not bool(gradient.isfinite().all()):
             raise InputError(f"projected_gradient must be {queries} finite numbers, not {gradient.tolist()}")
         self._runner.call("replay", [_seed(seed), gradient, _number("learning_rate", learning_rate)])
+
+    @contextlib.contextmanager
+    def lane(self, index: int, *, seed: int, eps: float) -> Iterator[None]:
+        """Within the block, `evaluate` runs with the B of one lane of a step; afterwards the state is what it was.
+
+        For rewards that no graph can express: run the model in each lane as often as it takes (to generate text, say),
+        score what came out, and hand the differences to `replay`. Lanes 0..q-1 have B + eps z, lanes q..2q-1 B - eps z.
+
+        Args:
+            index: 0..2q-1.
+            seed: Seed of the step.
+            eps: Size of the perturbation, above 0.
+        """
+        zo = self.program.manifest.zo
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < zo.lanes:
+            raise InputError(f"lane is {index!r}; it must be an int in 0..{zo.lanes - 1}")
+        _seed(seed)
+        size = float(_number("eps", eps))
+        if not size > 0:
+            raise InputError(f"eps is {eps}; it must be above 0")
+        alias = self._runner.state()
+        before = alias.clone()
+        z = noise(seed, zo.queries, before.numel(), zo.noise)[index % zo.queries]
+        alias.copy_(before + z * size if index < zo.queries else before - z * size)
+        try:
+            yield
+        finally:
+            self._runner.state().copy_(before)
 
     def state(self) -> Tensor:
         """A copy of the flat state, float32 [P]."""

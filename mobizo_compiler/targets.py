@@ -35,6 +35,7 @@ class Target:
         position: Which argument of the call is the input.
         in_features: Width of the input (channels).
         out_features: Width of the output (channels).
+        result: What the adapter adds to: the call, or the scaling after a product with an integer weight.
         kernel: Window of a convolution, else empty.
     """
 
@@ -43,12 +44,19 @@ class Target:
     position: int
     in_features: int
     out_features: int
+    result: fx.Node
     kernel: tuple[int, ...] = ()
 
     @property
     def source(self) -> fx.Node:
-        """The input, as it is now: a layer before this one may have been adapted meanwhile."""
-        return operand(self.call, self.position)
+        """The input, as it is now: a layer before this one may have been adapted meanwhile.
+
+        Where a quantized layer rounds its input first, this is what it rounds: the adapter works in full precision, and
+        engines recognise the rounding only where the quantized layer alone uses it.
+        """
+        node = operand(self.call, self.position)
+        rounded = _name(node) == "torchao::dequantize_affine" and _name(operand(node)) == "torchao::quantize_affine"
+        return operand(operand(node)) if rounded else node
 
 
 def find_targets(edit: Editor) -> dict[str, list[Target]]:
@@ -139,6 +147,11 @@ def _reach(
     return found
 
 
+def _name(node: fx.Node) -> str:
+    """Name of the operator with its namespace."""
+    return str(getattr(getattr(node.target, "_schema", None), "name", ""))
+
+
 def _target(edit: Editor, node: fx.Node, constants: set[fx.Node]) -> Target | None:
     if node.target is aten.linear.default or node.target in _CONVOLUTIONS:
         position, turned = 0, False
@@ -160,9 +173,31 @@ def _target(edit: Editor, node: fx.Node, constants: set[fx.Node]) -> Target | No
     if node.target in _CONVOLUTIONS:
         if _groups(node) != 1 or source.meta["val"].dim() != len(shape):
             return None
-        return Target(_path(node, names[0]), node, position, int(shape[1]), int(shape[0]), tuple(map(int, shape[2:])))
+        return Target(
+            _path(node, names[0]), node, position, int(shape[1]), int(shape[0]), node, tuple(map(int, shape[2:]))
+        )
     out_features, in_features = (shape[1], shape[0]) if turned else shape
-    return Target(_path(node, names[0]), node, position, int(in_features), int(out_features))
+    result = _scaling(node, constants) if _is_integer(weight) else node
+    if result is None:
+        return None
+    return Target(_path(node, names[0]), node, position, int(in_features), int(out_features), result)
+
+
+def _is_integer(weight: fx.Node) -> bool:
+    """Whether a weight is a quantized one as it is stored, converted to float without its scale."""
+    node = weight
+    while node.target in (aten.to.dtype, aten._to_copy.default, aten.t.default, aten.permute.default):
+        node = operand(node)
+    return not node.meta["val"].dtype.is_floating_point
+
+
+def _scaling(product: fx.Node, constants: set[fx.Node]) -> fx.Node | None:
+    """The only user of a product, if it multiplies by a constant."""
+    users = list(product.users)
+    if len(users) != 1 or users[0].target is not aten.mul.Tensor:
+        return None
+    factors = [n for n in users[0].all_input_nodes if n is not product]
+    return users[0] if all(n in constants for n in factors) else None
 
 
 def _groups(node: fx.Node) -> int:

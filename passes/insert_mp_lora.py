@@ -142,8 +142,8 @@ class _Lanes:
 
 
 def _branch(edit: Editor, target: Target, lora_a: fx.Node, lanes: _Lanes) -> None:
-    layer = target.call
-    with edit.graph.inserting_before(layer.next):
+    layer, result = target.call, target.result
+    with edit.graph.inserting_before(result.next):
         if target.kernel:
             options = (None, *layer.args[3:]) if len(layer.args) > 3 else (None,)
             hidden = edit.call(layer.target, target.source, lora_a, *options, **layer.kwargs)
@@ -153,8 +153,8 @@ def _branch(edit: Editor, target: Target, lora_a: fx.Node, lanes: _Lanes) -> Non
             delta = edit.call(aten.permute.default, delta, [0, rank - 1, *range(1, rank - 1)])
         else:
             delta = _times_b(edit, edit.call(aten.linear.default, target.source, lora_a), lanes)
-        total = edit.call(aten.add.Tensor, layer, delta)
-    edit.replace(layer, total, keep=total)
+        total = edit.call(aten.add.Tensor, result, delta)
+    edit.replace(result, total, keep=total)
 
 
 def _times_b(edit: Editor, hidden: fx.Node, lanes: _Lanes) -> fx.Node:

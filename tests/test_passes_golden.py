@@ -12,6 +12,7 @@ from torch import nn
 from mobizo_compiler import CausalLMLoss, LoraConfig, passes
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
 from mobizo_compiler.example import bind_example
 from mobizo_compiler.pipeline import Pass, Pipeline
 from mobizo_compiler.printer import program_text
@@ -99,6 +100,15 @@ def static_attention() -> GraphProgram:
 def test_decompose_attention(golden: Callable[[str, str], None]) -> None:
     before = static_attention()
     golden("decompose_attention.txt", change(before, DecomposeAttention()(before)))
+
+
+def test_spell_out_gelu(golden: Callable[[str, str], None]) -> None:
+    class Gelus(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.gelu(nn.functional.gelu(x), approximate="tanh")
+
+    before = passes.capture(Gelus().eval(), bind_example(None, (torch.zeros(3, 7),)))
+    golden("spell_out_gelu.txt", program_text(SpellOutGelu()(before)))
 
 
 def test_mean_as_linear(golden: Callable[[str, str], None]) -> None:

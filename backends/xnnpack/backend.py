@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.pipeline import Pass
@@ -23,8 +24,8 @@ class XnnpackBackend:
         return []
 
     def passes(self) -> Sequence[Pass]:
-        """Keep attention and norms inside delegates."""
-        return (DecomposeAttention(), MeanAsLinear(), Canonicalize())
+        """Keep attention and norms inside delegates, and GELU what it is."""
+        return (DecomposeAttention(), MeanAsLinear(), SpellOutGelu(), Canonicalize())
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with the XNNPACK partitioner."""

@@ -501,7 +501,13 @@ def group_norm(call: Call) -> Layouts:
     return call.results(batch_first(call))  # type: ignore[arg-type]
 
 
-@axis_rule("batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update")
+@axis_rule(
+    "batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "native_batch_norm",
+    "_batch_norm_no_update",
+)
 def batch_norm(call: Call) -> Layouts:
     """Statistics that were learnt, never those of the batch."""
     if call.args.get("training"):

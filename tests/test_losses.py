@@ -1,0 +1,176 @@
+"""Losses against PyTorch's, through whole steps on every kind of output; functions as losses; rewards from a host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import (
+    LoraConfig,
+    MaskedLMLoss,
+    MSELoss,
+    SequenceClassificationLoss,
+    Session,
+    TokenClassificationLoss,
+    ZOConfig,
+)
+from mobizo_compiler.errors import ConfigError, InputError, LabelError, LossError, RowMixingError, TokenRangeError
+from mobizo_compiler.losses import CallableLoss
+from mobizo_compiler.testing import Oracle, TinyCausalLM, TokenWise, check_against_oracle, tiny_batch
+
+TOKENS = (torch.tensor([[1, 2, 3, 4, 0], [5, 6, 7, 8, 9], [3, 1, 4, 1, 5]]),)
+LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("up",))
+
+
+class Pooled(TokenWise):
+    """Outputs of many shapes, as a dict with values that are no tensors."""
+
+    def forward(self, tokens: Tensor) -> Any:
+        logits = super().forward(tokens)
+        return {"logits": logits.mean(1), "nested": {"value": logits[:, :, 0].mean(1)}, "length": 5, "nothing": None}
+
+
+def test_masked_lm_is_cross_entropy_without_a_shift() -> None:
+    logits, labels = torch.randn(3, 7, 11), torch.randint(0, 11, (3, 7))
+    labels[0, 2:], labels[2, :5] = -100, -100
+    total, count = MaskedLMLoss()(logits, labels)
+    torch.testing.assert_close(total.sum() / count.sum(), F.cross_entropy(logits.transpose(1, 2), labels))
+    labels[1, :5] = -100
+    torch.testing.assert_close(MaskedLMLoss(max_labels=2)(logits, labels), MaskedLMLoss()(logits, labels))
+    assert TokenClassificationLoss is MaskedLMLoss
+
+
+def test_sequence_classification_and_regression() -> None:
+    logits, labels = torch.randn(4, 6), torch.tensor([5, -100, 0, 3])
+    total, count = SequenceClassificationLoss()(logits, labels)
+    torch.testing.assert_close(total.sum() / count.sum(), F.cross_entropy(logits, labels))
+    assert count.tolist() == [1, 0, 1, 1]
+    target = torch.randn(4, 6)
+    error, count = MSELoss()(logits, target)
+    torch.testing.assert_close(error.mean(), F.mse_loss(logits, target))
+    torch.testing.assert_close(MSELoss("b")({"a": target, "b": logits}, target)[0], error)
+    assert MSELoss()(logits[:, 0], target[:, 0])[0].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (TokenWise, MaskedLMLoss()),
+        (TokenWise, MaskedLMLoss(max_labels=2)),
+        (Pooled, SequenceClassificationLoss()),
+        (Pooled, MSELoss()),
+    ],
+    ids=repr,
+)
+def test_steps_with_every_loss(model: type[nn.Module], loss: Any) -> None:
+    torch.manual_seed(0)
+    check_against_oracle(model().eval(), TOKENS, backend="eager", lora=LORA, loss=loss)
+
+
+def cross_entropy_per_row(outputs: Any, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs["logits"], labels, reduction="none", label_smoothing=0.1)
+
+
+def share_of_the_batch(outputs: Any, labels: Tensor) -> Tensor:
+    """The number of rows as a number: it must be that of a lane, not that of all lanes."""
+    return F.cross_entropy(outputs["logits"], labels, reduction="none") / labels.shape[0]
+
+
+def misses(outputs: Any, labels: Tensor) -> Tensor:
+    """Not differentiable: how many classes score higher than the right one."""
+    right = outputs["logits"].gather(1, labels[:, None])
+    return (outputs["logits"] > right).sum(1) + outputs["nested"]["value"] * 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "portable"])
+@pytest.mark.parametrize("function", [cross_entropy_per_row, misses, share_of_the_batch])
+def test_any_function_of_outputs_and_labels(function: Any, backend: str) -> None:
+    torch.manual_seed(0)
+    model, labels = Pooled().eval(), torch.tensor([3, 9, 0])
+    program = mobizo.compile(model, TOKENS, LORA, ZOConfig(queries=2), function, backend=backend, example_labels=labels)
+    session = Session(program)
+    oracle = Oracle(
+        model, program.sites, program.lora_a_by_fqn, queries=2, loss=CallableLoss(function, (), torch.int64)
+    )
+    oracle.state = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)).double()
+    session.load_state(oracle.state.float())
+    found = session.train_step(TOKENS, labels, seed=1, learning_rate=0.1, eps=0.5)
+    wanted = oracle.train_step(TOKENS, labels, seed=1, learning_rate=0.1, eps=0.5)
+    torch.testing.assert_close(found.lane_losses.double(), wanted.lane_losses.double(), rtol=0, atol=1e-5)
+    assert found.lane_losses.std() > 0
+    assert function.__qualname__ in program.manifest.loss
+    outputs = session.evaluate(TOKENS)
+    assert (outputs["length"], outputs["nothing"]) == (5, None)
+    torch.testing.assert_close(outputs["nested"]["value"].double(), oracle.evaluate(TOKENS)["nested"]["value"])
+
+
+def compiled(loss: Any, **options: Any) -> mobizo.Program:
+    return mobizo.compile(Pooled().eval(), TOKENS, LORA, ZOConfig(queries=2), loss, backend="eager", **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (lambda o, y: F.cross_entropy(o["logits"], y), LossError, 'reduction="none"'),
+        (lambda o, y: F.mse_loss(o["logits"][:, 0], y * 1.0) * torch.ones_like(y), RowMixingError, 'reduction="none"'),
+        (lambda o, y: o["logits"][:, 0] - o["logits"].mean(0)[:1], RowMixingError, "mean over the batch"),
+        (lambda o, y: o["logits"], LossError, "must return one loss per row"),
+        (lambda o, y: o["logits"].mean(1)[:-1], LossError, r"not \[rows\]"),
+        (lambda o, y: o["missing"], LossError, "cannot be traced"),
+        (lambda o, y: torch.tensor([float(v) for v in y]), LossError, "replay"),
+    ],
+)
+def test_functions_that_are_no_row_losses(loss: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        compiled(loss, example_labels=torch.tensor([3, 9, 0]))
+
+
+def test_functions_need_example_labels_and_others_have_no_use_for_them() -> None:
+    with pytest.raises(ConfigError, match="example_labels must be a tensor"):
+        compiled(cross_entropy_per_row)
+    with pytest.raises(ConfigError, match="only for a loss that is a function"):
+        compiled(MSELoss(), example_labels=torch.zeros(3))
+    with pytest.raises(LossError, match=r"output named 'embeds'"):
+        compiled(MSELoss("embeds"))
+    with pytest.raises(LossError, match=r"logits of shape \[rows, tokens, vocabulary\]"):
+        compiled(MaskedLMLoss())
+
+
+def test_labels_of_whole_rows_are_checked() -> None:
+    session = Session(compiled(SequenceClassificationLoss()))
+    step = {"seed": 1, "learning_rate": 0.1, "eps": 0.1}
+    with pytest.raises(TokenRangeError, match="the value 11"):
+        session.train_step(TOKENS, torch.tensor([0, 11, 2]), **step)  # type: ignore[arg-type]
+    with pytest.raises(LabelError, match="nothing is labelled"):
+        session.train_step(TOKENS, torch.full((3,), -100), **step)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"labels' has shape \[2\]"):
+        session.train_step(TOKENS, torch.tensor([0, 1]), **step)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["eager", "portable"])
+def test_lanes_that_a_host_runs_are_the_lanes_of_a_step(backend: str) -> None:
+    torch.manual_seed(0)
+    inputs, labels = tiny_batch()
+    program = mobizo.compile(TinyCausalLM().eval(), inputs, LoraConfig(r=3), ZOConfig(queries=2), backend=backend)
+    session = Session(program)
+    start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)) * 0.3
+    session.load_state(start)
+    scored = session.train_step(inputs, labels, seed=4, learning_rate=0.0, eps=0.05)
+    losses = []
+    for index in range(4):
+        with session.lane(index, seed=4, eps=0.05):
+            row_loss, row_weight = mobizo.CausalLMLoss()(session.evaluate(inputs), labels)
+        losses.append(row_loss.sum() / row_weight.sum())
+        assert torch.equal(session.state(), start)
+    torch.testing.assert_close(torch.stack(losses), scored.lane_losses, rtol=0, atol=3e-6)
+    with pytest.raises(RuntimeError, match="host"), session.lane(0, seed=4, eps=0.05):
+        raise RuntimeError("host")
+    assert torch.equal(session.state(), start)
+    for arguments in ({"index": 4}, {"eps": 0.0}, {"seed": -1}, {"eps": float("nan")}):
+        with pytest.raises(InputError), session.lane(**{"index": 0, "seed": 4, "eps": 0.1, **arguments}):  # type: ignore[arg-type]
+            pass
