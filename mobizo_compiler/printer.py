@@ -34,10 +34,11 @@ class _Printer:
     def __init__(self, program: GraphProgram) -> None:
         self.program = program
         self.symbols: dict[str, str] = {}
-        for value in program.inputs.values():
-            if value.dim() and isinstance(value.shape[0], torch.SymInt):
-                for symbol in value.shape[0].node.expr.free_symbols:
-                    self.symbols.setdefault(str(symbol), "rows")
+        self.symbols |= {symbol: size.name for symbol, size in program.dynamic.items()}
+        for name, axis in program.rows.items():
+            size = program.inputs[name].shape[axis]
+            if isinstance(size, torch.SymInt):
+                self.symbols |= dict.fromkeys(map(str, size.node.expr.free_symbols), "rows")
 
     def lines(self) -> Iterator[str]:
         signature = self.program.exported.graph_signature
@@ -70,7 +71,7 @@ class _Printer:
         text = str(value)
         if isinstance(value, torch.SymInt):
             for symbol in sorted(value.node.expr.free_symbols, key=str):
-                text = text.replace(str(symbol), self.symbols.setdefault(str(symbol), f"s{len(self.symbols) - 1}"))
+                text = text.replace(str(symbol), self.symbols.setdefault(str(symbol), f"s{len(self.symbols)}"))
         return text
 
     def argument(self, value: Any) -> str:

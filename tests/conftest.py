@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ.pop("MOBIZO_DUMP", None)
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
