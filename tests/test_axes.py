@@ -16,7 +16,7 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, MSELoss, SequenceClassificationLoss, Session, ZOConfig, passes
 from mobizo_compiler.axes import Layout, axis_rule, row_axes
 from mobizo_compiler.axes.rules import _RULES
-from mobizo_compiler.errors import FixedRowsError, NoAxisRuleError, RowMixingError, UnsupportedGraphError
+from mobizo_compiler.errors import CaptureError, FixedRowsError, NoAxisRuleError, RowMixingError, UnsupportedGraphError
 from mobizo_compiler.example import bind_example
 from mobizo_compiler.testing import check_against_oracle
 from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
@@ -125,6 +125,34 @@ def test_the_number_of_rows_as_a_number_is_refused_where_it_is_a_symbol() -> Non
     assert layout_of(lambda x: x / x.shape[0], X, symbolic=False) == Layout(0), "in a lane it is the lane's own number"
     with pytest.raises(RowMixingError, match="numbers of the rows are used as values"):
         layout_of(lambda x: x * torch.arange(x.shape[0])[:, None, None], X)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x + x.new_full((x.shape[0], 1, 1), 1 / x.shape[0]),
+        lambda x: x + torch.full((1,), float(x.shape[0])),
+        lambda x: x[:, : x.shape[0]] if x.shape[0] < 4 else x,
+        lambda x: x[torch.arange(x.shape[0])[:, None].expand(-1, 5).sum(1) // 5],
+        lambda x: torch.arange(9.0)[torch.arange(x.shape[0])][:, None, None] + x,
+    ],
+)
+def test_numbers_of_rows_do_not_get_into_values(function: Any) -> None:
+    """Whatever torch.export makes of these: a symbol that is refused, or the lane's own number of rows."""
+    with pytest.raises((RowMixingError, CaptureError)):
+        layout_of(function, X)
+
+
+def test_writing_into_rows() -> None:
+    def by_row(x: Tensor) -> Tensor:
+        return x.index_put((torch.arange(x.shape[0]), x.argmax(1)[:, 0]), x[:, 0])
+
+    assert layout_of(by_row, X) == Layout(0)
+    with pytest.raises(RowMixingError):
+        layout_of(lambda x: x.index_put((x.argmax(1)[:, 0] % 3,), x), X)
+    square = torch.randn(3, 3, 8)
+    with pytest.raises(RowMixingError, match="rows in axis"):
+        layout_of(lambda x: x.index_put((None, torch.tensor([0, 1, 2])), x.transpose(0, 1)), square, symbolic=False)
 
 
 def test_batches_that_are_no_rows_are_refused_when_fixed() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from mobizo_compiler.axes.layout import Layout
-from mobizo_compiler.axes.rules import CREATORS, SHAPE_ONLY, Call, RowsMix, find_rule, operator_name
+from mobizo_compiler.axes.rules import CREATORS, MOVES, SHAPE_ONLY, Call, RowsMix, find_rule, operator_name
 from mobizo_compiler.errors import NoAxisRuleError, RowMixingError
 from mobizo_compiler.program import source_line
 
@@ -132,21 +132,41 @@ class _Walk:
             found = self.layouts[node.args[0]]  # type: ignore[index]
             return found[node.args[1]] if isinstance(found, tuple) else found  # type: ignore[index]
         value = node.meta.get("val")
+        name = operator_name(node)
+        with_rows = any(self.layouts[n] is not None for n in node.all_input_nodes)
         if not isinstance(value, (Tensor, tuple, list)):
+            if with_rows and value is not None and not name.startswith("sym_"):
+                raise RowsMix("an entry of a row becomes a number of the program")
             return None  # a number: checked where it is used
+        if not hasattr(node.target, "_schema"):
+            if not with_rows and not self.counts_rows(node):
+                return tuple(None for _ in value) if isinstance(value, (tuple, list)) else None
+            raise self.no_rule(node)
         call = Call(node, self)
-        if operator_name(node) not in SHAPE_ONLY and self.counts_rows(node):
+        if name not in SHAPE_ONLY and self.counts_rows(node):
+            raise RowsMix("the number of rows is used as a number")
+        filled = call.args.get("fill_value")
+        if isinstance(filled, fx.Node) and self.depends_on_rows(filled):
             raise RowsMix("the number of rows is used as a number")
         if not call.with_rows:
             return self.without_rows(call)
         rule = find_rule(node)
         if rule is None:
-            raise NoAxisRuleError(
-                f"no rule says how rows go through {operator_name(node)!r}",
-                where=source_line(node),
-                hint="register one with mobizo_compiler.axes.axis_rule, or write the model without this operator",
-            )
-        return rule(call)
+            raise self.no_rule(node)
+        found = rule(call)
+        if name not in MOVES and any(
+            x and x.kind == "index" for x in (found if isinstance(found, tuple) else (found,))
+        ):
+            raise RowsMix("the numbers of the rows are used as values")
+        return found
+
+    def no_rule(self, node: fx.Node) -> NoAxisRuleError:
+        """The error for an operator that rows cannot be followed through."""
+        return NoAxisRuleError(
+            f"no rule says how rows go through {operator_name(node)!r}",
+            where=source_line(node),
+            hint="register one with mobizo_compiler.axes.axis_rule, or write the model without this operator",
+        )
 
     def check(self, node: fx.Node) -> None:
         """The sizes of a result agree with its layout: its rows are in that axis, all of them, and in no other."""
@@ -204,8 +224,11 @@ class _Walk:
 
     def counts_rows(self, node: fx.Node) -> bool:
         """Whether an argument is a number that depends on the number of rows."""
-        for argument in node.all_input_nodes:
-            value = argument.meta.get("val")
-            if isinstance(value, (torch.SymInt, torch.SymFloat)) and value.node.expr.free_symbols & self.symbols:
-                return True
-        return False
+        return any(self.depends_on_rows(argument) for argument in node.all_input_nodes)
+
+    def depends_on_rows(self, node: fx.Node) -> bool:
+        """Whether a value is a number that depends on the number of rows."""
+        value = node.meta.get("val")
+        return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and bool(
+            value.node.expr.free_symbols & self.symbols
+        )

@@ -176,6 +176,11 @@ CREATORS = frozenset(
 )
 # Operators whose numbers are sizes, so that a number that depends on the rows is right for every number of rows.
 SHAPE_ONLY = CREATORS | {"view", "_unsafe_view", "reshape", "slice", "native_group_norm", "unflatten"}
+# Operators that only move entries: the number of a row is still that after them.
+MOVES = frozenset({"to", "_to_copy", "clone", "alias", "contiguous", "lift_fresh_copy", "detach", "getitem"}) | {
+    *("reshape", "view", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand"),
+    *("slice", "select", "arange"),
+}
 _RULES: dict[str, Rule] = {}
 
 
@@ -237,8 +242,6 @@ def pointwise(call: Call) -> Layouts:
     with_rows = [(n, layout) for n in call.tensors if (layout := call.layout(n)) is not None]
     moved = [layout.at(layout.axis + rank - len(call.shape(n))) for n, layout in with_rows]
     joined = call.join(*moved)
-    if joined.kind == "index" and operator_name(call.node) not in ("to", "_to_copy", "clone", "alias", "contiguous"):
-        raise RowsMix("the numbers of the rows are used as values")
     for node, layout in with_rows:
         if call.shape(node)[layout.axis] != call.out_shape[joined.axis]:
             raise RowsMix(f"%{node.name} is repeated along its rows")
@@ -470,7 +473,7 @@ def _not_last(call: Call, count: int) -> Layouts:
     return call.results(layout)
 
 
-@axis_rule("tril", "triu", "diagonal_copy")
+@axis_rule("tril", "triu")
 def last_two(call: Call) -> Layouts:
     """Matrices in the last two axes."""
     return _not_last(call, 2)
@@ -708,13 +711,6 @@ def index(call: Call) -> Layouts:
             found = None if found is None else found.at(found.axis + shift)
         if found is not None:
             joined = call.join(joined, found)
-    if operator_name(call.node).endswith("put"):
-        if layout is None or (joined is not None and not by_row):
-            raise RowsMix("entries are written across the rows")
-        values = call.layout(call.args["values"])
-        if by_row and values is not None and values.kind == "index":
-            raise RowsMix("the numbers of the rows are used as values")
-        return layout
     if joined is not None:
         if layout is not None and not by_row:
             raise RowsMix("entries of all rows are looked up for every row")
@@ -722,13 +718,27 @@ def index(call: Call) -> Layouts:
             inner = joined.axis - (rank - len(call.shape(node)))
             if inner >= 0 and call.layout(node) is None and not any(node is n for _, n in by_row):
                 call.adopt(node, inner, broadcasts=True)
-        return joined.at(start + joined.axis)
-    if layout is None:
-        return None
-    before = sum(axis < layout.axis for axis in axes)
-    if together:
-        return layout.at(layout.axis if layout.axis < start else layout.axis - len(axes) + rank)
-    return layout.at(rank + layout.axis - before)
+        found = joined.at(start + joined.axis)
+    elif layout is None:
+        found = None
+    elif together:
+        found = layout.at(layout.axis if layout.axis < start else layout.axis - len(axes) + rank)
+    else:
+        found = layout.at(rank + layout.axis - sum(axis < layout.axis for axis in axes))
+    return _written(call, layout, found, len(call.shape(source)) - len(axes) + rank) if "values" in call.args else found
+
+
+def _written(call: Call, layout: Layout | None, place: Layout | None, rank: int) -> Layouts:
+    """The layout of a tensor after values, broadcast to `rank` axes, were written where `place` has the rows."""
+    values = call.args["values"]
+    written = call.layout(values)
+    if layout is None or place is None:
+        raise RowsMix("entries are written across the rows")
+    if written is not None:
+        call.join(place, written.at(written.axis + rank - len(call.shape(values))))
+    elif place.axis - (rank - len(call.shape(values))) >= 0:
+        call.adopt(values, place.axis - (rank - len(call.shape(values))), broadcasts=True)
+    return layout
 
 
 # -- losses --------------------------------------------------------------------------------------------------------
