@@ -94,7 +94,6 @@ MIXED: dict[str, tuple[Callable[..., Any], str]] = {
     "contrastive": (lambda x: x[:, 0] @ x[:, 0].T, "every row meets every other"),
     "sum over rows by a product": (lambda x: x.permute(1, 2, 0) @ x.transpose(0, 1), "sums over the rows"),
     "first row": (lambda x: x - x[0], "one row is picked"),
-    "some rows": (lambda x: x[: x.shape[0] // 2], "rows are cut"),
     "reversed": (lambda x: x.flip(0), "flip over the batch"),
     "concatenated rows": (lambda x: torch.cat([x, x]), "concatenated along the rows"),
     "cumulative": (lambda x: x.reshape(-1, 8).cumsum(0), "cumsum over the batch"),
@@ -117,6 +116,12 @@ def test_rows_that_meet_are_refused_with_node_line_and_reason(case: str) -> None
         layout_of(function, X)
     assert caught.value.where is not None
     assert "test_axes.py" in caught.value.where and "%" in caught.value.where
+
+
+def test_rows_that_are_cut_out_of_a_fixed_batch_are_refused() -> None:
+    for function in (lambda x: x[1:], lambda x: x[:, None].expand(-1, 3, -1, -1).reshape(-1, 5, 8)[:3]):
+        with pytest.raises(RowMixingError, match="rows are cut"):
+            layout_of(function, X, symbolic=False)
 
 
 def test_the_number_of_rows_as_a_number_is_refused_where_it_is_a_symbol() -> None:
@@ -151,8 +156,9 @@ def test_writing_into_rows() -> None:
     with pytest.raises(RowMixingError):
         layout_of(lambda x: x.index_put((x.argmax(1)[:, 0] % 3,), x), X)
     square = torch.randn(3, 3, 8)
+    columns = torch.tensor([0, 1, 2])
     with pytest.raises(RowMixingError, match="rows in axis"):
-        layout_of(lambda x: x.index_put((None, torch.tensor([0, 1, 2])), x.transpose(0, 1)), square, symbolic=False)
+        layout_of(lambda x: torch.ops.aten.index_put(x, [None, columns], x.transpose(0, 1)), square, symbolic=False)
 
 
 def test_batches_that_are_no_rows_are_refused_when_fixed() -> None:

@@ -154,9 +154,8 @@ class _Walk:
         if rule is None:
             raise self.no_rule(node)
         found = rule(call)
-        if name not in MOVES and any(
-            x and x.kind == "index" for x in (found if isinstance(found, tuple) else (found,))
-        ):
+        several = found if isinstance(found, tuple) else (found,)
+        if name not in MOVES and any(layout and layout.kind == "index" for layout in several):
             raise RowsMix("the numbers of the rows are used as values")
         return found
 
