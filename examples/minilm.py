@@ -63,7 +63,7 @@ class SentenceClassifier(nn.Module):
         return self.classifier((hidden * weight).sum(dim=1) / weight.sum(dim=1))
 
 
-def load_minilm(layers: int = LAYERS, seed: int = 0) -> tuple[Any, SentenceClassifier]:
+def load_minilm(layers: int, seed: int = 0) -> tuple[Any, SentenceClassifier]:
     """The tokenizer, and the classifier on the first `layers` layers, in float32 and eval mode.
 
     Raises:
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
 
     start = time.monotonic()
-    tokenizer, model = load_minilm()
+    tokenizer, model = load_minilm(LAYERS)
     parts = split_by_movie(load_sentences())
     held_out = balanced(parts[options.held_out], options.rows, seed=0)
     example, _ = encode(tokenizer, parts["train"][:ROWS])

@@ -13,6 +13,7 @@ This is the front of the pipeline and so a function, not a `Pass`: there is no p
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, ExportGraphSignature
+from torch.utils import _pytree as pytree
 
 from mobizo_compiler import facts
 from mobizo_compiler.axes import has_rule
@@ -130,7 +132,24 @@ def _export_once(model: nn.Module, example: Example, rows: Any) -> ExportedProgr
     if isinstance(shapes, tuple):
         shapes = _by_argument(model, shapes)
     with torch.no_grad(), _without_cache(model):
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        except Exception as error:
+            if "not a known type" not in str(error) or not _register_dataclasses(model(*args, **kwargs)):
+                raise
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+
+
+def _register_dataclasses(outputs: Any) -> bool:
+    """Tell torch how to take dataclasses of the user apart; whether there was one that it did not know."""
+    found = False
+    for leaf in pytree.tree_leaves(outputs):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            cls = type(leaf)
+            torch.export.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+            _register_dataclasses([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+            found = True
+    return found
 
 
 def _shapes(shapes: Any, inputs: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from examples import demo
+from examples import demo, reward
 from examples.rotten_tomatoes import Prompter, accuracy_and_auc, balanced, load_sentences, split_by_movie
 
 
@@ -75,3 +75,8 @@ def test_the_demo_from_end_to_end(
     assert "cached" in capsys.readouterr().out
     again = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [e["loss"] for e in again["history"]] == [e["loss"] for e in record["history"]], "same seed, same run"
+
+
+def test_a_reward_on_generated_text_is_learnt() -> None:
+    before, after = reward.main(["--steps", "100"])
+    assert after > before + 0.2

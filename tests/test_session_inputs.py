@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,7 +132,7 @@ def compile_tokens(model: nn.Module | None = None, inputs: Any = (IDS,), **optio
         ({"inputs": ()}, ExampleInputError, "empty"),
         ({"inputs": IDS}, ExampleInputError, "must be a tuple"),
         ({"inputs": (None,)}, ExampleInputError, "no tensor is among them"),
-        ({"inputs": (torch.tensor(3),)}, ExampleInputError, "no rows"),
+        ({"inputs": (torch.tensor(3),)}, ExampleInputError, "no input has rows"),
         ({"inputs": (IDS[:0],)}, ExampleInputError, "no rows"),
         ({"inputs": (IDS, torch.zeros(3, 5))}, ExampleInputError, "'1' has 3 rows, input '0' has 2"),
         ({"inputs": (IDS.float(),)}, CaptureError, "cannot capture TokenWise"),
@@ -192,6 +194,60 @@ def test_a_model_that_changes_its_buffers_is_refused() -> None:
 
     with pytest.raises(UnsupportedGraphError, match="calls"):
         compile_tokens(Counting().eval())
+
+
+def test_outputs_of_any_class_come_back_as_that_class(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Inner:
+        mean: Tensor
+
+    @dataclasses.dataclass
+    class Outputs:
+        logits: Tensor
+        inner: Inner
+        count: int
+
+    class Structured(TokenWise):
+        def forward(self, tokens: Tensor) -> Outputs:  # type: ignore[override]
+            logits = super().forward(tokens)
+            return Outputs(logits, Inner(logits.mean(-1)), 3)
+
+    program = mobizo.compile(Structured().eval(), (IDS,), LoraConfig(r=2), backend="portable")
+    outputs = Session(mobizo.load(program.save(tmp_path / "structured.pte"))).evaluate(IDS)
+    assert isinstance(outputs, Outputs) and isinstance(outputs.inner, Inner) and outputs.count == 3
+    assert outputs.inner.mean.shape == (2, 5)
+
+
+def test_fixed_inputs_may_be_left_out_but_not_differ() -> None:
+    class Optional(TokenWise):
+        def forward(self, tokens: Tensor, scale: Tensor, parts: dict[str, Any], negate: bool = False) -> Tensor:  # type: ignore[override]
+            logits = super().forward(tokens + parts["shift"]) * scale
+            return -logits if negate else logits
+
+    shift = torch.ones(2, 5, dtype=torch.int64)
+    example = {"tokens": IDS, "scale": torch.tensor(2.0), "parts": {"shift": shift, "unused": None}, "negate": True}
+    model = Optional().eval()
+    session = Session(mobizo.compile(model, example, LoraConfig(r=2), backend="eager"))
+    assert [spec.name for spec in session.program.manifest.inputs] == ["tokens", "scale", "parts.shift"]
+    with torch.no_grad():
+        wanted = model(**example)
+    torch.testing.assert_close(session.evaluate(example), wanted)
+    torch.testing.assert_close(
+        session.evaluate({"tokens": IDS, "scale": torch.tensor(2.0), "parts.shift": shift}), wanted
+    )
+    with pytest.raises(InputError, match="'negate' is False; the program was compiled with True"):
+        session.evaluate({**example, "negate": False})
+    with pytest.raises(InputError, match=r"'parts.shift' is missing"):
+        session.evaluate({**example, "parts": {}})
+
+
+@pytest.mark.parametrize(
+    ("row_axes", "message"),
+    [({"y": 0}, "names input 'y'"), ({0: 2}, "the input has 2 axes"), ({0: None}, "no input has rows")],
+)
+def test_bad_row_axes(row_axes: Any, message: str) -> None:
+    with pytest.raises(ExampleInputError, match=message):
+        compile_tokens(row_axes=row_axes)
 
 
 def test_positional_inputs_are_counted() -> None:
