@@ -82,8 +82,8 @@ def compile(
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
         row_axes: The axis of the rows of an input, by name or position, where it is not axis 0; None for an input
-            without rows, which all lanes share. An input without axes, or with a first axis of 1 beside others with
-            more rows, has none anyway.
+            without rows, which all lanes share. An input without axes, or with a first axis of 1 where the first
+            input has more rows, has none anyway.
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 

@@ -93,8 +93,8 @@ def bind_example(
 ) -> Example:
     """Check example inputs and find the rows of each.
 
-    An input whose first axis has as many entries as there are rows has its rows there; one without axes, or with a
-    first axis of size 1 beside others with more rows, has none. `row_axes` says otherwise.
+    The first input has its rows in its first axis, and so has every input of as many; an input without axes, or with a
+    first axis of size 1 where there are more rows, has none. `row_axes` says otherwise.
 
     Raises:
         ExampleInputError: They are not tensors with one common number of rows, or do not fit an `ExportedProgram`.
@@ -137,15 +137,15 @@ def _row_axes(tensors: Mapping[str, Tensor], given: Mapping[str, int | None]) ->
             raise ExampleInputError(f"row_axes names input {name!r}; the inputs are {list(tensors)}")
         if axis is not None and not -tensors[name].dim() <= axis < tensors[name].dim():
             raise ExampleInputError(f"row_axes[{name!r}] is {axis}, the input has {tensors[name].dim()} axes")
-    many = next((t.shape[0] for n, t in tensors.items() if n not in given and t.dim() and t.shape[0] > 1), 1)
-    many = next((tensors[n].shape[a] for n, a in given.items() if a is not None), many)
+    rows = next((t.shape[0] for n, t in tensors.items() if n not in given and t.dim()), 1)
+    rows = next((tensors[n].shape[a] for n, a in given.items() if a is not None), rows)
     axes: dict[str, int | None] = {}
     for name, tensor in tensors.items():
         if name in given:
             axis = given[name]
             axes[name] = None if axis is None else axis % tensor.dim()
         else:
-            shared = tensor.dim() == 0 or (tensor.shape[0] == 1 and many > 1)
+            shared = tensor.dim() == 0 or (tensor.shape[0] == 1 and rows > 1)
             axes[name] = None if shared else 0
     return axes
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,30 @@ class Loss(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalLMLoss(JsonConfig):
+class _TokenLoss(JsonConfig):
+    """Cross-entropy over the vocabulary at labelled tokens; what the losses of language models share."""
+
+    ignore_index: int = -100
+    max_labels: int | None = None
+    first: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if self.max_labels is not None:
+            check_int(f"{type(self).__name__}.max_labels", self.max_labels, 1, 1 << 20)
+        check_int(f"{type(self).__name__}.ignore_index", self.ignore_index, -(2**31), -1)
+
+    def label_spec(self, outputs: Any) -> LabelSpec:
+        """int64 [rows, tokens], a token id (or class) or `ignore_index`."""
+        return _token_labels(self, outputs, self.first)
+
+    def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over the labelled tokens of each row, and their number."""
+        logits_NTV, target_NT, counts_NT = _labelled(self, outputs, labels, self.first)
+        return _cross_entropy(logits_NTV, target_NT.clamp(min=0), counts_NT)
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLMLoss(_TokenLoss):
     """Next-token cross-entropy with the labels of transformers: the shape of `input_ids`, shifted inside.
 
     Token t is predicted from position t - 1. The loss of a lane is the mean over its labelled tokens, as in
@@ -73,26 +96,11 @@ class CausalLMLoss(JsonConfig):
     (tensor([1.3863]), tensor([1.]))
     """
 
-    ignore_index: int = -100
-    max_labels: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_labels is not None:
-            check_int("CausalLMLoss.max_labels", self.max_labels, 1, 1 << 20)
-        check_int("CausalLMLoss.ignore_index", self.ignore_index, -(2**31), -1)
-
-    def label_spec(self, outputs: Any) -> LabelSpec:
-        """int64 [rows, tokens], a token id or `ignore_index`."""
-        return _token_labels(self, outputs, first=1)
-
-    def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy summed over the labelled tokens of each row, and their number."""
-        logits_NTV, target_NT, counts_NT = _labelled(self, outputs, labels, first=1)
-        return _cross_entropy(logits_NTV, target_NT.clamp(min=0), counts_NT)
+    first: ClassVar[int] = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedLMLoss(JsonConfig):
+class MaskedLMLoss(_TokenLoss):
     """Cross-entropy at every labelled token, not shifted: masked language models and token classification.
 
     Encoder-decoder models take it too: their `decoder_input_ids` are the labels shifted by one, so that the logits of
@@ -105,21 +113,6 @@ class MaskedLMLoss(JsonConfig):
     >>> MaskedLMLoss()(torch.zeros(1, 3, 4), torch.tensor([[2, -100, 1]]))
     (tensor([2.7726]), tensor([2.]))
     """
-
-    ignore_index: int = -100
-    max_labels: int | None = None
-
-    def __post_init__(self) -> None:
-        CausalLMLoss(self.ignore_index, self.max_labels)
-
-    def label_spec(self, outputs: Any) -> LabelSpec:
-        """int64 [rows, tokens], a token id or class, or `ignore_index`."""
-        return _token_labels(self, outputs, first=0)
-
-    def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy summed over the labelled tokens of each row, and their number."""
-        logits_NTV, target_NT, counts_NT = _labelled(self, outputs, labels, first=0)
-        return _cross_entropy(logits_NTV, target_NT.clamp(min=0), counts_NT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,15 +251,14 @@ class ChoiceLoss(JsonConfig):
 
 
 TokenClassificationLoss = MaskedLMLoss
-_TokenLoss = CausalLMLoss | MaskedLMLoss | ChoiceLoss
 
 
-def _token_labels(loss: _TokenLoss, outputs: Any, first: int) -> LabelSpec:
+def _token_labels(loss: _TokenLoss | ChoiceLoss, outputs: Any, first: int) -> LabelSpec:
     rows, tokens, vocabulary = _output(loss, outputs, "[rows, tokens, vocabulary]").shape
     return LabelSpec((rows, tokens), torch.int64, 0, int(vocabulary) - 1, loss.ignore_index, first, loss.max_labels)
 
 
-def _labelled(loss: _TokenLoss, outputs: Any, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def _labelled(loss: _TokenLoss | ChoiceLoss, outputs: Any, labels: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, targets and 1 or 0 for whether a target counts, at all positions or at the labelled ones of each row."""
     logits_NTV = _full_precision(_output(loss, outputs, "[rows, tokens, vocabulary]"))
     target_NT = labels[:, first:]

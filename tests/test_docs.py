@@ -11,6 +11,7 @@ import torch
 
 from docs.generate import pages
 from mobizo_compiler import noise
+from mobizo_compiler.errors import raised_errors
 
 ROOT = Path(__file__).parent.parent
 MASK = 0xFFFFFFFF
@@ -75,3 +76,8 @@ def test_the_readme_program_runs(smollm2, monkeypatch: pytest.MonkeyPatch, tmp_p
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "smollm2.pte").exists()
     assert names["session"].state().any()  # type: ignore[attr-defined]
+
+
+def test_sharp_edges_speak_of_errors_that_exist() -> None:
+    codes = set(re.findall(r"MBZ\d+", (ROOT / "docs" / "sharp_edges.md").read_text()))
+    assert codes and codes <= {error.code for error in raised_errors()}

@@ -134,6 +134,7 @@ def compile_tokens(model: nn.Module | None = None, inputs: Any = (IDS,), **optio
         ({"inputs": (None,)}, ExampleInputError, "no tensor is among them"),
         ({"inputs": (torch.tensor(3),)}, ExampleInputError, "no input has rows"),
         ({"inputs": (IDS[:0],)}, ExampleInputError, "no rows"),
+        ({"inputs": (IDS[:1], torch.zeros(3, 5))}, ExampleInputError, "'1' has 3 rows, input '0' has 1"),
         ({"inputs": (IDS, torch.zeros(3, 5))}, ExampleInputError, "'1' has 3 rows, input '0' has 2"),
         ({"inputs": (IDS.float(),)}, CaptureError, "cannot capture TokenWise"),
         ({"model": TokenWise()}, CaptureError, "training mode"),
