@@ -49,7 +49,9 @@ def errors_page() -> str:
 def coverage_page() -> str:
     """What every architecture of the zoo does, from the record that tests/test_coverage.py keeps."""
     record = json.loads((DOCS / "coverage.json").read_text())
-    tried = {backend: [cell[backend] for cell in record.values() if backend in cell] for backend in ("eager", "xnnpack")}
+    tried = {
+        backend: [cell[backend] for cell in record.values() if backend in cell] for backend in ("eager", "xnnpack")
+    }
     lines = [
         MARKER,
         "# Coverage\n",

@@ -2,14 +2,16 @@
 
     python -m examples.minilm [--seed 0] [--steps 300] [--output runs/minilm]
 
-The model is the first four of the six layers of all-MiniLM-L6-v2 (the last two turn meaning into topic: a linear
-probe finds less sentiment there), the mean over the tokens of a sentence, and a linear classifier of two classes
-that starts at random. The encoder stays as it is and runs in every forward; only the B of the adapter on the
-classifier is trained, 2 x 768 numbers. The classifier is so small that its adapter is not of low rank: a large r makes
-A x a random rotation of the sentence vector, and nothing of it is lost. Adapters inside the encoder learn too, but
-one estimate of the gradient then covers many more directions, and the same number of steps gains less.
+The model is the first four of the six layers of all-MiniLM-L6-v2 (a linear probe on the mean over the tokens reads
+the label better there than after all six), that mean, and a linear classifier of two classes that starts at random.
+The encoder stays as it is and runs in every forward; only the B of the adapter on the classifier is trained, 2 x 768
+numbers. The classifier is so small that its adapter is not of low rank: with r twice the width of the sentence vector
+x, nothing of it is lost in A x. In simulations of a linearised model, adapters inside the encoder gained less from the
+same number of forwards.
 
-Measured on sentences about movies that are never trained on, before and after.
+Measured on sentences about movies that are never trained on, before and after. With 300 steps, seeds 0, 1 and 2 go
+from accuracy .50 and AUC .56 to .73, .66, .70 and .80, .73, .76 (400 sentences; standard error .02). A linear probe
+that is trained with gradients on 5,000 sentences reaches .79 and .85 on the validation movies.
 """
 
 from __future__ import annotations

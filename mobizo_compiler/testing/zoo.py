@@ -504,9 +504,6 @@ def _vision() -> list[Case]:
         _image("hiera", "Hiera", ("qkv", "fc1", "fc2"), 32, image_size=[32, 32], embed_dim=8, depths=[1, 1],
             num_heads=[2, 2], query_stride=[2, 2], masked_unit_size=[2, 2], masked_unit_attention=[True, False],
             num_query_pool=1, patch_size=[3, 3], patch_stride=[4, 4], patch_padding=[1, 1], mlp_ratio=2.0),
-        _image("levit", "Levit", ("queries_keys_values.linear", "projection.linear", "linear_up.linear"), 32,
-            hidden_sizes=[16, 20, 24], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[4, 4, 4],
-            patch_size=16),
         _image("focalnet", "FocalNet", ("projection_in", "fc1"), 32, embed_dim=8, depths=[1, 1], hidden_sizes=[8, 12],
             focal_levels=[2, 2], focal_windows=[3, 3]),
         _image("cvt", "Cvt", ("projection_query", "projection_value", "intermediate.dense"), 32, embed_dim=[8, 12],
@@ -528,10 +525,6 @@ def _vision() -> list[Case]:
         Case("timesformer", "vision", _transformers("TimesformerForVideoClassification", "TimesformerConfig", _VISION,
             num_frames=2), _floats(pixel_values=(2, 3, 8, 8)), SequenceClassificationLoss(),
             ("qkv", "intermediate.dense")),
-        Case("dpt", "vision", _transformers("DPTForDepthEstimation", "DPTConfig", _VISION, num_hidden_layers=4,
-            backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[4, 6, 8, 10], fusion_hidden_size=6,
-            reassemble_factors=[4, 2, 1, 0.5]), _floats(pixel_values=(3, 8, 8)), MSELoss("predicted_depth"),
-            ("query", "value", "intermediate.dense")),
         Case("segformer_pixels", "vision", _transformers("SegformerForSemanticSegmentation", "SegformerConfig",
             _PYRAMID, decoder_hidden_size=10), _floats(pixel_values=(3, 16, 16)), MSELoss(),
             ("q_proj", "fc1", "linear_fuse")),
@@ -605,10 +598,6 @@ def _multimodal() -> list[Case]:
 
 def _others() -> list[Case]:
     return [
-        Case("patchtst", "other", _transformers("PatchTSTForRegression", "PatchTSTConfig", context_length=16,
-            patch_length=4, patch_stride=4, num_input_channels=2, num_targets=3, d_model=20, num_attention_heads=4,
-            ffn_dim=28, num_hidden_layers=2, loss="mse"), _floats(past_values=(16, 2)), MSELoss("regression_outputs"),
-            ("q_proj", "v_proj", "ff.0", "ff.3")),
         Case("patchtsmixer", "other", _transformers("PatchTSMixerForPrediction", "PatchTSMixerConfig",
             context_length=16, prediction_length=3, patch_length=4, patch_stride=4, num_input_channels=2, d_model=6,
             num_layers=2, loss="mse"), _floats(past_values=(16, 2)), MSELoss("prediction_outputs"), ("fc1", "fc2")),
