@@ -64,11 +64,8 @@ def _attention(edit: Editor, arguments: dict[str, Any], masks: dict[fx.Node, tup
     scale = arguments.get("scale")
     scaled = edit.call(aten.mul.Tensor, query, 1 / math.sqrt(width) if scale is None else scale)
     scaled = edit.call(aten.reshape.default, scaled, [groups, queries, width])
-    turned = edit.call(
-        aten.reshape.default,
-        edit.call(aten.transpose.int, key, 2, 3),
-        [groups, width, sources if isinstance(sources, int) else -1],
-    )
+    turned_sizes = [groups, width, sources if isinstance(sources, int) else -1]
+    turned = edit.call(aten.reshape.default, edit.call(aten.transpose.int, key, 2, 3), turned_sizes)
     scores = edit.call(aten.bmm.default, scaled, turned)
     scores = edit.call(aten.reshape.default, scores, [rows, heads, targets, sources])
     mask = arguments.get("attn_mask")
