@@ -49,17 +49,16 @@ def errors_page() -> str:
 def coverage_page() -> str:
     """What every architecture of the zoo does, from the record that tests/test_coverage.py keeps."""
     record = json.loads((DOCS / "coverage.json").read_text())
-    tried = {
-        backend: [cell[backend] for cell in record.values() if backend in cell] for backend in ("eager", "xnnpack")
-    }
+    cells = list(record.values())
+    tried = {backend: [c[backend] for c in cells if backend in c] for backend in ("eager", "xnnpack")}
     lines = [
         MARKER,
         "# Coverage\n",
-        "Tiny random models of `mobizo_compiler.testing.zoo`, three steps from a B that is not zero, each compared with",
-        "`Oracle` (plain PyTorch in float64, one lane at a time). `pass` means that lane losses, projected gradient, state",
-        "and evaluation agree within the rounding that the model itself shows; `refused` gives our error. `xnnpack` runs",
-        "in the stock ExecuTorch runtime; where the column is empty it was not tried. The last column is what",
-        "`target_modules=None` adapts. The cells are tests: `tests/test_coverage.py`.\n",
+        "Tiny random models of `mobizo_compiler.testing.zoo`, three steps from a B that is not zero, each compared",
+        "with `Oracle` (plain PyTorch in float64, one lane at a time). `pass` means that lane losses, projected",
+        "gradient, state and evaluation agree within the rounding that the model itself shows; `refused` gives our",
+        "error. `xnnpack` runs in the stock ExecuTorch runtime; where the column is empty it was not tried. The last",
+        "column is what `target_modules=None` adapts. The cells are tests: `tests/test_coverage.py`.\n",
     ]
     for backend, outcomes in tried.items():
         lines.append(f"- {backend}: {sum(o == 'pass' for o in outcomes)} of {len(outcomes)} pass")
