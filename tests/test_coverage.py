@@ -24,13 +24,18 @@ from mobizo_compiler.testing import Case, check_against_oracle, zoo
 
 RECORD = Path(__file__).parent.parent / "docs" / "coverage.json"
 ZOO = zoo()
-# Run by `make test` on both backends; the rest of the zoo by `make test-all`, on the eager backend.
+# Tried on both backends; the rest of the zoo on the eager backend, by `make test-all`.
 CORE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "gpt2", "gpt_neox", "opt"),
     *("bloom", "falcon", "mixtral", "mamba", "gemma", "gptj", "starcoder2", "deepseek_v3"),
     *("bert", "roberta", "distilbert", "albert", "electra", "deberta_v2", "modernbert", "mpnet"),
     *("t5", "bart", "vit", "swin", "convnext", "resnet", "clip", "whisper", "wav2vec2", "hubert"),
     *("attention_batch_second", "transformer_encoder", "lstm", "cnn", "fixed_rows", "inputs_without_rows"),
+)
+# Of these, on XNNPACK only by `make test-all`: their graphs are much like that of another one.
+ALIKE = frozenset(
+    {"mistral", "qwen2", "gemma", "smollm3", "olmo2", "starcoder2", "gptj", "gpt_neox", "opt", "roberta", "distilbert"}
+    | {"electra", "mpnet", "hubert", "bart", "deepseek_v3", "qwen3", "phi3", "fixed_rows", "inputs_without_rows"}
 )
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}
@@ -40,7 +45,8 @@ def _cells() -> list[Any]:
     cells = []
     for name, case in ZOO.items():
         for backend in ("eager", "xnnpack") if name in CORE else ("eager",):
-            marks = [] if name in CORE or case.family == "plain" else [pytest.mark.slow]
+            quick = name in CORE and (backend == "eager" or name not in ALIKE)
+            marks = [] if quick or (case.family == "plain" and backend == "eager") else [pytest.mark.slow]
             if (name, backend) in KNOWN_FAILURES:
                 marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_FAILURES[name, backend]))
             cells.append(pytest.param(name, backend, marks=marks, id=f"{name}-{backend}"))
