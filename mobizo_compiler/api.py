@@ -95,7 +95,7 @@ def compile(
     ...     model, (torch.zeros(2, 5, dtype=torch.long),), LoraConfig(r=2, target_modules=("1",)), backend="eager"
     ... )
     >>> program.sites
-    (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0),)
+    (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=()),)
     """
     say = progress or (lambda line: None)
     lora, zo = lora or LoraConfig(), zo or ZOConfig()

@@ -36,6 +36,7 @@ CORE = (
 ALIKE = frozenset(
     {"mistral", "qwen2", "gemma", "smollm3", "olmo2", "starcoder2", "gptj", "gpt_neox", "opt", "roberta", "distilbert"}
     | {"electra", "mpnet", "hubert", "bart", "deepseek_v3", "qwen3", "phi3", "fixed_rows", "inputs_without_rows"}
+    | {"falcon", "gemma3", "modernbert", "vit", "wav2vec2", "clip", "transformer_encoder"}
 )
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}

@@ -76,6 +76,11 @@ def cross_entropy_per_row(outputs: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs["logits"], labels, reduction="none", label_smoothing=0.1)
 
 
+def squared_error(outputs: Any, labels: Tensor) -> Tensor:
+    """`mse_loss` broadcasts its operands first."""
+    return F.mse_loss(outputs["logits"], labels[:, None] * 0.1, reduction="none").mean(1)
+
+
 def share_of_the_batch(outputs: Any, labels: Tensor) -> Tensor:
     """The number of rows as a number: it must be that of a lane, not that of all lanes."""
     return F.cross_entropy(outputs["logits"], labels, reduction="none") / labels.shape[0]
@@ -88,7 +93,7 @@ def misses(outputs: Any, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["eager", "portable"])
-@pytest.mark.parametrize("function", [cross_entropy_per_row, misses, share_of_the_batch])
+@pytest.mark.parametrize("function", [cross_entropy_per_row, squared_error, misses, share_of_the_batch])
 def test_any_function_of_outputs_and_labels(function: Any, backend: str) -> None:
     torch.manual_seed(0)
     model, labels = Pooled().eval(), torch.tensor([3, 9, 0])

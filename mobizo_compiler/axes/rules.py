@@ -318,6 +318,26 @@ def expand(call: Call) -> Layouts:
     return layout.at(axis)
 
 
+@axis_rule("broadcast_tensors")
+def broadcast_tensors(call: Call) -> Layouts:
+    """Every tensor in the shape that all of them have together."""
+    tensors = call.args["tensors"]
+    rank = max(len(call.shape(n)) for n in tensors)
+    shifts = [rank - len(call.shape(n)) for n in tensors]
+    moved = [
+        layout and layout.at(layout.axis + shift)
+        for n, shift in zip(tensors, shifts, strict=True)
+        for layout in [call.layout(n)]
+    ]
+    joined = call.join(*moved)
+    for node, shift in zip(tensors, shifts, strict=True):
+        axis = joined.axis - shift
+        if call.layout(node) is None and axis >= 0 and call.shape(node)[axis] != 1:
+            raise RowsMix(f"%{node.name} has {call.shape(node)[axis]} different entries along the axis of the rows")
+    same = Layout(joined.axis, joined.outer, joined.inner, "same")
+    return tuple(layout or same for layout in moved)
+
+
 @axis_rule("repeat", "tile")
 def repeat(call: Call) -> Layouts:
     """The whole tensor several times along each axis."""
