@@ -32,7 +32,7 @@ CORE = (
     *("t5", "bart", "vit", "swin", "convnext", "resnet", "clip", "whisper", "wav2vec2", "hubert"),
     *("attention_batch_second", "transformer_encoder", "lstm", "cnn", "fixed_rows", "inputs_without_rows"),
 )
-# Of these, on XNNPACK only by `make test-all`: their graphs are much like that of another one.
+# Of these, only by `make test-all`: their graphs are much like that of another one.
 ALIKE = frozenset(
     {"mistral", "qwen2", "gemma", "smollm3", "olmo2", "starcoder2", "gptj", "gpt_neox", "opt", "roberta", "distilbert"}
     | {"electra", "mpnet", "hubert", "bart", "deepseek_v3", "qwen3", "phi3", "fixed_rows", "inputs_without_rows"}
@@ -46,7 +46,7 @@ def _cells() -> list[Any]:
     cells = []
     for name, case in ZOO.items():
         for backend in ("eager", "xnnpack") if name in CORE else ("eager",):
-            quick = name in CORE and (backend == "eager" or name not in ALIKE)
+            quick = name in CORE and name not in ALIKE
             marks = [] if quick or (case.family == "plain" and backend == "eager") else [pytest.mark.slow]
             if (name, backend) in KNOWN_FAILURES:
                 marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_FAILURES[name, backend]))
