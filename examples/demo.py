@@ -9,7 +9,6 @@ never trains on, fine-tunes the adapter inside the program, measures again, and 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import mobizo_compiler as mobizo
+from examples.record import write_record
 from examples.rotten_tomatoes import Prompter, Sentence, accuracy_and_auc, balanced, load_sentences, split_by_movie
 from examples.smollm2 import cache_folder, load_smollm2
 from mobizo_compiler.api import installed_versions
@@ -236,9 +236,7 @@ def write_results(folder: Path, record: dict[str, Any], session: mobizo.Session)
     save_file(adapter, partial, metadata=metadata)
     partial.replace(folder / "adapter.safetensors")
     plot(record, folder / "plot.png")
-    partial = folder / ".run.json.partial"
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(folder / "run.json")
+    write_record(folder, record)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

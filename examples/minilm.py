@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -33,6 +31,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
+from examples.record import write_record
 from examples.rotten_tomatoes import Sentence, accuracy_and_auc, balanced, load_sentences, split_by_movie
 from mobizo_compiler.api import installed_versions
 
@@ -211,17 +210,6 @@ def before_after(before: dict[str, float], after: dict[str, float], rows: int) -
     for key, name in (("accuracy", "accuracy"), ("auc", "AUC")):
         table.add_row(name, f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}")
     return table
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Settings, results and the loss of every step, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".run.json.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / "run.json")
 
 
 if __name__ == "__main__":

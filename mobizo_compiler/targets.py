@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from mobizo_compiler.axes import row_axes
+from mobizo_compiler.axes.rules import operator_name
 from mobizo_compiler.config import ALL_LINEAR, LoraConfig
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import NoMatchingTargetError
@@ -55,7 +56,10 @@ class Target:
         engines recognise the rounding only where the quantized layer alone uses it.
         """
         node = operand(self.call, self.position)
-        rounded = _name(node) == "torchao::dequantize_affine" and _name(operand(node)) == "torchao::quantize_affine"
+        rounded = (
+            operator_name(node) == "torchao::dequantize_affine"
+            and operator_name(operand(node)) == "torchao::quantize_affine"
+        )
         return operand(operand(node)) if rounded else node
 
 
@@ -145,11 +149,6 @@ def _reach(
                 seen.add(other)
                 pending.append(other)
     return found
-
-
-def _name(node: fx.Node) -> str:
-    """Name of the operator with its namespace."""
-    return str(getattr(getattr(node.target, "_schema", None), "name", ""))
 
 
 def _target(edit: Editor, node: fx.Node, constants: set[fx.Node]) -> Target | None:

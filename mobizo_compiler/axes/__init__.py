@@ -5,8 +5,8 @@ adapter can tell lanes apart if it knows where the rows are. `row_axes` finds th
 graphs with a symbolic and with a fixed number of rows alike; what no rule covers is refused, never guessed.
 """
 
-from mobizo_compiler.axes.analysis import Adoption, RowAxes, row_axes
-from mobizo_compiler.axes.layout import Layout
+from mobizo_compiler.axes.analysis import RowAxes, row_axes
+from mobizo_compiler.axes.layout import Adoption, Layout
 from mobizo_compiler.axes.rules import Call, RowsMix, axis_rule, has_rule
 
 __all__ = ["Adoption", "Call", "Layout", "RowAxes", "RowsMix", "axis_rule", "has_rule", "row_axes"]

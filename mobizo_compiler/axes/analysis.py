@@ -13,34 +13,15 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from mobizo_compiler.axes.layout import Layout
-from mobizo_compiler.axes.rules import CREATORS, MOVES, SHAPE_ONLY, Call, RowsMix, find_rule, operator_name
+from mobizo_compiler.axes.layout import Adoption, Layout
+from mobizo_compiler.axes.rules import CREATORS, MOVES, SHAPE_ONLY, Call, Layouts, RowsMix, find_rule, operator_name
 from mobizo_compiler.errors import NoAxisRuleError, RowMixingError
 from mobizo_compiler.program import source_line
-
-Layouts = Layout | None | tuple[Layout | None, ...]
 
 # Symbols are replaced by large primes, which no other size is a multiple of: then all arithmetic is on plain numbers,
 # and a size carries rows exactly where the prime of the rows divides it.
 ROWS_PRIME = 1_000_003
 OTHER_PRIMES = (1_000_033, 1_000_037, 1_000_039, 1_000_081, 1_000_099)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adoption:
-    """A value without rows that a graph of a fixed number of rows gives one entry per row, all equal.
-
-    Args:
-        user: The call that uses it.
-        value: The value.
-        axis: Its axis that has one entry per row.
-        broadcasts: Whether the call broadcasts; if not, it needs a value of full size.
-    """
-
-    user: fx.Node
-    value: fx.Node
-    axis: int
-    broadcasts: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +33,12 @@ class RowAxes:
         layouts: Layout of every value; None for values without rows, a tuple for calls with several results.
         adoptions: What has to change before a graph with a fixed number of rows can have another number.
         row_numbers: Index calls whose given argument counts rows from 0 in a graph with a fixed number of rows.
-        primes: What stands for each other symbol.
     """
 
     rows: int
     layouts: Mapping[fx.Node, Layouts]
     adoptions: tuple[Adoption, ...]
     row_numbers: tuple[tuple[fx.Node, fx.Node, int], ...]
-    primes: Mapping[sympy.Symbol, int]
 
     def layout(self, node: fx.Node) -> Layout | None:
         """Layout of a value that is one tensor."""
@@ -124,8 +103,7 @@ class _Walk:
                         hint="every row must be computed from that row alone: remove the operation, or leave its "
                         "result out of the loss; put batch statistics into eval mode",
                     ) from None
-        primes = {**self.primes, **dict.fromkeys(self.symbols, self.rows)}
-        return RowAxes(self.rows, self.layouts, tuple(self.adoptions), tuple(self.row_numbers), primes)
+        return RowAxes(self.rows, self.layouts, tuple(self.adoptions), tuple(self.row_numbers))
 
     def visit(self, node: fx.Node) -> Layouts:
         if node.target is operator.getitem:

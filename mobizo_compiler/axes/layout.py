@@ -1,4 +1,4 @@
-"""`Layout`: where the rows of the batch lie in a tensor."""
+"""`Layout`: where the rows of the batch lie in a tensor; `Adoption`: a value that takes part without having any."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Literal
+
+from torch import fx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +56,20 @@ class Layout:
             if below and stride and stride % below == 0 and size * below % (stride * rows) == 0:
                 return Layout(axis, size * below // (stride * rows), stride // below, self.kind)
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adoption:
+    """A value without rows that a graph of a fixed number of rows gives one entry per row, all equal.
+
+    Args:
+        user: The call that uses it.
+        value: The value.
+        axis: Its axis that has one entry per row.
+        broadcasts: Whether the call broadcasts; if not, it needs a value of full size.
+    """
+
+    user: fx.Node
+    value: fx.Node
+    axis: int
+    broadcasts: bool

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler.axes.layout import Layout
+from mobizo_compiler.axes.layout import Adoption, Layout
 
 Layouts = Layout | None | tuple[Layout | None, ...]
 Rule = Callable[["Call"], Layouts]
@@ -30,7 +30,7 @@ class Walk(Protocol):
     static: bool
     rows: int
     layouts: dict[fx.Node, Layouts]
-    adoptions: list[Any]
+    adoptions: list[Adoption]
     row_numbers: list[tuple[fx.Node, fx.Node, int]]
 
     def number(self, size: Any) -> int:
@@ -119,8 +119,6 @@ class Call:
             return
         if not self.walk.static or not (same_along(node, axis) or self._equal_along(node, axis)):
             raise RowsMix(f"%{node.name} has {size} different entries along the axis of the rows")
-        from mobizo_compiler.axes.analysis import Adoption
-
         self.walk.adoptions.append(Adoption(self.node, node, axis, broadcasts))
 
     def _equal_along(self, node: fx.Node, axis: int) -> bool:
