@@ -29,12 +29,14 @@ from executorch.exir import (
     ExecutorchProgramManager,
     to_edge_transform_and_lower,
 )
-from executorch.exir.backend.partitioner import Partitioner, PartitionResult
+from executorch.exir.backend.partitioner import Partitioner
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.runtime import Runtime
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.fx.passes.infra.pass_base import PassResult
 
+from mobizo_compiler.backends.partition import KeepStateOutside
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, LoweringError, MobizoError
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.program import STATE, GraphProgram, Site
@@ -43,28 +45,6 @@ aten = torch.ops.aten
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
 _HEADER = struct.Struct("<4s4s4sIQQQ")  # root offset, file identifier, then ExecuTorch's extended header
-
-
-class KeepStateOutside(Partitioner):  # type: ignore[misc]
-    """A partitioner that never gives the state to a delegate; otherwise the wrapped one."""
-
-    def __init__(self, inner: Partitioner) -> None:
-        super().__init__()
-        self.inner = inner
-        self.delegation_spec = getattr(inner, "delegation_spec", None)
-
-    def ops_to_not_decompose(self, exported: ExportedProgram) -> Any:
-        """As the wrapped partitioner says."""
-        return self.inner.ops_to_not_decompose(exported)
-
-    def partition(self, exported: ExportedProgram) -> PartitionResult:
-        """Partition, then take the tag off the state, which makes it an input of the delegate."""
-        result = self.inner.partition(exported)
-        buffers = exported.graph_signature.inputs_to_buffers
-        for node in result.tagged_exported_program.graph.nodes:
-            if node.op == "placeholder" and buffers.get(node.name) == STATE:
-                node.meta.pop("delegation_tag", None)
-        return result
 
 
 def lower_to_executorch(
@@ -100,6 +80,7 @@ def _lower(
 ) -> tuple[ExecutorchProgramManager, dict[str, Delegation]]:
     edge = to_edge_transform_and_lower(
         {name: program.exported for name, program in methods.items()},
+        transform_passes=[_without_copies],
         partitioner=[KeepStateOutside(inner) for inner in partitioners],
         constant_methods={MANIFEST_METHOD: manifest.to_json(), LORA_A_METHOD: lora_a},
         compile_config=EdgeCompileConfig(
@@ -122,6 +103,25 @@ def _lower(
         )
     )
     return executable, delegation
+
+
+def _without_copies(graph_module: fx.GraphModule) -> PassResult:
+    """Drop copies that were there for the sake of strides: in this dialect every operator makes a contiguous result.
+
+    Copies of inputs and copies that are outputs stay, because they are what keeps the two apart.
+    """
+    graph, dropped = graph_module.graph, False
+    for node in list(graph.nodes):
+        if node.op != "call_function" or "clone" not in node.target.__name__:
+            continue
+        source = node.args[0]
+        contiguous = node.meta["val"].is_contiguous() and source.meta["val"].is_contiguous()
+        if contiguous and source.op == "call_function" and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            dropped = True
+    graph_module.recompile()
+    return PassResult(graph_module, dropped)
 
 
 def _sizes_for_strides(program: ExportedProgram) -> None:

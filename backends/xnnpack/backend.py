@@ -29,6 +29,6 @@ class XnnpackBackend:
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with the XNNPACK partitioner."""
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from mobizo_compiler.backends.xnnpack.partition import XnnpackPartitionerWithFewPasses
 
-        return lower_to_executorch(methods, manifest, [XnnpackPartitioner()])
+        return lower_to_executorch(methods, manifest, [XnnpackPartitionerWithFewPasses()])
