@@ -1,4 +1,4 @@
-"""A partitioner around another one: it keeps the state out of delegates, and spares lowering work that has no effect."""
+"""A partitioner around another one: it keeps state out of delegates, and spares lowering work without effect."""
 
 from __future__ import annotations
 

@@ -181,13 +181,19 @@ def rewrite(
     lora = resolve_targets(with_loss, lora)
     train: list[Pass] = [
         passes.InsertMPLoRA(lora),
+        passes.MergeSiblings(),
         passes.DuplicateLanes(zo.lanes),
         passes.Perturb(zo.noise),
         passes.DifferenceLosses(),
         passes.UpdateState(),
     ]
     train_step = Pipeline([*train, *finish], observe).run(with_loss)
-    adapted: list[Pass] = [passes.Canonicalize(), passes.InsertMPLoRA(lora, train_step.sites)]
+    adapted: list[Pass] = [
+        passes.Canonicalize(),
+        passes.SliceLabels(),
+        passes.InsertMPLoRA(lora, train_step.sites),
+        passes.MergeSiblings(),
+    ]
     evaluate = Pipeline([*adapted, *finish], observer("evaluate")).run(captured)
     replay = passes.Replay(train_step.sites, zo.queries, zo.noise)
     return {

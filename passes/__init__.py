@@ -7,6 +7,7 @@ from mobizo_compiler.passes.difference_losses import DifferenceLosses
 from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
 from mobizo_compiler.passes.free_rows import FreeRows
 from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
+from mobizo_compiler.passes.merge_siblings import MergeSiblings
 from mobizo_compiler.passes.perturb import Perturb
 from mobizo_compiler.passes.replay import Replay
 from mobizo_compiler.passes.slice_labels import SliceLabels
@@ -20,6 +21,7 @@ __all__ = [
     "DuplicateLanes",
     "FreeRows",
     "InsertMPLoRA",
+    "MergeSiblings",
     "Perturb",
     "Replay",
     "SliceLabels",

@@ -1,12 +1,18 @@
-"""Repeat the rows of the inputs once per lane, and let every lane have its own copy of B (MobiZO, section 3.2).
+"""Repeat the rows once per lane, as late as pays, and let every lane have its own copy of B (MobiZO, section 3.2).
 
-Given:    input %ids: i64[rows, 5]        %lanes = view(%state, [1, P])
-Result:   input %ids: i64[rows, 5]        %repeat = repeat(%ids, [G, 1]) : i64[G*rows, 5]
-          %lanes = view(%state, [1, P])   %expand = expand(%lanes, [G, P])
+Given:    %h = embedding(%w, %ids) : f32[rows, 5, 12]        %lanes = view(%state, [1, P])
+          %y = linear(%h, %w2)                               %h1 = linear(%h, %a), and so on to B
+Result:   %h = embedding(%w, %ids) : f32[rows, 5, 12]        %lanes = view(%state, [1, P])
+          %repeat = repeat(%h, [G, 1, 1]) : f32[G*rows, 5, 12]     %expand = expand(%lanes, [G, P])
+          %y = linear(%repeat, %w2)                          %h1 = linear(%repeat, %a), and so on to B
 Numbers: exact; every lane computes what the program computed before.
 
 Rows are lane-major: rows 0..b-1 belong to lane 0, and so on. Lanes are +1..+q, then -1..-q; that they differ is the
 work of the next pass. This is outer-loop and inner-loop parallelism: one forward computes all G = 2q losses.
+
+What no adapter comes before is the same in all lanes: masks, embeddings, and with `layers_to_transform` every layer
+before the first adapted one. It is computed once, on the rows of one lane. Where to repeat is a minimum cut, see
+`mobizo_compiler/duplication.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +20,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import fx
 
 from mobizo_compiler import facts
+from mobizo_compiler.axes import row_axes
+from mobizo_compiler.duplication import duplication_points, perturbed_by
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
 
@@ -24,23 +33,61 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class DuplicateLanes(Pass):
-    """Repeat the rows `lanes` times."""
+    """Repeat the rows `lanes` times; `late=False` repeats the inputs, whatever that costs."""
 
     lanes: int
+    late: bool = True
     needs = frozenset({facts.ANY_ROWS, facts.SITES})
     gives = frozenset({facts.LANES})
 
     def rewrite(self, edit: Editor) -> None:
-        """Insert the repeats at the inputs and recompute all shapes."""
+        """Repeat the inputs, then replace the values at the cut by repeated copies, and recompute all shapes."""
+        points = self._points(edit) if self.late else {}
         first_call = next(node for node in edit.graph.nodes if node.op != "placeholder")
+        originals: dict[fx.Node, fx.Node] = {}
         with edit.graph.inserting_before(first_call):
             for name, axis in edit.rows.items():
                 node = edit.inputs[name]
-                sizes = [self.lanes if a == axis else 1 for a in range(node.meta["val"].dim())]
-                repeated = edit.call(aten.repeat.default, node, sizes)
+                repeated = self._repeat(edit, node, axis)
                 edit.replace(node, repeated, keep=repeated)
+                originals[repeated] = node
+        copies = _copy_of_one_lane(edit, points, originals)
+        for node, axis in points.items():
+            if node.op == "call_function":
+                with edit.graph.inserting_after(copies[node]):
+                    edit.replace(node, self._repeat(edit, copies[node], axis))
         single = edit.values["lanes"]
         with edit.graph.inserting_after(single):
             expanded = edit.call(aten.expand.default, single, [self.lanes, single.meta["val"].shape[1]])
         edit.replace(single, expanded, keep=expanded)
         edit.refresh()
+
+    def _points(self, edit: Editor) -> dict[fx.Node, int]:
+        perturbed = perturbed_by(edit.values["lanes"])
+        axes = row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors, leave_out=perturbed)
+        return duplication_points(edit.graph, axes, perturbed, self.lanes)
+
+    def _repeat(self, edit: Editor, node: fx.Node, axis: int) -> fx.Node:
+        sizes = [self.lanes if a == axis else 1 for a in range(node.meta["val"].dim())]
+        return edit.call(aten.repeat.default, node, sizes)
+
+
+def _copy_of_one_lane(
+    edit: Editor, points: dict[fx.Node, int], originals: dict[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Copies of the values at the cut, and of what they are made of, that start from the inputs as they were given."""
+    needed, pending = set(points), list(points)
+    while pending:
+        for inner in pending.pop().all_input_nodes:
+            if inner not in needed:
+                needed.add(inner)
+                pending.append(inner)
+    copies = dict(originals)
+    for node in list(edit.graph.nodes):
+        if node in needed and node.op == "call_function" and node not in originals:
+            if not any(inner in copies for inner in node.all_input_nodes):
+                continue  # nothing of the rows is in it
+            with edit.graph.inserting_before(node):
+                copies[node] = edit.graph.node_copy(node, lambda inner: copies.get(inner, inner))
+                copies[node].meta = dict(node.meta)
+    return copies

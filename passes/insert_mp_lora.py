@@ -37,6 +37,7 @@ from mobizo_compiler.program import Site, source_line
 from mobizo_compiler.targets import Target, find_targets
 
 aten = torch.ops.aten
+LORA_A = "mobizo_lora_a_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class InsertMPLoRA(Pass):
         parameters = sum(site.size for site in edit.sites)
         state = edit.add_state(parameters)
         scaled = [
-            edit.add_constant(f"mobizo_lora_a_{index}", edit.lora_a[site.fqn] * site.scaling)
+            edit.add_constant(f"{LORA_A}{index}", edit.lora_a[site.fqn] * site.scaling)
             for index, site in enumerate(edit.sites)
         ]
         with edit.graph.inserting_before(min(t.call for targets in calls.values() for t in targets)):

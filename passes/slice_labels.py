@@ -1,4 +1,4 @@
-"""Pick the labelled positions before the head instead of after it.
+"""Pick the positions that are wanted as early as possible, instead of at the end.
 
 Given:    %logits = linear(%h, %head)              : f32[rows, tokens, vocabulary]
           %g = gather(%logits, 1, expand(unsqueeze(%position, -1), [-1, -1, vocabulary]))
@@ -6,13 +6,17 @@ Result:   %h1 = gather(%h, 1, expand(unsqueeze(%position, -1), [-1, -1, width]))
           %g = linear(%h1, %head)                  : f32[rows, labels, vocabulary]
 Numbers: same up to rounding.
 
-A loss with `max_labels` reads a few positions of a row. All others would go through the widest layer of the network
-for nothing: 32 lanes of 128 tokens and 32,000 words are 524 MB of logits.
+A loss with `max_labels` reads a few positions of a row, and a classifier often the first one only. All others would go
+through the widest layers of the network for nothing: 32 lanes of 128 tokens and 32,000 words are 524 MB of logits.
+What reads a value token by token can read the wanted tokens alone: the head, norms, the last feed-forward block, and
+the query side of the last attention. A value is made for the wanted tokens where nobody wants its others.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,47 +25,167 @@ from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import operand
+from mobizo_compiler.tokens import TokenCall, token_call
 
 aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
 class SliceLabels(Pass):
-    """Move gathers along tokens above linear layers and scalar operations, as far as they go."""
+    """Move gathers, slices and selections along an axis up to where values for other positions are wanted too."""
 
-    needs = frozenset({facts.LOSS, facts.CANONICAL})
+    needs = frozenset({facts.CANONICAL})
 
     def rewrite(self, edit: Editor) -> None:
-        """Each move makes a new gather nearer to the inputs, which may move again."""
-        pending = edit.calls(aten.gather.default)
-        while pending:
-            gather = pending.pop()
-            source = gather.args[0]
-            if _picks_tokens(gather) and isinstance(source, fx.Node) and _is_token_wise(source):
-                pending.append(_move_up(edit, gather, source))
+        """One group of equal picks at a time."""
+        groups: dict[Any, dict[fx.Node, _Pick]] = {}
+        for node in edit.graph.nodes:
+            if pick := _pick(node):
+                groups.setdefault((pick.key, operand(node).meta["val"].shape[pick.axis]), {})[node] = pick
+        for picks in groups.values():
+            _move_up(edit, picks)
 
 
-def _picks_tokens(gather: fx.Node) -> bool:
-    """The index is one position for the whole last axis."""
-    index = gather.args[2]
-    if gather.args[1] != 1 or not isinstance(index, fx.Node) or index.target is not aten.expand.default:
+@dataclasses.dataclass(frozen=True)
+class _Pick:
+    """A call that reads some positions of an axis: those that `of` takes from any value with that axis.
+
+    Args:
+        key: Equal for picks of the same positions.
+        axis: The axis of the call's argument.
+        count: How many positions.
+        of: Inserts the picking of these positions from a value, given the axis.
+        keeps_axis: Whether the axis is still there in the result of the call.
+        by_row: The positions [rows, ...] where each row has its own; then rows must be the first axis of a value.
+    """
+
+    key: Any
+    axis: int
+    count: int
+    of: Callable[[Editor, fx.Node, int], fx.Node]
+    keeps_axis: bool = True
+    by_row: fx.Node | None = None
+
+
+def _pick(node: fx.Node) -> _Pick | None:
+    """The pick that a call is, or None."""
+    if node.target is aten.gather.default:
+        return _gather(node)
+    if node.target not in (aten.slice.Tensor, aten.select.int):
+        return None
+    args: tuple[Any, ...] = node.args
+    whole = operand(node).meta["val"].shape
+    rank = len(whole)
+    axis = args[1] % rank if len(args) > 1 else 0
+    if node.target is aten.select.int:
+        start = args[2]
+        if not isinstance(start, int) or axis in (0, rank - 1) or not _few(1, whole[axis]):
+            return None
+        end = None if start == -1 else start + 1
+        return _Pick((start, end), axis, 1, _slicer(start, end), keeps_axis=False)
+    defaults: tuple[Any, ...] = (0, None, 1)
+    start, end, step = (*args[2:], *defaults[max(0, len(args) - 2) :])
+    count = node.meta["val"].shape[axis]
+    plain = isinstance(start, (int, type(None))) and isinstance(end, (int, type(None))) and step == 1
+    if not plain or axis in (0, rank - 1) or not _few(count, whole[axis]):
+        return None
+    return _Pick((start or 0, end), axis, count, _slicer(start or 0, end))
+
+
+def _slicer(start: int, end: int | None) -> Callable[[Editor, fx.Node, int], fx.Node]:
+    return lambda edit, node, axis: edit.call(aten.slice.Tensor, node, axis, start, end)
+
+
+def _gather(node: fx.Node) -> _Pick | None:
+    """A gather along axis 1 whose index is one position for the whole last axis."""
+    index = node.args[2]
+    if node.args[1] != 1 or not isinstance(index, fx.Node) or index.target is not aten.expand.default:
+        return None
+    position = index.args[0]
+    if node.meta["val"].dim() != 3 or not isinstance(position, fx.Node) or position.meta["val"].shape[2] != 1:
+        return None
+    count = position.meta["val"].shape[1]
+
+    def gather(edit: Editor, source: fx.Node, axis: int) -> fx.Node:
+        rank = source.meta["val"].dim()
+        sizes: list[Any] = [1] * rank
+        sizes[0], sizes[axis] = -1, count
+        wide = [-1 if a in (0, axis) else size for a, size in enumerate(edit.sizes(source))]
+        narrow = edit.call(aten.reshape.default, position, sizes) if (axis, rank) != (1, 3) else position
+        return edit.call(aten.gather.default, source, axis, edit.call(aten.expand.default, narrow, wide))
+
+    whole = operand(node).meta["val"].shape[1]
+    return _Pick(position, 1, count, gather, by_row=position) if _few(count, whole) else None
+
+
+def _few(count: Any, whole: Any) -> bool:
+    """Whether picking early saves more than the picking costs; a dynamic number of positions is taken for large."""
+    return isinstance(count, int) and (not isinstance(whole, int) or 2 * count <= whole)
+
+
+def _move_up(edit: Editor, picks: Mapping[fx.Node, _Pick]) -> None:
+    pick = next(iter(picks.values()))
+    rows = operand(next(iter(picks))).meta["val"].shape[0]
+    calls: dict[fx.Node, TokenCall] = {}
+    for node in reversed(edit.graph.nodes):
+        axes = {_wanted_along(node, user, picks, calls) for user in node.users}
+        if node.op == "call_function" and len(axes) == 1 and (axis := axes.pop()) is not None:
+            call = token_call(node, axis, rows if pick.by_row else None)
+            if call is not None:
+                calls[node] = call
+    if not calls or (pick.by_row and not _move_before(edit, pick.by_row, calls)):
+        return
+    picked: dict[tuple[fx.Node, int], fx.Node] = {}
+    few: dict[fx.Node, fx.Node] = {}
+
+    def source(node: fx.Node, axis: int, rank: int) -> fx.Node:
+        if node in few:
+            return few[node]
+        if (node, axis) not in picked:
+            wide = _with_rows(edit, node, rank, pick.by_row) if rank and pick.by_row else node
+            picked[node, axis] = pick.of(edit, wide, axis + wide.meta["val"].dim() - node.meta["val"].dim())
+        return picked[node, axis]
+
+    for node in list(edit.graph.nodes):
+        if node in calls:
+            with edit.graph.inserting_before(node):
+                few[node] = calls[node].apply(edit, node, pick.count, source)
+        elif node in picks and operand(node) in few:
+            value = few[operand(node)]
+            if not picks[node].keeps_axis:
+                with edit.graph.inserting_before(node):
+                    value = edit.call(aten.select.int, value, picks[node].axis, 0)
+            edit.replace(node, value)
+
+
+def _move_before(edit: Editor, position: fx.Node, calls: Mapping[fx.Node, TokenCall]) -> bool:
+    """Compute the positions before the calls that they are for; False if they depend on one of them."""
+    order = list(edit.graph.nodes)
+    needed = {position}
+    for node in reversed(order):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    if not needed.isdisjoint(calls):
         return False
-    inner = index.args[0]
-    return gather.meta["val"].dim() == 3 and isinstance(inner, fx.Node) and inner.meta["val"].shape[2] == 1
+    first = next(node for node in order if node in calls)
+    for node in order[order.index(first) :]:
+        if node in needed:
+            first.prepend(node)
+    return True
 
 
-def _is_token_wise(node: fx.Node) -> bool:
-    """Each position of the result depends on the same position of the first argument alone."""
-    if node.target is aten.linear.default:
-        return True
-    scalar = node.target in (aten.mul.Tensor, aten.div.Tensor) and not isinstance(node.args[1], fx.Node)
-    return scalar or node.target in (aten.tanh.default, aten.to.dtype)
+def _with_rows(edit: Editor, node: fx.Node, rank: int, by_row: fx.Node) -> fx.Node:
+    """A value without rows, with its entries once for each row and `rank` axes."""
+    sizes = [1] * (rank - node.meta["val"].dim()) + edit.sizes(node)
+    wide = edit.call(aten.reshape.default, node, sizes) if rank != node.meta["val"].dim() else node
+    return edit.call(aten.expand.default, wide, [edit.call(aten.sym_size.int, by_row, 0), *[-1] * (rank - 1)])
 
 
-def _move_up(edit: Editor, gather: fx.Node, source: fx.Node) -> fx.Node:
-    hidden, position = operand(source), operand(operand(gather, 2))
-    with edit.graph.inserting_before(gather):
-        narrow = edit.call(aten.expand.default, position, [-1, -1, hidden.meta["val"].shape[2]])
-        picked = edit.call(aten.gather.default, hidden, 1, narrow)
-        edit.replace(gather, edit.call(source.target, picked, *source.args[1:], **source.kwargs))
-    return picked
+def _wanted_along(
+    node: fx.Node, user: fx.Node, picks: Mapping[fx.Node, _Pick], calls: Mapping[fx.Node, TokenCall]
+) -> int | None:
+    """The axis along which a user reads the picked positions of a value alone; None if it reads others too."""
+    if user in picks:
+        index = user.args[2] if user.target is aten.gather.default else None
+        return picks[user].axis if operand(user) is node and index is not node else None
+    return calls[user].axes.get(node) if user in calls else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.passes.canonicalize import Canonicalize
@@ -25,7 +26,7 @@ class XnnpackBackend:
 
     def passes(self) -> Sequence[Pass]:
         """Keep attention and norms inside delegates, and GELU what it is."""
-        return (DecomposeAttention(), MeanAsLinear(), SpellOutGelu(), Canonicalize())
+        return (DecomposeAttention(), MeanAsLinear(), SpellOutGelu(), RepeatAsProduct(), Canonicalize())
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with the XNNPACK partitioner."""

@@ -18,8 +18,34 @@ from torch.export import ExportedProgram
 
 # Operators that none of the skipped passes looks at.
 _PLAIN = frozenset(
-    "abs add bmm cos div exp gelu linear log maximum minimum mul neg permute_copy pow rsqrt sigmoid sin slice_copy "
-    "_softmax sqrt square sub tanh unsqueeze_copy view_copy".split()
+    (
+        "abs",
+        "add",
+        "bmm",
+        "cos",
+        "div",
+        "exp",
+        "gelu",
+        "linear",
+        "log",
+        "maximum",
+        "minimum",
+        "mul",
+        "neg",
+        "permute_copy",
+        "pow",
+        "rsqrt",
+        "sigmoid",
+        "sin",
+        "slice_copy",
+        "_softmax",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+        "unsqueeze_copy",
+        "view_copy",
+    )
 )
 _ONE_PASS = CompileSpec("dqlinear_partitioner", b"")
 
@@ -45,13 +71,9 @@ class XnnpackPartitionerWithFewPasses(XnnpackPartitioner):  # type: ignore[misc]
 
 def _is_plain(node: fx.Node) -> bool:
     """The node is left alone by every pass but the one that stays. What is constant would be computed by another."""
-    name = node.target._op._schema.name.rpartition("::")[2]
-    few = name == "cat" and len(node.args[0]) <= 5  # type: ignore[arg-type]
-    return (name in _PLAIN or few) and any(
-        inner.op == "call_function" or _varies(inner) for inner in node.all_input_nodes
-    )
-
-
-def _varies(node: fx.Node) -> bool:
-    """A placeholder without a tag stays outside of the delegate and is one of its inputs."""
-    return "delegation_tag" not in node.meta
+    target: Any = node.target
+    name = target._op._schema.name.rpartition("::")[2]
+    short_cat = name == "cat" and len(node.all_input_nodes) <= 5
+    # A placeholder without a tag stays outside of the delegate and is one of its inputs.
+    varies = any(inner.op == "call_function" or "delegation_tag" not in inner.meta for inner in node.all_input_nodes)
+    return (name in _PLAIN or short_cat) and varies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -52,6 +52,8 @@ def row_axes(
     inputs: Mapping[str, int],
     fixed_rows: int | None = None,
     tensors: Mapping[fx.Node, Tensor] = MappingProxyType({}),
+    *,
+    leave_out: Collection[fx.Node] = frozenset(),
 ) -> RowAxes:
     """Find the layout of every value.
 
@@ -60,12 +62,13 @@ def row_axes(
         inputs: Row axis of each placeholder that carries rows.
         fixed_rows: The number of rows, where it is not symbolic.
         tensors: Parameters and constants by placeholder, to see which constants are equal for all rows.
+        leave_out: Nodes to give no layout, with all that depends on them.
 
     Raises:
         RowMixingError: At a node, rows meet.
         NoAxisRuleError: A node with rows has an operator without a rule.
     """
-    return _Walk(graph, inputs, fixed_rows, tensors).run()
+    return _Walk(graph, inputs, fixed_rows, tensors).run(leave_out)
 
 
 class _Walk:
@@ -87,8 +90,10 @@ class _Walk:
             sizes = [n.meta["val"].shape[inputs[n.name]] for n in graph.nodes if n.name in inputs]
             self.symbols = frozenset(s for size in sizes for s in size.node.expr.free_symbols)
 
-    def run(self) -> RowAxes:
+    def run(self, leave_out: Collection[fx.Node]) -> RowAxes:
         for node in self.graph.nodes:
+            if node in leave_out:
+                continue
             if node.op == "placeholder":
                 axis = self.inputs.get(node.name)
                 self.layouts[node] = None if axis is None else Layout(axis)

@@ -1,0 +1,82 @@
+"""What a `.pte` file makes the runtime do, read from the file itself, and the multiply-adds of a graph.
+
+Both files of a comparison are counted the same way: by the instructions that the runtime executes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+# The argument that is contracted over its last axis, by operator; for a convolution, the weight over all but its first.
+_CONTRACTED = {"linear": 0, "mm": 0, "bmm": 0, "matmul": 0, "addmm": 1, "baddbmm": 1}
+_ATTENTION, _CONVOLUTION = "scaled_dot_product_attention", "conv"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One method of a file.
+
+    Args:
+        delegates: Calls of a delegate.
+        outside: Calls of portable and optimized kernels, by operator.
+        outside_multiply_adds: Those of the matrix products and convolutions among them.
+        planned_bytes: Size of every arena that is planned ahead: activations, then state that methods share.
+    """
+
+    delegates: int
+    outside: dict[str, int]
+    outside_multiply_adds: int
+    planned_bytes: list[int]
+
+
+def read_plans(path: Path) -> dict[str, Plan]:
+    """The methods of a program file. Only its first part is read, not the weights."""
+    from executorch.exir._serialize._program import _flatbuffer_to_program, _get_extended_header
+
+    with path.open("rb") as file:
+        header = _get_extended_header(file.read(64))
+        file.seek(0)
+        program = _flatbuffer_to_program(file.read(header.program_size if header else -1))
+    return {plan.name: _plan(plan) for plan in program.execution_plan if plan.inputs}
+
+
+def _plan(plan: Any) -> Plan:
+    outside: Counter[str] = Counter()
+    delegates = products = 0
+    for instruction in plan.chains[0].instructions:
+        call = instruction.instr_args
+        if type(call).__name__ == "DelegateCall":
+            delegates += 1
+        elif type(call).__name__ == "KernelCall":
+            name = plan.operators[call.op_index].name
+            outside[name] += 1
+            shapes = [getattr(plan.values[index].val, "sizes", None) for index in call.args]
+            products += _multiply_adds(name.split("::")[-1].removesuffix("_copy"), shapes, shapes[-1])
+    return Plan(delegates, dict(outside.most_common()), products, plan.non_const_buffer_sizes[1:])
+
+
+def multiply_adds(graph: fx.Graph) -> int:
+    """Multiply-adds of the matrix products and convolutions of a graph with static shapes."""
+    total = 0
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" in node.meta and hasattr(node.meta["val"], "shape"):
+            name = str(getattr(node.target, "_name", "")).removeprefix("aten::").split(".")[0]
+            values = [arg.meta.get("val") if isinstance(arg, fx.Node) else None for arg in node.args]
+            total += _multiply_adds(name, [getattr(value, "shape", None) for value in values], node.meta["val"].shape)
+    return total
+
+
+def _multiply_adds(operator: str, shapes: list[Any], result: Any) -> int:
+    if operator in _CONTRACTED:
+        return int(math.prod(result) * shapes[_CONTRACTED[operator]][-1])
+    if operator.startswith(_CONVOLUTION):
+        return int(math.prod(result) * math.prod(shapes[1][1:]))
+    if operator == _ATTENTION:  # queries with keys, then weights with values
+        return int((math.prod(shapes[0]) + math.prod(result)) * shapes[1][-2])
+    return 0

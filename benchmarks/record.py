@@ -1,0 +1,43 @@
+"""What a measurement leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def bar_chart(
+    path: Path, title: str, unit: str, bars: dict[str, float], ranges: dict[str, tuple[float, float]]
+) -> None:
+    """A horizontal bar per name with its value, and a whisker from least to most where there is a range."""
+    if not bars:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.45 * len(bars)), constrained_layout=True)
+    names, values = list(bars), list(bars.values())
+    spread = [(v - ranges[n][0], ranges[n][1] - v) if n in ranges else (0.0, 0.0) for n, v in bars.items()]
+    axes.barh(names, values, xerr=list(zip(*spread, strict=True)), color="#8fa8d0", ecolor="#1f4e9c", capsize=3)
+    for row, (name, value) in enumerate(bars.items()):
+        axes.text(ranges.get(name, (0, value))[1], row, f"  {value:.3g}", va="center")
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel=unit, xlim=(0, 1.15 * max([*values, *(high for _, high in ranges.values())])))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
