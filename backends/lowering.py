@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import logging
 import math
 import operator
 import os
 import shutil
-import struct
 import tempfile
 import warnings
 import weakref
@@ -27,8 +27,10 @@ from executorch.exir import (
     EdgeCompileConfig,
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
+    schema,
     to_edge_transform_and_lower,
 )
+from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.backend.partitioner import Partitioner
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.runtime import Runtime
@@ -36,7 +38,9 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
+from mobizo_compiler.backends.one_copy import HEADER, share_equal_data
 from mobizo_compiler.backends.partition import KeepStateOutside
+from mobizo_compiler.backends.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, LoweringError, MobizoError
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.program import STATE, GraphProgram, Site
@@ -44,7 +48,6 @@ from mobizo_compiler.program import STATE, GraphProgram, Site
 aten = torch.ops.aten
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
-_HEADER = struct.Struct("<4s4s4sIQQQ")  # root offset, file identifier, then ExecuTorch's extended header
 
 
 def lower_to_executorch(
@@ -57,7 +60,7 @@ def lower_to_executorch(
     """
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
     try:
-        with _quiet():
+        with _quiet(), _seldom_collected():
             executable, delegation = _lower(methods, manifest, lora_a, partitioners)
     except MobizoError:
         raise
@@ -70,6 +73,7 @@ def lower_to_executorch(
     path = Path(folder) / "program.pte"
     with path.open("wb") as file:
         executable.write_to_file(file)
+    share_equal_data(path)
     artifact = ExecuTorchArtifact(path, delegation)
     weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
     return artifact
@@ -96,13 +100,35 @@ def _lower(
             if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
                 node.meta["et_init_buffer"] = True
         _sizes_for_strides(program)
-    executable = edge.to_executorch(
-        ExecutorchBackendConfig(
-            memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
-            emit_mutable_buffer_names=True,
-        )
+    config = ExecutorchBackendConfig(
+        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+        emit_mutable_buffer_names=True,
     )
+    executable = edge.to_executorch(config)
+    _write_state_once(executable, config)
     return executable, delegation
+
+
+def _write_state_once(executable: ExecutorchProgramManager, config: ExecutorchBackendConfig) -> None:
+    """Let all methods start from one copy of the initial state; ExecuTorch writes one for each that names buffers."""
+    emitted = executable._emitter_output
+    first: dict[bytes, int] = {}
+    kept: list[schema.Buffer] = []
+    position: dict[int, int] = {}
+    for index, buffer in enumerate(emitted.mutable_data or ()):
+        if buffer.storage not in first:
+            first[buffer.storage] = len(kept)
+            kept.append(buffer)
+        position[index] = first[buffer.storage]
+    for plan in emitted.program.execution_plan:
+        for value in plan.values:
+            tensor = value.val
+            if isinstance(tensor, schema.Tensor) and tensor.allocation_info and tensor.data_buffer_idx:
+                tensor.data_buffer_idx = position[tensor.data_buffer_idx]
+    emitted.mutable_data[:] = kept
+    executable._pte_data, _ = serialize_for_executorch(
+        emitted, config, executable._data_serializer, executable._named_data
+    )
 
 
 def _without_copies(graph_module: fx.GraphModule) -> PassResult:
@@ -186,7 +212,8 @@ class ExecuTorchRunner:
         self._artifact = artifact  # keeps a temporary file on disk
         self._program = _load(artifact.path)
         # Every load resets the shared state, so all methods are loaded before any of them runs.
-        self._methods = {name: self._load_method(name) for name in ("train_step", "evaluate", "replay")}
+        with shared_packed_weights():
+            self._methods = {name: self._load_method(name) for name in ("train_step", "evaluate", "replay")}
 
     def _load_method(self, name: str) -> Any:
         try:
@@ -252,10 +279,10 @@ def _check_file(path: Path) -> None:
         raise ArtifactError("there is no such file", where=str(path))
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(_HEADER.size)
-    if len(head) < _HEADER.size or head[4:6] != b"ET":
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or head[4:6] != b"ET":
         raise ArtifactError("this is not an ExecuTorch program", where=str(path))
-    _, _, magic, _, program_size, segments_at, segments_size = _HEADER.unpack(head)
+    _, _, magic, _, program_size, segments_at, segments_size = HEADER.unpack(head)
     if magic != b"eh00":
         raise ArtifactError(
             "this ExecuTorch program has no extended header, so it is not of this compiler", where=str(path)
@@ -296,6 +323,20 @@ def _delegation(program: ExportedProgram) -> Delegation:
             name = str(getattr(node.target, "_name", node.target.__name__)).removeprefix("aten::")
             outside[name] = outside.get(name, 0) + 1
     return Delegation(delegates, dict(sorted(outside.items(), key=lambda item: (-item[1], item[0]))))
+
+
+@contextlib.contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Let Python's garbage collector run seldom: a graph is many objects, and each collection visits them all."""
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mobizo_compiler.backends.core_aten import CoreAten
 from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
@@ -26,7 +27,7 @@ class XnnpackBackend:
 
     def passes(self) -> Sequence[Pass]:
         """Keep attention and norms inside delegates, and GELU what it is."""
-        return (DecomposeAttention(), MeanAsLinear(), SpellOutGelu(), RepeatAsProduct(), Canonicalize())
+        return (DecomposeAttention(), MeanAsLinear(), SpellOutGelu(), RepeatAsProduct(), Canonicalize(), CoreAten())
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with the XNNPACK partitioner."""
