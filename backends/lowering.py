@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import io
 import logging
 import math
@@ -60,7 +59,7 @@ def lower_to_executorch(
     """
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
     try:
-        with _quiet(), _seldom_collected():
+        with _quiet():
             executable, delegation = _lower(methods, manifest, lora_a, partitioners)
     except MobizoError:
         raise
@@ -323,20 +322,6 @@ def _delegation(program: ExportedProgram) -> Delegation:
             name = str(getattr(node.target, "_name", node.target.__name__)).removeprefix("aten::")
             outside[name] = outside.get(name, 0) + 1
     return Delegation(delegates, dict(sorted(outside.items(), key=lambda item: (-item[1], item[0]))))
-
-
-@contextlib.contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """Let Python's garbage collector run seldom: a graph is many objects, and each collection visits them all."""
-    thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
 
 
 @contextlib.contextmanager

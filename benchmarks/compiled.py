@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mobizo_compiler
@@ -42,8 +42,8 @@ class Compiled:
 
     def adapters(self) -> tuple[tuple[Site, ...], Mapping[str, Tensor]]:
         """Sites, and A of every site; the program file is not opened."""
-        saved = torch.load(self.path.with_suffix(".adapters"), weights_only=True)
-        return tuple(Site(**site) for site in saved["sites"]), saved["lora_a"]
+        sites = tuple(Site(**(site | {"kernel": tuple(site["kernel"])})) for site in self.record["sites"])
+        return sites, load_file(self.path.with_suffix(".safetensors"))
 
 
 def compiled(kind: Kind, workload: Workload, cache: Path = CACHE) -> Compiled:
@@ -78,6 +78,7 @@ def content_key(kind: Kind, workload: Workload) -> str:
 def make(kind: Kind, workload: Workload, path: Path) -> None:
     """Compile, and write the program, its adapters and, last, its record."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    sites: list[dict[str, Any]] = []
     if kind == "stock":
         model = workload.load_model()
         loaded = memory_mb()
@@ -89,8 +90,11 @@ def make(kind: Kind, workload: Workload, path: Path) -> None:
     else:
         program, seconds = workload.compile() if kind == "program" else workload.compile_one_position()
         peak, loaded = memory_mb(), None
-        adapters = {"sites": [dataclasses.asdict(s) for s in program.sites], "lora_a": dict(program.lora_a_by_fqn)}
-        torch.save(adapters, path.with_suffix(".adapters"))
+        sites = [dataclasses.asdict(site) for site in program.sites]
+        save_file(
+            {name: value.contiguous() for name, value in program.lora_a_by_fqn.items()},
+            path.with_suffix(".safetensors"),
+        )
         program.save(path)
         products = {name: multiply_adds(method.graph) for name, method in program.methods.items()}
     methods = {}
@@ -107,6 +111,7 @@ def make(kind: Kind, workload: Workload, path: Path) -> None:
         "model_loaded_mb": loaded and loaded["VmRSS"],
         "file_mb": round(path.stat().st_size / 1e6, 2),
         "methods": methods,
+        "sites": sites,
     }
     write_json(path.with_suffix(".json"), record)
 

@@ -18,7 +18,9 @@ much of the resident memory the system could drop, RssAnon how much it could not
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -82,7 +84,8 @@ def prepare(name: str, file: Path | None, threads: int) -> Callable[[Workload], 
 
         def load(workload: Workload) -> list[Callable[[int], Any]]:
             program = Runtime.get().load_program(file)
-            return [runner(program.load_method(m), workload.call_arguments(m)) for m in RUNTIME[name][1]]
+            with contextlib.nullcontext() if name == "stock" else shared_packed_weights():
+                return [runner(program.load_method(m), workload.call_arguments(m)) for m in RUNTIME[name][1]]
 
         def runner(method: Any, arguments: list[Any]) -> Callable[[int], Any]:
             return lambda seed: method.execute(arguments)
@@ -101,12 +104,23 @@ def prepare(name: str, file: Path | None, threads: int) -> Callable[[Workload], 
 
         if name == "eager":
             assert file is not None
-            sites, lora_a = Compiled(file, {}).adapters()
+            sites, lora_a = Compiled(file, json.loads(file.with_suffix(".json").read_text())).adapters()
             return lambda workload: [peers.eager_step(workload, workload.load_model(), sites, lora_a).step]
     if name in ("backprop", "checkpointed"):
         ckpt = name == "checkpointed"
         return lambda workload: [peers.backpropagation(workload, workload.load_model(), checkpointing=ckpt).step]
     return None
+
+
+def shared_packed_weights() -> contextlib.AbstractContextManager[None]:
+    """How `Session` loads methods; imported from its file, because a host would not import the compiler."""
+    file = Path(__file__).parent.parent / "backends" / "runtime_options.py"
+    spec = importlib.util.spec_from_file_location("runtime_options", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shared: contextlib.AbstractContextManager[None] = module.shared_packed_weights()
+    return shared
 
 
 def parent(workload: Workload, options: argparse.Namespace) -> None:

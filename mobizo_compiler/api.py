@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.metadata
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,20 @@ LossFunction = Callable[[Any, Tensor], Tensor]
 _Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
 
 
+@contextlib.contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Let Python's garbage collector run seldom: a graph is many objects, and each collection visits them all."""
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
+@_seldom_collected()
 def compile(
     model: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs,

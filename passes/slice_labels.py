@@ -41,7 +41,7 @@ class SliceLabels(Pass):
         groups: dict[Any, dict[fx.Node, _Pick]] = {}
         for node in edit.graph.nodes:
             if pick := _pick(node):
-                groups.setdefault((pick.key, operand(node).meta["val"].shape[pick.axis]), {})[node] = pick
+                groups.setdefault((pick.key, str(operand(node).meta["val"].shape[pick.axis])), {})[node] = pick
         for picks in groups.values():
             _move_up(edit, picks)
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from mobizo_compiler import CausalLMLoss, LoraConfig, passes
+from mobizo_compiler.backends.core_aten import CoreAten
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
 from mobizo_compiler.example import bind_example
 from mobizo_compiler.pipeline import Pass, Pipeline
@@ -114,3 +116,55 @@ def test_spell_out_gelu(golden: Callable[[str, str], None]) -> None:
 def test_mean_as_linear(golden: Callable[[str, str], None]) -> None:
     before = static_attention()
     golden("mean_as_linear.txt", change(before, MeanAsLinear()(before)))
+
+
+def with_labels(layers: int = 1) -> GraphProgram:
+    """A tiny language model with its loss on one label of a row, and nothing moved yet."""
+    torch.manual_seed(0)
+    inputs, _ = tiny_batch()
+    program = passes.capture(TinyCausalLM(layers=layers).eval(), bind_example(None, inputs))
+    return Pipeline([passes.AttachLoss(CausalLMLoss(max_labels=1)), passes.Canonicalize()]).run(program)
+
+
+def test_slice_labels_into_the_last_attention(golden: Callable[[str, str], None]) -> None:
+    before = with_labels()
+    golden("slice_labels_attention.txt", change(before, passes.SliceLabels()(before)))
+
+
+def test_slice_labels_moves_a_selection_of_the_first_token(golden: Callable[[str, str], None]) -> None:
+    class FirstToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm, self.head = nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.head(self.norm(torch.relu(self.up(x)))[:, 0])
+            return logits
+
+    program = passes.Canonicalize()(passes.capture(FirstToken().eval(), bind_example(None, (torch.zeros(3, 7, 6),))))
+    golden("slice_labels_first_token.txt", program_text(passes.SliceLabels()(program)))
+
+
+def test_late_duplication(golden: Callable[[str, str], None]) -> None:
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=("q_proj", "v_proj"), layers_to_transform=(1,))
+    before = Pipeline([passes.SliceLabels(), passes.InsertMPLoRA(lora)]).run(with_labels(layers=2))
+    lines = program_text(passes.DuplicateLanes(4)(before)).splitlines()
+    golden("late_duplication.txt", "\n".join(line for line in lines if "repeat(" in line or "= linear(" in line) + "\n")
+
+
+def test_merge_siblings(golden: Callable[[str, str], None]) -> None:
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")
+    before = Pipeline([passes.SliceLabels(), passes.InsertMPLoRA(lora)]).run(with_labels())
+    golden("merge_siblings.txt", change(before, passes.MergeSiblings()(before)))
+
+
+def test_repeat_as_product(golden: Callable[[str, str], None]) -> None:
+    before = Pipeline(
+        [passes.Canonicalize(), passes.InsertMPLoRA(LORA), passes.DuplicateLanes(4), passes.Specialize(3)]
+    ).run(passes.capture(TokenWise().eval(), bind_example(None, (torch.zeros(3, 5, dtype=torch.int64),))))
+    golden("repeat_as_product.txt", change(before, RepeatAsProduct()(before)))
+
+
+def test_core_aten(golden: Callable[[str, str], None]) -> None:
+    before = Pipeline([DecomposeAttention(), passes.Canonicalize()]).run(static_attention())
+    golden("core_aten.txt", change(before, CoreAten()(before)))

@@ -1,0 +1,99 @@
+"""One copy of everything: of a tied weight and of the initial state in the file, of packed weights in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import CausalLMLoss, LoraConfig, Program, Session, ZOConfig
+from mobizo_compiler.backends import lowering
+from mobizo_compiler.backends.one_copy import share_equal_data
+from mobizo_compiler.backends.runtime_options import set_backend_option
+
+TABLE_BYTES = 1501 * 24 * 4
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1501, 24)
+        self.up, self.down = nn.Linear(24, 40), nn.Linear(40, 24)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [rows, tokens, 1501]."""
+        hidden = self.embedding(tokens)
+        hidden = hidden + self.down(torch.tanh(self.up(hidden)))
+        return nn.functional.linear(hidden, self.embedding.weight)
+
+
+@pytest.fixture(scope="module")
+def twice() -> Program:
+    """The program as ExecuTorch writes it, with the table in it twice."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=("up", "down"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "share_equal_data", lambda path: 0)
+        return mobizo.compile(
+            Tied().eval(), (torch.zeros(3, 5, dtype=torch.int64),), lora, ZOConfig(queries=2), CausalLMLoss()
+        )
+
+
+def outcome(program: Program) -> list[Tensor]:
+    session = Session(program)
+    generator = torch.Generator().manual_seed(3)
+    session.load_state(torch.randn(program.parameters, generator=generator) * 0.1)
+    tokens = torch.randint(0, 1501, (3, 5), generator=generator)
+    result = session.train_step((tokens,), tokens, seed=4, learning_rate=0.1, eps=0.05)
+    return [result.lane_losses, session.state(), session.evaluate((tokens,))]
+
+
+def test_a_tied_weight_is_in_the_file_once(twice: Program, tmp_path: Path) -> None:
+    path = twice.save(tmp_path / "program.pte")
+    before = path.stat().st_size
+    saved = share_equal_data(path)
+    assert path.stat().st_size == before - saved
+    assert TABLE_BYTES <= saved < TABLE_BYTES + 8192
+    assert share_equal_data(path) == 0, "a second time there is nothing left to share"
+    for a, b in zip(outcome(twice), outcome(mobizo.load(path)), strict=True):
+        assert torch.equal(a, b)
+    assert [file.name for file in tmp_path.iterdir()] == ["program.pte"]
+
+
+def test_a_truncated_file_is_still_noticed(twice: Program, tmp_path: Path) -> None:
+    path = twice.save(tmp_path / "program.pte")
+    share_equal_data(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-8])
+    with pytest.raises(mobizo.errors.ArtifactError, match="truncated"):
+        mobizo.load(path)
+
+
+def test_the_initial_state_is_in_the_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    for rank in (1, 401):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=rank, lora_alpha=1, target_modules=("up",))
+        program = mobizo.compile(Tied().eval(), (torch.zeros(3, 5, dtype=torch.int64),), lora, ZOConfig(queries=1))
+        sizes.append(program.artifact.path.stat().st_size)  # type: ignore[attr-defined]
+    state, lora_a = 400 * 40 * 4, 400 * 24 * 4
+    # A is in the delegates, scaled, and in a constant method, as it is.
+    assert sizes[1] - sizes[0] == pytest.approx(state + 2 * lora_a, abs=4096)
+
+
+def test_shared_packed_weights_change_no_bit(twice: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = outcome(twice)
+    monkeypatch.setattr(lowering, "shared_packed_weights", contextlib.nullcontext)
+    for a, b in zip(shared, outcome(twice), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_runtime_has_the_option() -> None:
+    assert set_backend_option("XnnpackBackend", "weight_cache_enabled", False)
+    assert not set_backend_option("NoSuchBackend", "weight_cache_enabled", True)
