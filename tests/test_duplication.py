@@ -21,12 +21,13 @@ from mobizo_compiler.program import GraphProgram
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
 LANES = 4
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
 def adapted(layers: int, last: int) -> GraphProgram:
     torch.manual_seed(0)
     inputs, _ = tiny_batch()
-    lora = LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", layers_to_transform=tuple(range(last, layers)))
+    lora = LoraConfig(r=2, lora_alpha=3, target_modules=LAYERS, layers_to_transform=tuple(range(last, layers)))
     return Pipeline(
         [
             passes.AttachLoss(CausalLMLoss(max_labels=1)),
@@ -66,7 +67,7 @@ def test_late_and_early_duplication_compute_the_same(layers: int, last: int) -> 
     results = []
     for late in (False, True):
         program = Pipeline([passes.DuplicateLanes(LANES, late=late), *rest]).run(before)
-        results.append(run(program, state, *inputs, labels, *scalars))
+        results.append(run(program, state, *inputs.values(), labels, *scalars))
     for early_value, late_value in zip(*results, strict=True):
         torch.testing.assert_close(early_value, late_value, rtol=2e-5, atol=2e-6 / 0.05)
 

@@ -127,8 +127,9 @@ def with_labels(layers: int = 1) -> GraphProgram:
 
 
 def test_slice_labels_into_the_last_attention(golden: Callable[[str, str], None]) -> None:
-    before = with_labels()
-    golden("slice_labels_attention.txt", change(before, passes.SliceLabels()(before)))
+    lines = program_text(passes.SliceLabels()(with_labels())).splitlines()
+    shown = ("gather(", "= linear(", "topk(", "scaled_dot_product_attention(", "softmax")
+    golden("slice_labels_attention.txt", "\n".join(line for line in lines if any(s in line for s in shown)) + "\n")
 
 
 def test_slice_labels_moves_a_selection_of_the_first_token(golden: Callable[[str, str], None]) -> None:
@@ -153,8 +154,8 @@ def test_late_duplication(golden: Callable[[str, str], None]) -> None:
 
 
 def test_merge_siblings(golden: Callable[[str, str], None]) -> None:
-    lora = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")
-    before = Pipeline([passes.SliceLabels(), passes.InsertMPLoRA(lora)]).run(with_labels())
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=("q_proj", "k_proj", "v_proj"))
+    before = Pipeline([passes.InsertMPLoRA(lora)]).run(with_labels())
     golden("merge_siblings.txt", change(before, passes.MergeSiblings()(before)))
 
 
