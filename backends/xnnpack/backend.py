@@ -31,6 +31,6 @@ class XnnpackBackend:
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with the XNNPACK partitioner."""
-        from mobizo_compiler.backends.xnnpack.partition import XnnpackPartitionerWithFewPasses
+        from mobizo_compiler.backends.xnnpack.partition import FrugalXnnpackPartitioner
 
-        return lower_to_executorch(methods, manifest, [XnnpackPartitionerWithFewPasses()])
+        return lower_to_executorch(methods, manifest, [FrugalXnnpackPartitioner()])
