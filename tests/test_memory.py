@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import CausalLMLoss, LoraConfig, Program, Session, ZOConfig
 from mobizo_compiler.backends import lowering
 from mobizo_compiler.backends.one_copy import share_equal_data
 from mobizo_compiler.backends.runtime_options import set_backend_option
+from mobizo_compiler.backends.xnnpack import partition
+from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
 TABLE_BYTES = 1501 * 24 * 4
 
@@ -97,3 +99,41 @@ def test_shared_packed_weights_change_no_bit(twice: Program, monkeypatch: pytest
 def test_the_runtime_has_the_option() -> None:
     assert set_backend_option("XnnpackBackend", "weight_cache_enabled", False)
     assert not set_backend_option("NoSuchBackend", "weight_cache_enabled", True)
+
+
+def test_delegates_are_cut_into_parts_of_limited_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = TinyCausalLM(layers=3).eval()
+    inputs, labels = tiny_batch()
+    delegates, results = [], []
+    for limit in (1 << 30, 8192):  # a layer has 11 kB of weights
+        monkeypatch.setattr(partition, "MOST_WEIGHT_BYTES", limit)
+        program = mobizo.compile(model, inputs, LoraConfig(r=2, lora_alpha=3), ZOConfig(queries=2))
+        delegates.append(program.artifact.delegation["evaluate"].delegates)  # type: ignore[attr-defined]
+        session = Session(program)
+        session.load_state(torch.randn(program.parameters, generator=torch.Generator().manual_seed(3)) * 0.1)
+        step = session.train_step(inputs, labels, seed=4, learning_rate=0.1, eps=0.05)
+        results.append((step.lane_losses, session.evaluate(inputs)))
+    assert delegates[1] >= delegates[0] + 3
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
+
+
+def test_parts_are_cut_where_little_crosses() -> None:
+    graph = fx.Graph()
+    narrow = graph.placeholder("x")
+    narrow.meta["val"] = torch.zeros(4, 2)
+    calls = []
+    for layer in range(4):
+        up, down = graph.placeholder(f"up_{layer}"), graph.placeholder(f"down_{layer}")
+        up.meta["val"], down.meta["val"] = torch.zeros(100, 2), torch.zeros(2, 100)
+        wide = graph.call_function(torch.ops.aten.linear.default, (narrow, up))
+        wide.meta["val"] = torch.zeros(4, 100)
+        narrow = graph.call_function(torch.ops.aten.linear.default, (wide, down))
+        narrow.meta["val"] = torch.zeros(4, 2)
+        calls += [wide, narrow]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partition, "MOST_WEIGHT_BYTES", 2000)  # a layer has 1600 bytes
+        parts = partition._parts(calls)
+    assert [len(part) for part in parts] == [2, 2, 2, 2]
+    assert [node for part in parts for node in part] == calls

@@ -1,0 +1,86 @@
+"""The benchmarks run, on a small part of the model; what they measure there is not looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.profile import group_events, operator_kind
+from benchmarks.sweep import fits
+from benchmarks.workload import Workload
+
+SMALL = ("--layers", "1", "--tokens", "8", "--rows", "1", "--queries", "1")
+ROOT = Path(__file__).parent.parent
+
+
+def run(module: str, *options: str) -> None:
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", *SMALL, *options], check=True, cwd=ROOT
+    )
+
+
+@pytest.mark.slow
+def test_step_profile_and_memory(tmp_path: Path) -> None:
+    cache = ("--cache", str(tmp_path / "cache"))
+    run("step", "--rounds", "1", "--peers", "abdef", "--out", str(tmp_path), *cache)
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert set(record["peers"]) == {"a", "b", "d", "e", "e-checkpointed", "f"}
+    for letter, peer in record["peers"].items():
+        assert "failed" not in peer, peer
+        assert peer["median_seconds"] > 0
+        assert letter not in "bd" or peer["largest_difference_of_lane_losses"] < 1e-3
+    assert record["files"]["program"]["methods"]["train_step"]["share_of_multiply_adds_inside"] > 0.95
+    assert record["ratios"]["file, program/stock"] < 1
+    run("profile", "--runs", "1", "--out", str(tmp_path), *cache)
+    groups = json.loads((tmp_path / "train_step.json").read_text())["groups"]
+    assert sum(group["share"] for group in groups) == pytest.approx(1, abs=1e-6)
+    run("memory", "--out", str(tmp_path), *cache)
+    children = json.loads((tmp_path / "memory.json").read_text())["children"]
+    assert not [name for name, child in children.items() if "failed" in child]
+    assert all(child["peak_mb"] > 100 for child in children.values())
+
+
+def test_arguments_of_a_workload_make_the_same_workload() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    Workload.add_arguments(parser)
+    workload = Workload(queries=3, rows=2, tokens=5, last=2, targets="qv")
+    assert Workload.from_arguments(parser.parse_args(workload.to_arguments())) == workload
+
+
+def test_shares_of_a_profile_add_up() -> None:
+    def event(name: str, *milliseconds: float, delegated: bool = False) -> Any:
+        data = SimpleNamespace(raw=list(milliseconds))
+        return SimpleNamespace(name=name, perf_data=data, is_delegated_op=delegated)
+
+    total, groups = group_events(
+        [
+            event("Method::execute", 30.0, 10.0, 11.0),
+            event("DELEGATE_CALL", 20.0, 7.0, 8.0),
+            event("Fully Connected (NC, F32) GEMM #1", 15.0, 4.0, 5.0, delegated=True),
+            event("Fully Connected (NC, F32) GEMM #2", 3.0, 2.0, 2.0, delegated=True),
+            event("OPERATOR_CALL", 5.0, 2.0, 2.0),
+            event("native_call_mul.out", 5.0, 2.0, 2.0),
+        ]
+    )
+    found = {(group.place, group.name): group.milliseconds for group in groups}
+    assert total == 10.0, "the median run after the first"
+    assert found["inside", "Fully Connected"] == 6.0
+    assert found["outside", "mul"] == 2.0
+    assert sum(found.values()) == pytest.approx(total)
+    assert operator_kind("Batch Matrix Multiply (NC, F32) GEMM #3") == "Batch Matrix Multiply"
+
+
+def test_the_slope_of_a_line_through_the_origin_is_one() -> None:
+    def point(x: float, seconds: float) -> dict[str, Any]:
+        return {"value": x, "x": x, "measured": {"peers": {"f": {"median_seconds": seconds}}}}
+
+    found = fits([point(x, 0.5 * x) for x in (1, 2, 4)])
+    assert found["f"]["log_log_slope"] == pytest.approx(1)
