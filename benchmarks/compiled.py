@@ -23,10 +23,11 @@ from torch import Tensor
 
 import mobizo_compiler
 from benchmarks.machine import memory_mb
-from benchmarks.plan import multiply_adds, read_plans
+from benchmarks.plan import read_plans
 from benchmarks.record import write_json
 from benchmarks.workload import Workload, stock_inference
 from mobizo_compiler.api import installed_versions
+from mobizo_compiler.costs import multiply_adds
 from mobizo_compiler.program import Site
 
 Kind = Literal["program", "position", "stock"]
@@ -86,7 +87,7 @@ def make(kind: Kind, workload: Workload, path: Path) -> None:
         seconds, exported = stock_inference(model, workload.lane_rows, workload.tokens, partial)
         peak = memory_mb()
         partial.replace(path)
-        products = {"forward": multiply_adds(exported.graph)}
+        products = {"forward": sum(map(multiply_adds, exported.graph.nodes))}
     else:
         program, seconds = workload.compile() if kind == "program" else workload.compile_one_position()
         peak, loaded = memory_mb(), None
@@ -96,7 +97,7 @@ def make(kind: Kind, workload: Workload, path: Path) -> None:
             path.with_suffix(".safetensors"),
         )
         program.save(path)
-        products = {name: multiply_adds(method.graph) for name, method in program.methods.items()}
+        products = {name: sum(map(multiply_adds, method.graph.nodes)) for name, method in program.methods.items()}
     methods = {}
     for name, plan in read_plans(path).items():
         total = products.get(name, 0)

@@ -1,4 +1,4 @@
-"""What a `.pte` file makes the runtime do, read from the file itself, and the multiply-adds of a graph.
+"""What a `.pte` file makes the runtime do, read from the file itself.
 
 Both files of a comparison are counted the same way: by the instructions that the runtime executes.
 """
@@ -6,16 +6,11 @@ Both files of a comparison are counted the same way: by the instructions that th
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from torch import fx
-
-# The argument that is contracted over its last axis, by operator; for a convolution, the weight over all but its first.
-_CONTRACTED = {"linear": 0, "mm": 0, "bmm": 0, "matmul": 0, "addmm": 1, "baddbmm": 1}
-_ATTENTION, _CONVOLUTION = "scaled_dot_product_attention", "conv"
+from mobizo_compiler.costs import product_multiply_adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +52,5 @@ def _plan(plan: Any) -> Plan:
             name = plan.operators[call.op_index].name
             outside[name] += 1
             shapes = [getattr(plan.values[index].val, "sizes", None) for index in call.args]
-            products += _multiply_adds(name.split("::")[-1].removesuffix("_copy"), shapes, shapes[-1])
+            products += product_multiply_adds(name.split("::")[-1].removesuffix("_copy"), shapes, shapes[-1])
     return Plan(delegates, dict(outside.most_common()), products, plan.non_const_buffer_sizes[1:])
-
-
-def multiply_adds(graph: fx.Graph) -> int:
-    """Multiply-adds of the matrix products and convolutions of a graph with static shapes."""
-    total = 0
-    for node in graph.nodes:
-        if node.op == "call_function" and "val" in node.meta and hasattr(node.meta["val"], "shape"):
-            name = str(getattr(node.target, "_name", "")).removeprefix("aten::").split(".")[0]
-            values = [arg.meta.get("val") if isinstance(arg, fx.Node) else None for arg in node.args]
-            total += _multiply_adds(name, [getattr(value, "shape", None) for value in values], node.meta["val"].shape)
-    return total
-
-
-def _multiply_adds(operator: str, shapes: list[Any], result: Any) -> int:
-    if operator in _CONTRACTED:
-        return int(math.prod(result) * shapes[_CONTRACTED[operator]][-1])
-    if operator.startswith(_CONVOLUTION):
-        return int(math.prod(result) * math.prod(shapes[1][1:]))
-    if operator == _ATTENTION:  # queries with keys, then weights with values
-        return int((math.prod(shapes[0]) + math.prod(result)) * shapes[1][-2])
-    return 0

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-aten = torch.ops.aten
-_MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.bmm.default, aten.matmul.default})
-_CONVOLUTIONS = frozenset(
-    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default, aten.conv2d.padding}
-)
-_ATTENTION = aten.scaled_dot_product_attention.default
+from mobizo_compiler.axes.rules import operator_name
+
+# The argument that is contracted over its last axis, by operator; for a convolution, the weight over all but its first.
+_CONTRACTED = {"linear": 0, "mm": 0, "bmm": 0, "matmul": 0, "addmm": 1, "baddbmm": 1}
+_ATTENTION, _CONVOLUTION = "scaled_dot_product_attention", "conv"
 
 
 def size_hint(size: Any) -> int:
@@ -38,21 +38,23 @@ def multiply_adds(node: fx.Node) -> int:
 
     >>> graph = fx.Graph()
     >>> x, w = graph.placeholder("x"), graph.placeholder("w")
-    >>> y = graph.call_function(aten.linear.default, (x, w))
+    >>> y = graph.call_function(torch.ops.aten.linear.default, (x, w))
     >>> x.meta["val"], w.meta["val"], y.meta["val"] = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 5)
     >>> multiply_adds(y)
     30
     """
-    if node.op != "call_function":
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
         return 0
-    operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    if node.target in _MATRIX_PRODUCTS or node.target is aten.linear.default:
-        return math.prod(shape_hint(node)) * shape_hint(operands[0])[-1]
-    if node.target is aten.addmm.default:
-        return math.prod(shape_hint(node)) * shape_hint(operands[1])[-1]
-    if node.target in _CONVOLUTIONS:
-        return math.prod(shape_hint(node)) * math.prod(shape_hint(operands[1])[1:])
-    if node.target is _ATTENTION:
-        sources = shape_hint(operands[1])[-2]
-        return math.prod(shape_hint(operands[0])) * sources + math.prod(shape_hint(node)) * sources
+    tensors = [a if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor) else None for a in node.args]
+    return product_multiply_adds(operator_name(node), [a and shape_hint(a) for a in tensors], shape_hint(node))
+
+
+def product_multiply_adds(operator: str, shapes: Sequence[Any], result: Sequence[int]) -> int:
+    """Multiply-adds of an operator by its name without namespace, from the shapes of its arguments and its result."""
+    if operator in _CONTRACTED:
+        return int(math.prod(result) * shapes[_CONTRACTED[operator]][-1])
+    if operator.startswith(_CONVOLUTION):
+        return int(math.prod(result) * math.prod(shapes[1][1:]))
+    if operator == _ATTENTION:  # queries with keys, then weights with values
+        return int((math.prod(shapes[0]) + math.prod(result)) * shapes[1][-2])
     return 0

@@ -21,7 +21,6 @@ from mobizo_compiler.costs import multiply_adds, tensor_bytes
 # costs about as much as moving some kilobytes.
 MULTIPLY_ADDS_PER_BYTE = 8
 CALL_BYTES = 4096
-_Sides = tuple[str, fx.Node]
 
 
 def perturbed_by(source: fx.Node) -> set[fx.Node]:
@@ -35,12 +34,11 @@ def perturbed_by(source: fx.Node) -> set[fx.Node]:
     return found
 
 
-def duplication_points(graph: fx.Graph, axes: RowAxes, perturbed: set[fx.Node], lanes: int) -> dict[fx.Node, int]:
+def duplication_points(axes: RowAxes, perturbed: set[fx.Node], lanes: int) -> dict[fx.Node, int]:
     """The values to repeat, each with the axis of its rows.
 
     Args:
-        graph: A graph with one lane.
-        axes: Row layouts of the values that are not perturbed.
+        axes: Row layouts of the values that are not perturbed, in a graph with one lane.
         perturbed: The values that differ from lane to lane.
         lanes: How many lanes there will be.
 
@@ -57,7 +55,7 @@ def duplication_points(graph: fx.Graph, axes: RowAxes, perturbed: set[fx.Node], 
             network.add_edge("single", node, capacity=(lanes - 1) * _work(node, single))
         else:
             network.add_edge("single", node)  # an input is there before anything is repeated
-        copies: _Sides = ("copies of", node)
+        copies = ("copies of", node)
         if isinstance(layout, Layout) and layout.outer == 1 and layout.kind != "index":
             network.add_edge(node, copies, capacity=lanes * tensor_bytes(node) + CALL_BYTES)
         else:

@@ -8,7 +8,7 @@ next one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, fx
@@ -164,6 +164,18 @@ def flat_call_graph(inputs: int, outputs: int) -> list[ModuleCallEntry]:
 def operand(node: fx.Node, position: int = 0) -> fx.Node:
     """An argument of a call that is a node; torch.fx types arguments as nearly anything."""
     return cast(fx.Node, node.args[position])
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes with all that they are made of."""
+    found = set(nodes)
+    pending = list(found)
+    while pending:
+        for inner in pending.pop().all_input_nodes:
+            if inner not in found:
+                found.add(inner)
+                pending.append(inner)
+    return found
 
 
 def source_line(node: fx.Node) -> str:

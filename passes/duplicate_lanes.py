@@ -27,6 +27,7 @@ from mobizo_compiler.axes import row_axes
 from mobizo_compiler.duplication import duplication_points, perturbed_by
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import ancestors
 
 aten = torch.ops.aten
 
@@ -65,7 +66,7 @@ class DuplicateLanes(Pass):
     def _points(self, edit: Editor) -> dict[fx.Node, int]:
         perturbed = perturbed_by(edit.values["lanes"])
         axes = row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors, leave_out=perturbed)
-        return duplication_points(edit.graph, axes, perturbed, self.lanes)
+        return duplication_points(axes, perturbed, self.lanes)
 
     def _repeat(self, edit: Editor, node: fx.Node, axis: int) -> fx.Node:
         sizes = [self.lanes if a == axis else 1 for a in range(node.meta["val"].dim())]
@@ -76,12 +77,7 @@ def _copy_of_one_lane(
     edit: Editor, points: dict[fx.Node, int], originals: dict[fx.Node, fx.Node]
 ) -> dict[fx.Node, fx.Node]:
     """Copies of the values at the cut, and of what they are made of, that start from the inputs as they were given."""
-    needed, pending = set(points), list(points)
-    while pending:
-        for inner in pending.pop().all_input_nodes:
-            if inner not in needed:
-                needed.add(inner)
-                pending.append(inner)
+    needed = ancestors(points)
     copies = dict(originals)
     for node in list(edit.graph.nodes):
         if node in needed and node.op == "call_function" and node not in originals:

@@ -24,7 +24,7 @@ from torch import fx
 from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import operand
+from mobizo_compiler.program import ancestors, operand
 from mobizo_compiler.tokens import TokenCall, token_call
 
 aten = torch.ops.aten
@@ -161,10 +161,7 @@ def _move_up(edit: Editor, picks: Mapping[fx.Node, _Pick]) -> None:
 def _move_before(edit: Editor, position: fx.Node, calls: Mapping[fx.Node, TokenCall]) -> bool:
     """Compute the positions before the calls that they are for; False if they depend on one of them."""
     order = list(edit.graph.nodes)
-    needed = {position}
-    for node in reversed(order):
-        if node in needed:
-            needed.update(node.all_input_nodes)
+    needed = ancestors([position])
     if not needed.isdisjoint(calls):
         return False
     first = next(node for node in order if node in calls)

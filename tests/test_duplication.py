@@ -110,7 +110,7 @@ def test_no_cut_is_cheaper(widths: list[int], skip: int) -> None:
     program = passes.InsertMPLoRA(LoraConfig(r=2, lora_alpha=2, target_modules=("head",)))(captured)
     perturbed = perturbed_by(next(n for n in program.graph.nodes if n.name == program.values["lanes"]))
     axes = row_axes(program.graph, program.rows, program.fixed_rows, leave_out=perturbed)
-    points = duplication_points(program.graph, axes, perturbed, LANES)
+    points = duplication_points(axes, perturbed, LANES)
     calls = [n for n, layout in axes.layouts.items() if layout is not None and n.op == "call_function"]
     found = cost(axes, perturbed, frozenset(_before(points)))
     best = min(
