@@ -19,7 +19,7 @@ class Runner(Protocol):
     """A loaded program. All methods of one runner share one state."""
 
     def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run a method on contiguous CPU tensors; the results stay valid after the next call."""
+        """Run a method on contiguous CPU tensors, the state not among them; results stay valid after the next call."""
 
     def state(self) -> Tensor:
         """The flat state, float32 [P], as an alias: writing to it changes what the methods see."""
@@ -43,6 +43,9 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """The name in `compile(..., backend=name)`."""
+
+    def unavailable(self) -> str | None:
+        """Why nothing can be lowered by this backend, or run, on this machine; None if it can. Raises nothing."""
 
     def unsupported(self, program: GraphProgram) -> list[str]:
         """Why this backend cannot run the program: one reason per node, empty if it can. Raises nothing."""

@@ -42,7 +42,7 @@ from mobizo_compiler.backends.partition import KeepStateOutside
 from mobizo_compiler.backends.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, LoweringError, MobizoError
 from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.program import STATE, GraphProgram, Site
+from mobizo_compiler.program import STATE, STATE_INPUT, GraphProgram, Site
 
 aten = torch.ops.aten
 MANIFEST_METHOD = "mobizo_manifest"
@@ -73,7 +73,7 @@ def lower_to_executorch(
     with path.open("wb") as file:
         executable.write_to_file(file)
     share_equal_data(path)
-    artifact = ExecuTorchArtifact(path, delegation)
+    artifact = ExecuTorchArtifact(path, manifest, delegation)
     weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
     return artifact
 
@@ -111,10 +111,12 @@ def _lower(
 def _write_state_once(executable: ExecutorchProgramManager, config: ExecutorchBackendConfig) -> None:
     """Let all methods start from one copy of the initial state; ExecuTorch writes one for each that names buffers."""
     emitted = executable._emitter_output
+    if not emitted.mutable_data:  # the state is passed in and out
+        return
     first: dict[bytes, int] = {}
     kept: list[schema.Buffer] = []
     position: dict[int, int] = {}
-    for index, buffer in enumerate(emitted.mutable_data or ()):
+    for index, buffer in enumerate(emitted.mutable_data):
         if buffer.storage not in first:
             first[buffer.storage] = len(kept)
             kept.append(buffer)
@@ -178,8 +180,9 @@ class Delegation:
 class ExecuTorchArtifact:
     """A `.pte` file; it is mapped, not read, when it runs."""
 
-    def __init__(self, path: Path, delegation: Mapping[str, Delegation] | None = None) -> None:
+    def __init__(self, path: Path, manifest: Manifest, delegation: Mapping[str, Delegation] | None = None) -> None:
         self.path = path
+        self.manifest = manifest
         self.delegation = delegation or {}
 
     def runner(self) -> ExecuTorchRunner:
@@ -210,6 +213,7 @@ class ExecuTorchRunner:
     def __init__(self, artifact: ExecuTorchArtifact) -> None:
         self._artifact = artifact  # keeps a temporary file on disk
         self._program = _load(artifact.path)
+        self._passed = torch.zeros(artifact.manifest.parameters) if artifact.manifest.state == "io" else None
         # Every load resets the shared state, so all methods are loaded before any of them runs.
         with shared_packed_weights():
             self._methods = {name: self._load_method(name) for name in ("train_step", "evaluate", "replay")}
@@ -227,10 +231,17 @@ class ExecuTorchRunner:
 
     def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run one method."""
-        return list(self._methods[method].execute(list(inputs)))
+        if self._passed is None:
+            return list(self._methods[method].execute(list(inputs)))
+        results = list(self._methods[method].execute([*inputs, self._passed]))
+        if method in ("train_step", "replay"):
+            self._passed.copy_(results.pop())
+        return results
 
     def state(self) -> Tensor:
         """The live state."""
+        if self._passed is not None:
+            return self._passed
         alias: Tensor = self._methods["train_step"]._method.get_attribute(STATE)
         return alias
 
@@ -256,7 +267,7 @@ def load_program_file(path: Path) -> tuple[ExecuTorchArtifact, Manifest, dict[st
     except Exception as error:
         raise ArtifactError(f"the manifest cannot be read: {error}", where=str(path)) from error
     manifest = Manifest.from_json(text, str(path))
-    return ExecuTorchArtifact(path), manifest, _split_lora_a(manifest.sites, flat)
+    return ExecuTorchArtifact(path, manifest), manifest, _split_lora_a(manifest.sites, flat)
 
 
 def _split_lora_a(sites: Sequence[Site], flat: Tensor) -> dict[str, Tensor]:
@@ -296,6 +307,8 @@ def _check_file(path: Path) -> None:
 
 
 def _check_state(method: str, lowered: ExportedProgram, program: GraphProgram) -> None:
+    if STATE_INPUT in program.inputs:
+        return
     signature = lowered.graph_signature
     if STATE not in signature.inputs_to_buffers.values():
         raise LoweringError(

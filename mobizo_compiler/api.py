@@ -27,6 +27,7 @@ from mobizo_compiler.cache import cached
 from mobizo_compiler.config import ALL_LINEAR, LoraConfig, ZOConfig
 from mobizo_compiler.errors import (
     BackendRefusedError,
+    BackendUnavailableError,
     CaptureError,
     ConfigError,
     ExampleInputError,
@@ -40,7 +41,7 @@ from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAx
 from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
 from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
-from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, GraphProgram
+from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram
 from mobizo_compiler.targets import resolve_targets, short_names
 from mobizo_compiler.verify import check_program
 
@@ -75,6 +76,7 @@ def compile(
     backend: str | Backend = "xnnpack",
     dynamic_shapes: DynamicShapes | None = None,
     *,
+    state: str = "shared",
     row_axes: RowAxes | None = None,
     example_labels: Tensor | None = None,
     dump_dir: str | PathLike[str] | None = None,
@@ -97,6 +99,8 @@ def compile(
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
+        state: "shared": a buffer that all methods share, which the Python and C++ runtimes do. "io": the last input of
+            every method and the last output of those that change it, for Android and iOS.
         row_axes: The axis of the rows of an input, by name or position, where it is not axis 0; None for an input
             without rows, which all lanes share. An input without axes, or with a first axis of 1 where the first
             input has more rows, has none anyway.
@@ -116,8 +120,10 @@ def compile(
     say = progress or (lambda line: None)
     lora, zo = lora or LoraConfig(), zo or ZOConfig()
     row_loss = _loss(loss, example_labels)
-    _check_options(lora, zo, row_loss, quantization)
+    _check_options(lora, zo, row_loss, quantization, state)
     target = get_backend(backend)
+    if reason := target.unavailable():
+        raise BackendUnavailableError(f"backend {target.name!r} cannot be used on this machine: {reason}")
     if cache_dir is not None and isinstance(target, EagerBackend):
         raise ConfigError("programs of the eager backend cannot be cached: they have no file format")
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
@@ -130,10 +136,10 @@ def compile(
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
             captured = passes.capture(model, example, symbolic=symbolic)
         say("rewrite")
-        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, observer)
+        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, observer)
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target)
+    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state)
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
@@ -187,10 +193,12 @@ def rewrite(
     zo: ZOConfig,
     loss: Loss,
     backend: Backend,
+    state: str = "shared",
     observer: Callable[[str], Observer | None] = lambda method: None,
 ) -> dict[str, GraphProgram]:
     """The three methods of a program: static graphs that share one state, ready for the backend to lower."""
-    finish: list[Pass] = [passes.Specialize(rows), passes.Canonicalize(), *backend.passes()]
+    carry: list[Pass] = [passes.PassState()] if state == "io" else []
+    finish: list[Pass] = [passes.Specialize(rows), passes.Canonicalize(), *carry, *backend.passes()]
     front: list[Pass] = [passes.AttachLoss(loss), passes.Canonicalize(), passes.FreeRows(), passes.SliceLabels()]
     observe = observer("train_step")
     with_loss = Pipeline(front, observe).run(captured)
@@ -215,7 +223,7 @@ def rewrite(
     return {
         "train_step": train_step,
         "evaluate": evaluate,
-        "replay": Pipeline([replay], observer("replay")).run(passes.empty_program()),
+        "replay": Pipeline([replay, *carry], observer("replay")).run(passes.empty_program()),
     }
 
 
@@ -261,12 +269,14 @@ def _loss(loss: object, example_labels: Tensor | None) -> Any:
     return CallableLoss(loss, tuple(example_labels.shape[1:]), example_labels.dtype)
 
 
-def _check_options(lora: object, zo: object, loss: object, quantization: object) -> None:
+def _check_options(lora: object, zo: object, loss: object, quantization: object, state: object) -> None:
     for name, value, kind in (("lora", lora, LoraConfig), ("zo", zo, ZOConfig), ("loss", loss, Loss)):
         if not isinstance(value, kind):
             raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
     if not dataclasses.is_dataclass(loss):
         raise ConfigError(f"loss must be a frozen dataclass, so that it can be named in the program; got {loss!r}")
+    if state not in ("shared", "io"):
+        raise ConfigError(f"state is {state!r}", hint='use state="shared" or state="io"')
     if quantization is not None:
         raise NotSupportedYetError("quantization is not built yet", hint="use quantization=None")
 
@@ -279,11 +289,12 @@ def _manifest(
     zo: ZOConfig,
     loss: Loss,
     backend: Backend,
+    state: str,
 ) -> Manifest:
     train_step, evaluate = methods["train_step"], methods["evaluate"]
     sites = [site.fqn for site in train_step.sites]
     names = short_names(sites, sites) if lora.target_modules in (None, ALL_LINEAR) else lora.target_modules
-    inputs = {n: v for n, v in train_step.inputs.items() if n not in (LABELS, SEED, EPS, LEARNING_RATE)}
+    inputs = {n: v for n, v in train_step.inputs.items() if n not in (LABELS, SEED, EPS, LEARNING_RATE, STATE_INPUT)}
     public = [leaf.name for leaf in example.leaves] if example.keywords else list(inputs)
     assert captured.nesting is not None
     labels = loss.label_spec(captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()]))
@@ -313,6 +324,7 @@ def _manifest(
         lora=dataclasses.replace(lora, target_modules=names),
         zo=zo,
         loss=repr(loss),
+        state=state,
         first_label=labels.first,
         max_labels=labels.max_labels,
     )

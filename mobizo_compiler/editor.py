@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from mobizo_compiler.errors import PassContractError
-from mobizo_compiler.program import STATE, GraphProgram, flat_call_graph
+from mobizo_compiler.program import STATE, STATE_INPUT, GraphProgram, flat_call_graph
 
 aten = torch.ops.aten
 
@@ -189,6 +189,15 @@ class Editor:
     def mutate_state(self, node: fx.Node) -> None:
         """At the end of a call, the state takes the value of `node`."""
         self._mutated[STATE] = node
+
+    def pass_state(self) -> None:
+        """Make the state the last user input, and what a call makes of it the last user output."""
+        old = self.state
+        given = self.add_input(STATE_INPUT, old.meta["val"].shape, old.meta["val"].dtype)
+        self.replace(old, given)
+        self.graph.erase_node(old)
+        if STATE in self._mutated:
+            self._outputs[STATE_INPUT] = self._mutated.pop(STATE)
 
     def replace(self, old: fx.Node, new: fx.Node, keep: fx.Node | None = None) -> None:
         """Let all users of `old`, except the node `keep`, and all names for it, mean `new`."""

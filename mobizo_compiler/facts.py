@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobizo_compiler.program import LABELS, STATE, GraphProgram, source_line
+from mobizo_compiler.program import LABELS, STATE, STATE_INPUT, GraphProgram, source_line
 
 FUNCTIONAL = "functional"
 ANY_ROWS = "any-rows"
@@ -20,6 +20,7 @@ PERTURBED = "perturbed"
 DIFFERENCED = "differenced"
 UPDATED = "updated"
 STATIC = "static"
+STATE_PASSED = "state-passed"
 
 
 def _functional(program: GraphProgram) -> Iterator[str]:
@@ -101,6 +102,13 @@ def _static(program: GraphProgram) -> Iterator[str]:
             yield f"{source_line(node)} has a symbolic size"
 
 
+def _state_passed(program: GraphProgram) -> Iterator[str]:
+    if list(program.inputs)[-1:] != [STATE_INPUT]:
+        yield f"the last input is not {STATE_INPUT!r}"
+    if STATE in program.exported.graph_signature.inputs_to_buffers.values():
+        yield "there is a state that is no input"
+
+
 CHECKS: dict[str, Callable[[GraphProgram], Iterator[str]]] = {
     FUNCTIONAL: _functional,
     ANY_ROWS: _any_rows,
@@ -112,6 +120,7 @@ CHECKS: dict[str, Callable[[GraphProgram], Iterator[str]]] = {
     DIFFERENCED: _outputs("loss", "lane_losses", "projected_gradient"),
     UPDATED: _updated,
     STATIC: _static,
+    STATE_PASSED: _state_passed,
 }
 
 

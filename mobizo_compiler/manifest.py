@@ -16,7 +16,7 @@ from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
 from mobizo_compiler.program import DynamicSize, Nesting, Site
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Manifest:
         lora: Adapter options.
         zo: Estimator options.
         loss: The loss, as text.
+        state: "shared", a buffer that all methods share, or "io", the last input and output of every method.
         first_label: Labels before this position of a row never count.
         max_labels: How many labels of a row may count; None if all may.
         format_version: Version of this format; see `docs/program_format.md`.
@@ -127,6 +128,7 @@ class Manifest:
     lora: LoraConfig
     zo: ZOConfig
     loss: str
+    state: str = "shared"
     first_label: int = 0
     max_labels: int | None = None
     format_version: int = FORMAT_VERSION

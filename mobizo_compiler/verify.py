@@ -14,7 +14,7 @@ from mobizo_compiler.errors import LoweringError, UnsupportedGraphError
 from mobizo_compiler.losses import Loss
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.noise import noise
-from mobizo_compiler.program import LABELS
+from mobizo_compiler.program import LABELS, STATE_INPUT
 
 # Two engines add float32 products in different orders: losses agree to LOSS_TOLERANCE of their size. The projected
 # gradient divides a difference of two losses by 2 eps, so it agrees to the error of the loss divided by eps; the
@@ -107,7 +107,7 @@ def random_labels(manifest: Manifest, inputs: Sequence[Tensor], generator: torch
 def _ordered(program: Program, inputs: Sequence[Tensor], labels: Tensor, *scalars: Tensor) -> list[Tensor]:
     """Arguments of `train_step`, whose inputs are the model's, then labels, seed, learning rate and eps."""
     arguments = [*inputs, labels, *scalars]
-    names = list(program.methods["train_step"].inputs)
+    names = [name for name in program.methods["train_step"].inputs if name != STATE_INPUT]
     assert names.index(LABELS) == len(inputs) and len(names) == len(arguments), names
     return arguments
 

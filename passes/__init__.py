@@ -8,6 +8,7 @@ from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
 from mobizo_compiler.passes.free_rows import FreeRows
 from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
 from mobizo_compiler.passes.merge_siblings import MergeSiblings
+from mobizo_compiler.passes.pass_state import PassState
 from mobizo_compiler.passes.perturb import Perturb
 from mobizo_compiler.passes.replay import Replay
 from mobizo_compiler.passes.slice_labels import SliceLabels
@@ -22,6 +23,7 @@ __all__ = [
     "FreeRows",
     "InsertMPLoRA",
     "MergeSiblings",
+    "PassState",
     "Perturb",
     "Replay",
     "SliceLabels",

@@ -11,13 +11,16 @@ from torch import Tensor
 from mobizo_compiler.errors import NotSupportedYetError
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import STATE, GraphProgram
+from mobizo_compiler.program import STATE, STATE_INPUT, GraphProgram
 
 
 class EagerBackend:
     """The comparison point; also the quickest way to try a model."""
 
     name = "eager"
+
+    def unavailable(self) -> None:
+        """It comes with the packages that this one needs."""
 
     def unsupported(self, program: GraphProgram) -> list[str]:
         """PyTorch runs every graph."""
@@ -71,11 +74,12 @@ class EagerRunner:
     def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run one method."""
         program = self._methods[method]
-        given = iter(inputs)
+        given = iter([*inputs, self._state] if STATE_INPUT in program.inputs else inputs)
         arguments = [next(given) if tensor is None else tensor for tensor in self._tensors[method]]
         with torch.no_grad():
             results = list(program.exported.graph_module(*arguments))
-        changed = len(program.exported.graph_signature.buffers_to_mutate)
-        if changed:
-            self._state.copy_(results[0])
-        return [result.clone() for result in results[changed:]]
+        if program.exported.graph_signature.buffers_to_mutate:
+            self._state.copy_(results.pop(0))
+        elif STATE_INPUT in program.outputs:
+            self._state.copy_(results.pop())
+        return [result.clone() for result in results]

@@ -15,6 +15,9 @@ class PortableBackend:
 
     name = "portable"
 
+    def unavailable(self) -> None:
+        """It comes with the packages that this one needs."""
+
     def unsupported(self, program: GraphProgram) -> list[str]:
         """Nothing is refused here: an operator without a kernel is an error of lowering that names it."""
         return []

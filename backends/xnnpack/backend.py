@@ -21,6 +21,9 @@ class XnnpackBackend:
 
     name = "xnnpack"
 
+    def unavailable(self) -> None:
+        """It comes with the packages that this one needs."""
+
     def unsupported(self, program: GraphProgram) -> list[str]:
         """Nothing is refused: what XNNPACK does not take runs in portable kernels."""
         return []
