@@ -9,59 +9,71 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import entry_points
 
-from mobizo_compiler.backends.contract import Artifact, Backend, Runner, assert_backend_contract
+from mobizo_compiler.backends.contract import MEMBERS, Artifact, Backend, Runner, assert_backend_contract
+from mobizo_compiler.backends.plugin import Plugin
 from mobizo_compiler.errors import BackendUnavailableError, UnknownBackendError
 
 ENTRY_POINT_GROUP = "mobizo_compiler.backends"
 BUILT_IN = {
+    "aot_inductor": "mobizo_compiler.backends.aot_inductor:AotInductorBackend",
+    "aot_inductor_cuda": "mobizo_compiler.backends.aot_inductor:on_cuda",
+    "cuda": "mobizo_compiler.backends.cuda:CudaBackend",
     "eager": "mobizo_compiler.backends.eager:EagerBackend",
     "portable": "mobizo_compiler.backends.portable:PortableBackend",
+    "vulkan": "mobizo_compiler.backends.vulkan:VulkanBackend",
     "xnnpack": "mobizo_compiler.backends.xnnpack:XnnpackBackend",
 }
 
 
 def backend_names() -> dict[str, str]:
-    """Every backend's name and the string it is loaded from.
+    """Every backend's name and the string it is loaded from; a name that several packages claim has all their strings.
 
-    Raises:
-        UnknownBackendError: Two packages claim one name.
-
-    >>> sorted(backend_names())[:3]
-    ['eager', 'portable', 'xnnpack']
+    >>> "portable" in backend_names()
+    True
     """
-    names = dict(BUILT_IN)
+    return {name: " and ".join(origins) for name, origins in _claims().items()}
+
+
+def _claims() -> dict[str, list[str]]:
+    claims = {name: [origin] for name, origin in BUILT_IN.items()}
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.name in names and names[point.name] != point.value:
-            raise UnknownBackendError(
-                f"backend {point.name!r} is claimed by {names[point.name]!r} and by {point.value!r}",
-                hint="uninstall one of the two packages",
-            )
-        names[point.name] = point.value
-    return names
+        origins = claims.setdefault(point.name, [])
+        if point.value not in origins:
+            origins.append(point.value)
+    return claims
 
 
 def get_backend(backend: str | Backend) -> Backend:
     """The backend of that name; an object that is a backend already is returned as it is.
 
     Raises:
-        UnknownBackendError: There is none of that name.
+        UnknownBackendError: There is none of that name, or two packages claim it.
         BackendUnavailableError: It cannot be loaded.
     """
     if not isinstance(backend, str):
         if isinstance(backend, Backend):
             return backend
         raise UnknownBackendError(f"{backend!r} is neither the name of a backend nor a backend")
-    names = backend_names()
-    if backend not in names:
-        raise UnknownBackendError(f"there is no backend {backend!r}", hint=f"installed: {', '.join(sorted(names))}")
-    module, _, attribute = names[backend].partition(":")
+    claims = _claims()
+    if backend not in claims:
+        raise UnknownBackendError(f"there is no backend {backend!r}", hint=f"installed: {', '.join(sorted(claims))}")
+    if len(claims[backend]) > 1:
+        raise UnknownBackendError(
+            f"backend {backend!r} is claimed by {' and by '.join(map(repr, claims[backend]))}",
+            hint="uninstall all but one of the packages",
+        )
+    (origin,) = claims[backend]
+    module, _, attribute = origin.partition(":")
     try:
         loaded = getattr(importlib.import_module(module), attribute)()
-    except Exception as error:
-        raise BackendUnavailableError(f"backend {backend!r} ({names[backend]}) cannot be loaded: {error}") from error
-    if not isinstance(loaded, Backend):
-        raise BackendUnavailableError(f"{names[backend]} is not a backend", hint="see docs/writing_a_backend.md")
-    return loaded
+    except (Exception, SystemExit) as error:
+        raise BackendUnavailableError(f"backend {backend!r} ({origin}) cannot be loaded: {error}") from error
+    if missing := [name for name in MEMBERS if not hasattr(loaded, name)]:
+        raise BackendUnavailableError(
+            f"backend {backend!r} ({origin}) is not a backend: it has no {', no '.join(missing)}",
+            hint="see docs/writing_a_backend.md",
+        )
+    return loaded if origin == BUILT_IN.get(backend) else Plugin(loaded, origin)
 
 
 __all__ = [

@@ -7,17 +7,18 @@ that is checked after lowering. All methods share one state and, in the file, on
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import copy
 import dataclasses
 import io
 import logging
 import math
 import operator
-import os
 import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
+from mobizo_compiler.backends.atomic_copy import copy_whole
+from mobizo_compiler.backends.delegates import missing_delegates
 from mobizo_compiler.backends.one_copy import HEADER, share_equal_data
 from mobizo_compiler.backends.partition import KeepStateOutside
 from mobizo_compiler.backends.runtime_options import shared_packed_weights
@@ -47,12 +50,58 @@ from mobizo_compiler.program import STATE, STATE_INPUT, GraphProgram, Site
 aten = torch.ops.aten
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
+Partitioners = Sequence[Partitioner] | Mapping[str, Sequence[Partitioner]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgePrograms:
+    """A lowered program before ExecuTorch emits it.
+
+    Args:
+        methods: The methods in the edge dialect, with their delegates.
+        constant_methods: What the methods without a graph return.
+    """
+
+    methods: Mapping[str, ExportedProgram]
+    constant_methods: Mapping[str, Any]
+
+
+_listener: contextvars.ContextVar[Callable[[EdgePrograms], None] | None] = contextvars.ContextVar(
+    "_listener", default=None
+)
+
+
+@contextlib.contextmanager
+def edge_programs_to(listener: Callable[[EdgePrograms], None]) -> Iterator[None]:
+    """Hand `listener` what is lowered in this block, for tools that emit programs themselves.
+
+    The graphs are copies, because emission changes them; they share weights and delegates with what is emitted here.
+    """
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def emission_config() -> ExecutorchBackendConfig:
+    """How programs of several methods that share one state are emitted."""
+    return ExecutorchBackendConfig(
+        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+        emit_mutable_buffer_names=True,
+    )
 
 
 def lower_to_executorch(
-    methods: Mapping[str, GraphProgram], manifest: Manifest, partitioners: Sequence[Partitioner]
+    methods: Mapping[str, GraphProgram], manifest: Manifest, partitioners: Partitioners
 ) -> ExecuTorchArtifact:
     """Lower programs that share one state into one `.pte` file in a temporary folder.
+
+    Args:
+        methods: The programs, by the name of the method.
+        manifest: What the file says about itself.
+        partitioners: For all methods, or by method; a method that is not named has none. They are wrapped so that the
+            state stays outside of delegates.
 
     Raises:
         LoweringError: Lowering lost the state of a method.
@@ -79,13 +128,15 @@ def lower_to_executorch(
 
 
 def _lower(
-    methods: Mapping[str, GraphProgram], manifest: Manifest, lora_a: Tensor, partitioners: Sequence[Partitioner]
+    methods: Mapping[str, GraphProgram], manifest: Manifest, lora_a: Tensor, partitioners: Partitioners
 ) -> tuple[ExecutorchProgramManager, dict[str, Delegation]]:
+    by_method = partitioners if isinstance(partitioners, Mapping) else dict.fromkeys(methods, partitioners)
+    constant_methods = {MANIFEST_METHOD: manifest.to_json(), LORA_A_METHOD: lora_a}
     edge = to_edge_transform_and_lower(
         {name: program.exported for name, program in methods.items()},
         transform_passes=[_without_copies],
-        partitioner=[KeepStateOutside(inner) for inner in partitioners],
-        constant_methods={MANIFEST_METHOD: manifest.to_json(), LORA_A_METHOD: lora_a},
+        partitioner={name: [KeepStateOutside(inner) for inner in by_method.get(name, ())] for name in methods},
+        constant_methods=constant_methods,
         compile_config=EdgeCompileConfig(
             _check_ir_validity=False,
             _core_aten_ops_exception_list=[torch.ops.aten.bitwise_right_shift.Tensor_Scalar],
@@ -99,13 +150,32 @@ def _lower(
             if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
                 node.meta["et_init_buffer"] = True
         _sizes_for_strides(program)
-    config = ExecutorchBackendConfig(
-        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
-        emit_mutable_buffer_names=True,
-    )
+    if (listener := _listener.get()) is not None:
+        copies = {name: _with_own_graph(program) for name, program in lowered.items()}
+        listener(EdgePrograms(copies, constant_methods))
+    config = emission_config()
     executable = edge.to_executorch(config)
     _write_state_once(executable, config)
     return executable, delegation
+
+
+def _with_own_graph(program: ExportedProgram) -> ExportedProgram:
+    """The program with a graph of its own, and with the same tensors and delegates."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(program.graph, copies))
+    for old, new in copies.items():
+        new.name = old.name  # a copy of an input named like a Python builtin would get another name
+    graph.output_node().meta = dict(program.graph.output_node().meta)
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=program.state_dict,
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=program.module_call_graph,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
 
 
 def _write_state_once(executable: ExecutorchProgramManager, config: ExecutorchBackendConfig) -> None:
@@ -185,26 +255,30 @@ class ExecuTorchArtifact:
         self.manifest = manifest
         self.delegation = delegation or {}
 
+    @property
+    def cannot_run(self) -> str | None:
+        """Why this program can be saved, but not run in this process; None if it can."""
+        missing = missing_delegates(self.path)
+        return f"the ExecuTorch runtime here has no {' and no '.join(missing)}" if missing else None
+
     def runner(self) -> ExecuTorchRunner:
-        """Load every method."""
+        """Load every method.
+
+        Raises:
+            BackendUnavailableError: The runtime lacks a delegate or kernel that the program needs.
+        """
+        if reason := self.cannot_run:
+            raise BackendUnavailableError(
+                reason,
+                where=str(self.path),
+                hint="run the program where the runtime was built with that backend, or load the backend's library "
+                "into this process before",
+            )
         return ExecuTorchRunner(self)
 
     def save(self, path: Path) -> None:
         """Copy the file to a temporary name beside `path`, flush it, and rename it."""
-        if not path.parent.is_dir():
-            raise ArtifactError(f"there is no folder {str(path.parent)!r}", where=str(path))
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as target:
-            try:
-                with self.path.open("rb") as source:
-                    shutil.copyfileobj(source, target, 1 << 22)
-                target.flush()
-                os.fsync(target.fileno())
-                os.chmod(target.name, 0o644)
-                os.replace(target.name, path)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(target.name)
-                raise
+        copy_whole(self.path, path)
 
 
 class ExecuTorchRunner:

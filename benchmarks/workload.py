@@ -45,6 +45,7 @@ class Workload:
         rank: Rank of the adapters.
         targets: Adapters on every linear layer but the head, or on q_proj and v_proj.
         last: Adapters in the last so many layers only; in all if None.
+        quantization: Recipe of the frozen base weights; float32 if None.
         seed: Seed of the batch.
     """
 
@@ -56,6 +57,7 @@ class Workload:
     rank: int = 8
     targets: Literal["all-linear", "qv"] = "all-linear"
     last: int | None = None
+    quantization: str | None = None
     seed: int = 0
 
     @staticmethod
@@ -63,7 +65,7 @@ class Workload:
         """One option per field."""
         for field in dataclasses.fields(Workload):
             choices = {"model": ("smollm2", "tinyllama"), "targets": ("all-linear", "qv")}.get(field.name)
-            kind = str if choices else int
+            kind = str if choices or field.name == "quantization" else int
             parser.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default)
 
     @classmethod
@@ -157,6 +159,7 @@ class Workload:
                 lora=self.lora,
                 zo=mobizo.ZOConfig(queries=self.queries),
                 loss=mobizo.CausalLMLoss(max_labels=1),
+                quantization=self.quantization,
                 progress=timer,
             )
         return program, timer.seconds
@@ -175,6 +178,7 @@ class Workload:
                 inputs,
                 lora=self.lora,
                 zo=mobizo.ZOConfig(queries=1),
+                quantization=self.quantization,
                 loss=one_position_loss,
                 example_labels=labels[:, -1],
                 progress=timer,

@@ -27,12 +27,13 @@ from examples.record import write_record
 from examples.rotten_tomatoes import Prompter, Sentence, accuracy_and_auc, balanced, load_sentences, split_by_movie
 from examples.smollm2 import cache_folder, load_smollm2
 from mobizo_compiler.api import installed_versions
+from mobizo_compiler.quantization import RECIPES
 
 TOKENS = 48
 ROWS = 2
 LORA = mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
 ZO = mobizo.ZOConfig(queries=8)
-LEARNING_RATE, EPS = 2e-2, 1e-2
+LEARNING_RATE = 2e-2
 BATCH_SEED = 1_000_003
 
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=400, help="held-out sentences, half of them fresh")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--backend", default="xnnpack")
+    parser.add_argument("--quantization", choices=RECIPES, help="recipe of the frozen weights; float32 if left out")
+    parser.add_argument("--eps", type=float, help="size of the perturbation; by default what suits the quantization")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="at the start; falls to 0")
     parser.add_argument(
         "--loss", choices=("choice", "causal-lm"), default="choice", help="between answers, or all words"
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
 
     console.rule("1. compile SmolLM2-135M-Instruct")
-    tokenizer, program, compile_seconds = compile_program(console, options.backend, options.loss)
+    tokenizer, program, compile_seconds = compile_program(console, options.backend, options.loss, options.quantization)
     prompter = Prompter(tokenizer, TOKENS)
     parts = split_by_movie(load_sentences())
     held_out = balanced(parts["test"], options.rows, seed=0)
@@ -80,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "held_out_rows": len(held_out),
         "truncated_share": truncated_share(prompter, held_out),
         "learning_rate": f"{options.learning_rate} falling linearly to 0",
-        "eps": EPS,
+        "eps": options.eps or program.manifest.eps,
+        "quantization": program.manifest.quantization,
         "loss": program.manifest.loss,
         "lora": LORA.to_json(),
         "zo": ZO.to_json(),
@@ -108,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def compile_program(console: Console, backend: str, loss: str) -> tuple[Any, mobizo.Program, float]:
+def compile_program(
+    console: Console, backend: str, loss: str, quantization: str | None = None
+) -> tuple[Any, mobizo.Program, float]:
     """Tokenizer, program, and the seconds it took."""
     start = time.monotonic()
     tokenizer, model = load_smollm2()
@@ -129,6 +135,7 @@ def compile_program(console: Console, backend: str, loss: str) -> tuple[Any, mob
             lora=LORA,
             zo=ZO,
             loss=mobizo.ChoiceLoss(answers) if loss == "choice" else mobizo.CausalLMLoss(max_labels=1),
+            quantization=quantization,
             backend=backend,
             cache_dir=cache_folder() / "programs",
             progress=say,
@@ -170,7 +177,7 @@ def fine_tune(
                 labels,
                 seed=options.seed * BATCH_SEED + step,
                 learning_rate=options.learning_rate * (1 - step / options.steps),
-                eps=EPS,
+                eps=options.eps,
             )
             seconds = time.monotonic() - started
             smooth = result.loss if smooth is None else 0.9 * smooth + 0.1 * result.loss

@@ -16,6 +16,7 @@ from mobizo_compiler.losses import (
 )
 from mobizo_compiler.noise import noise
 from mobizo_compiler.program import Site
+from mobizo_compiler.quantization import QuantizationConfig
 from mobizo_compiler.session import Session
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "MaskedLMLoss",
     "MobizoError",
     "Program",
+    "QuantizationConfig",
     "SequenceClassificationLoss",
     "Session",
     "Site",

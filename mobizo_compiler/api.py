@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from mobizo_compiler.errors import (
     LossError,
     MobizoError,
     NoMatchingTargetError,
-    NotSupportedYetError,
     UnsupportedGraphError,
 )
 from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
@@ -42,7 +41,8 @@ from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
 from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram
-from mobizo_compiler.targets import resolve_targets, short_names
+from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
+from mobizo_compiler.targets import heads, resolve_targets, short_names
 from mobizo_compiler.verify import check_program
 
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
@@ -72,7 +72,7 @@ def compile(
     lora: LoraConfig | None = None,
     zo: ZOConfig | None = None,
     loss: Loss | LossFunction | None = None,
-    quantization: None = None,
+    quantization: str | QuantizationConfig | object | None = None,
     backend: str | Backend = "xnnpack",
     dynamic_shapes: DynamicShapes | None = None,
     *,
@@ -93,7 +93,9 @@ def compile(
         zo: How the gradient is estimated; `ZOConfig()` if None.
         loss: `CausalLMLoss()` if None; a loss of `mobizo_compiler`, or a traceable function of the model's outputs and
             the labels to one loss per row, [rows].
-        quantization: Not built yet: None.
+        quantization: How the frozen base weights are stored: a recipe ("fp16", "8da8w", "8da4w", "int8", "int4" or
+            "nf4"), a `QuantizationConfig`, or a configuration of torchao for all linear layers. None leaves them as
+            they are, also if torchao quantized the model before.
         backend: Name of an installed backend, or a backend.
         dynamic_shapes: Sizes that may differ from call to call, as in `torch.export`: for each input (by name or
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
@@ -120,7 +122,8 @@ def compile(
     say = progress or (lambda line: None)
     lora, zo = lora or LoraConfig(), zo or ZOConfig()
     row_loss = _loss(loss, example_labels)
-    _check_options(lora, zo, row_loss, quantization, state)
+    recipe = _quantization(quantization)
+    _check_options(lora, zo, row_loss, state)
     target = get_backend(backend)
     if reason := target.unavailable():
         raise BackendUnavailableError(f"backend {target.name!r} cannot be used on this machine: {reason}")
@@ -136,10 +139,10 @@ def compile(
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
             captured = passes.capture(model, example, symbolic=symbolic)
         say("rewrite")
-        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, observer)
+        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, recipe, observer)
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state)
+    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state, recipe)
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
@@ -147,7 +150,8 @@ def compile(
         say("lower")
         program = Program(manifest, target.lower(methods, manifest), methods["train_step"].lora_a, methods)
         say("check")
-        check_program(program, row_loss, example.tensors)
+        if reason := check_program(program, row_loss, example.tensors):
+            say(f"not run: {reason}; the program can be saved, but was not compared with its graphs")
         return program
 
     if cache_dir is None:
@@ -194,11 +198,13 @@ def rewrite(
     loss: Loss,
     backend: Backend,
     state: str = "shared",
+    quantization: Any = None,
     observer: Callable[[str], Observer | None] = lambda method: None,
 ) -> dict[str, GraphProgram]:
     """The three methods of a program: static graphs that share one state, ready for the backend to lower."""
     carry: list[Pass] = [passes.PassState()] if state == "io" else []
-    finish: list[Pass] = [passes.Specialize(rows), passes.Canonicalize(), *carry, *backend.passes()]
+    store: list[Pass] = [] if quantization is None else [passes.Quantize(quantization, heads(captured))]
+    finish: list[Pass] = [passes.Specialize(rows), *store, passes.Canonicalize(), *carry, *backend.passes()]
     front: list[Pass] = [passes.AttachLoss(loss), passes.Canonicalize(), passes.FreeRows(), passes.SliceLabels()]
     observe = observer("train_step")
     with_loss = Pipeline(front, observe).run(captured)
@@ -233,9 +239,15 @@ def load(path: str | PathLike[str]) -> Program:
     Raises:
         ArtifactError: There is no such file, or it is truncated, damaged, or not a program of this compiler.
     """
+    from mobizo_compiler.backends.aot_inductor.artifact import is_package, load_package_file
     from mobizo_compiler.backends.lowering import load_program_file
 
-    artifact, manifest, lora_a = load_program_file(Path(path))
+    read = load_package_file if is_package(Path(path)) else load_program_file
+    artifact, manifest, lora_a = read(Path(path))
+    if manifest.backend == "cuda":
+        from mobizo_compiler.backends.cuda.artifact import CudaArtifact
+
+        artifact = CudaArtifact(Path(path), manifest)
     return Program(manifest, artifact, lora_a)
 
 
@@ -269,7 +281,21 @@ def _loss(loss: object, example_labels: Tensor | None) -> Any:
     return CallableLoss(loss, tuple(example_labels.shape[1:]), example_labels.dtype)
 
 
-def _check_options(lora: object, zo: object, loss: object, quantization: object, state: object) -> None:
+def _quantization(quantization: object) -> Any:
+    """The option as the pass wants it: None, a `QuantizationConfig`, or a torchao configuration."""
+    from torchao.core.config import AOBaseConfig
+
+    if isinstance(quantization, str):
+        return QuantizationConfig(cast(Recipe, quantization))
+    if quantization is None or isinstance(quantization, (QuantizationConfig, AOBaseConfig)):
+        return quantization
+    raise ConfigError(
+        f"quantization is {quantization!r}",
+        hint=f"use None, one of {', '.join(RECIPES)}, a QuantizationConfig, or a configuration of torchao",
+    )
+
+
+def _check_options(lora: object, zo: object, loss: object, state: object) -> None:
     for name, value, kind in (("lora", lora, LoraConfig), ("zo", zo, ZOConfig), ("loss", loss, Loss)):
         if not isinstance(value, kind):
             raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
@@ -277,8 +303,6 @@ def _check_options(lora: object, zo: object, loss: object, quantization: object,
         raise ConfigError(f"loss must be a frozen dataclass, so that it can be named in the program; got {loss!r}")
     if state not in ("shared", "io"):
         raise ConfigError(f"state is {state!r}", hint='use state="shared" or state="io"')
-    if quantization is not None:
-        raise NotSupportedYetError("quantization is not built yet", hint="use quantization=None")
 
 
 def _manifest(
@@ -290,6 +314,7 @@ def _manifest(
     loss: Loss,
     backend: Backend,
     state: str,
+    quantization: Any,
 ) -> Manifest:
     train_step, evaluate = methods["train_step"], methods["evaluate"]
     sites = [site.fqn for site in train_step.sites]
@@ -325,6 +350,8 @@ def _manifest(
         zo=zo,
         loss=repr(loss),
         state=state,
+        quantization=described(quantization),
+        eps=default_eps(quantization),
         first_label=labels.first,
         max_labels=labels.max_labels,
     )

@@ -14,6 +14,8 @@ from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.printer import program_text
 from mobizo_compiler.program import GraphProgram
 
+SUFFIXES = (".pte", ".pt2")  # of program files; an artifact whose suffix is not the first says which
+
 
 def cached(
     folder: Path,
@@ -25,13 +27,14 @@ def cached(
     """The program in `folder` whose name is the hash of everything it is made from; made and kept there if missing."""
     from mobizo_compiler.api import load
 
-    path = folder / f"{content_key(methods, manifest)}.pte"
-    if path.exists():
-        say(f"cached: {path}")
-        return load(path)
+    key = content_key(methods, manifest)
+    for path in (folder / f"{key}{suffix}" for suffix in SUFFIXES):
+        if path.exists():
+            say(f"cached: {path}")
+            return load(path)
     program = compile_anew()
     folder.mkdir(parents=True, exist_ok=True)
-    program.save(path)
+    program.save(folder / f"{key}{getattr(program.artifact, 'suffix', SUFFIXES[0])}")
     return program
 
 

@@ -55,6 +55,12 @@ class BackendUnavailableError(MobizoError, RuntimeError):
     code = "MBZ104"
 
 
+class QuantizationError(MobizoError, ValueError):
+    """A weight cannot be quantized by the recipe, or there is nothing to quantize."""
+
+    code = "MBZ105"
+
+
 class ExampleInputError(MobizoError, ValueError):
     """`example_inputs` do not have the form that `compile` takes."""
 

@@ -110,6 +110,8 @@ class Manifest:
         zo: Estimator options.
         loss: The loss, as text.
         state: "shared", a buffer that all methods share, or "io", the last input and output of every method.
+        quantization: How the base weights were quantized when the program was compiled, as JSON; None if they were not.
+        eps: Size of the perturbation that suits this program.
         first_label: Labels before this position of a row never count.
         max_labels: How many labels of a row may count; None if all may.
         format_version: Version of this format; see `docs/program_format.md`.
@@ -129,6 +131,8 @@ class Manifest:
     zo: ZOConfig
     loss: str
     state: str = "shared"
+    quantization: str | None = None
+    eps: float = 1e-2
     first_label: int = 0
     max_labels: int | None = None
     format_version: int = FORMAT_VERSION

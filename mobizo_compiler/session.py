@@ -42,7 +42,9 @@ class Session:
         self._nesting = _nesting(program.manifest.nesting)
         self._sizes = {size.name: size for size in program.manifest.sizes}
 
-    def train_step(self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float) -> StepResult:
+    def train_step(
+        self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float | None = None
+    ) -> StepResult:
         """One step: 2q perturbed forwards, their losses, the projected gradient and the update, in one call.
 
         Args:
@@ -50,11 +52,12 @@ class Session:
             labels: As the loss takes them; for a language model int64, the shape of `input_ids`, -100 does not count.
             seed: 0..2^31-1; the step's noise is a function of it alone.
             learning_rate: Finite; 0 measures and leaves the state as it is.
-            eps: Size of the perturbation, above 0.
+            eps: Size of the perturbation, above 0; if None, what suits the program's quantization (`manifest.eps`).
 
         Raises:
             InputError: An input is missing, unknown, or of the wrong shape, dtype or value. Nothing has run then.
         """
+        eps = self.program.manifest.eps if eps is None else eps
         sizes: dict[str, int] = {}
         arguments = self._flat(inputs, sizes)
         arguments.append(self._labels(labels, sizes))

@@ -117,6 +117,13 @@ def all_targets(edit: Editor, targets: dict[str, list[Target]]) -> set[str]:
     return set(targets) - last or set(targets)
 
 
+def heads(program: GraphProgram) -> tuple[str, ...]:
+    """The layers that `all_targets` leaves out: those whose result is an output of the model."""
+    edit = Editor(program)
+    every = find_targets(edit)
+    return tuple(sorted(set(every) - all_targets(edit, every)))
+
+
 def short_names(chosen: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:
     """Last parts of the paths, if they name the same layers; else the paths.
 

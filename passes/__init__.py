@@ -10,6 +10,7 @@ from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
 from mobizo_compiler.passes.merge_siblings import MergeSiblings
 from mobizo_compiler.passes.pass_state import PassState
 from mobizo_compiler.passes.perturb import Perturb
+from mobizo_compiler.passes.quantize import Quantize
 from mobizo_compiler.passes.replay import Replay
 from mobizo_compiler.passes.slice_labels import SliceLabels
 from mobizo_compiler.passes.specialize import Specialize
@@ -25,6 +26,7 @@ __all__ = [
     "MergeSiblings",
     "PassState",
     "Perturb",
+    "Quantize",
     "Replay",
     "SliceLabels",
     "Specialize",

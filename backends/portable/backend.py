@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
+from mobizo_compiler.backends.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import GraphProgram
 
@@ -23,8 +25,8 @@ class PortableBackend:
         return []
 
     def passes(self) -> Sequence[Pass]:
-        """None."""
-        return ()
+        """Quantized layers in plain operators."""
+        return (SpellOutQuantization(), Canonicalize())
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with no partitioner."""

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+from torch import fx
+
 from mobizo_compiler.backends.core_aten import CoreAten
 from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
+from mobizo_compiler.backends.spell_out_quantization import SpellOutQuantization
+from mobizo_compiler.backends.xnnpack.decoded_weights import DecodedWeights
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
+from mobizo_compiler.backends.xnnpack.round_group_scales import RoundGroupScales
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.program import GraphProgram, ancestors, operand, source_line
+
+aten = torch.ops.aten
 
 
 class XnnpackBackend:
@@ -25,15 +33,36 @@ class XnnpackBackend:
         """It comes with the packages that this one needs."""
 
     def unsupported(self, program: GraphProgram) -> list[str]:
-        """Nothing is refused: what XNNPACK does not take runs in portable kernels."""
-        return []
+        """Weights in NF4, which slow kernels would decode in every call; all else runs, inside delegates or outside."""
+        return [
+            f"{source_line(node)}: XNNPACK has no kernels for NF4; weights of 4 bits are quantization='8da4w'"
+            for node in program.graph.nodes
+            if node.target in (aten.bmm.default, aten.linear.default) and _looked_up(program, node)
+        ]
 
     def passes(self) -> Sequence[Pass]:
         """Keep attention and norms inside delegates, and GELU what it is."""
-        return (DecomposeAttention(), MeanAsLinear(), SpellOutGelu(), RepeatAsProduct(), Canonicalize(), CoreAten())
+        return (
+            DecomposeAttention(),
+            MeanAsLinear(),
+            SpellOutGelu(),
+            RepeatAsProduct(),
+            RoundGroupScales(),
+            SpellOutQuantization(keep_dynamic=True),
+            DecodedWeights(),
+            Canonicalize(),
+            CoreAten(),
+        )
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with the XNNPACK partitioner."""
         from mobizo_compiler.backends.xnnpack.partition import FrugalXnnpackPartitioner
 
         return lower_to_executorch(methods, manifest, [FrugalXnnpackPartitioner()])
+
+
+def _looked_up(program: GraphProgram, product: fx.Node) -> bool:
+    """Whether the weight of a product is looked up in a table of codes."""
+    inputs = program.inputs
+    made_of = ancestors([operand(product, 1)])
+    return any(n.target is aten.index_select.default for n in made_of) and not any(n.name in inputs for n in made_of)

@@ -13,6 +13,7 @@ elementwise operators comes out of them as it went in. The compile spec "dqlinea
 from __future__ import annotations
 
 import itertools
+import operator
 from typing import Any
 
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -55,6 +56,8 @@ _PLAIN = frozenset(
         "view_copy",
     )
 )
+# The pattern of a linear layer that rounds its input, for which upstream made the compile spec.
+_QUANTIZED = frozenset(("choose_qparams_affine", "quantize_affine", "dequantize_affine", "getitem"))
 _ONE_PASS = CompileSpec("dqlinear_partitioner", b"")
 
 
@@ -65,21 +68,22 @@ class FrugalXnnpackPartitioner(XnnpackPartitioner):  # type: ignore[misc]
     """As the one of ExecuTorch, with smaller delegates and fewer passes in them."""
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
-        """Cut the partitions whose weights are large."""
+        """One delegate for all that can run at the same time, cut where its weights are large."""
         order = {node: position for position, node in enumerate(ep.graph.nodes)}
+        matches = self.get_matched_nodes_from_configs(ep)
+        together = [[node for node in match if node.op == "call_function"] for match in matches]
+        members: dict[int, list[fx.Node]] = {}
+        for node, stage in stages(list(ep.graph.nodes), together).items():
+            members.setdefault(stage, []).append(node)
+        constants = {node for match in matches for node in match if node.op != "call_function"}
         parts: list[list[fx.Node]] = []
-        for partition in super().generate_partitions(ep):
-            nodes = sorted(partition.nodes, key=order.__getitem__)
-            calls = [node for node in nodes if node.op == "call_function"]
-            if not all(map(_may_stand_alone, calls)):
-                parts.append(nodes)
-                continue
-            for part in _parts(calls):
+        for stage in sorted(members):
+            calls = sorted(members[stage], key=order.__getitem__)
+            for part in _parts(calls, together):
                 used = {inner for node in part for inner in node.all_input_nodes}
                 # A constant goes to its first user; ExecuTorch copies the node for users in other delegates.
-                constants = [node for node in nodes if node.op == "placeholder" and node in used]
-                parts.append(constants + part)
-                nodes = [node for node in nodes if node not in constants]
+                parts.append([*sorted(constants & used, key=order.__getitem__), *part])
+                constants -= used
         return [Partition(id=number, nodes=part) for number, part in enumerate(parts)]
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
@@ -98,36 +102,73 @@ class FrugalXnnpackPartitioner(XnnpackPartitioner):  # type: ignore[misc]
         return result
 
 
-def _parts(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+def stages(nodes: list[fx.Node], together: list[list[fx.Node]]) -> dict[fx.Node, int]:
+    """How many times the work has to leave delegates before a node can run in one.
+
+    Nodes of one stage make one delegate: what they need of other stages is computed before any of them. Upstream merges
+    nodes with their neighbours instead, which splits a network of patterns into two delegates a layer.
+
+    Args:
+        nodes: The graph, in order.
+        together: The nodes that a delegate can run, in groups that must not be parted.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> a, b = graph.call_function(abs, (x,)), graph.call_function(round, (x,))
+    >>> c = graph.call_function(min, (a, b))
+    >>> d = graph.call_function(max, (graph.call_function(round, (c,)), a))
+    >>> list(stages(list(graph.nodes), [[a], [c], [d]]).values())
+    [0, 0, 1]
+    """
+    group = {node: number for number, members in enumerate(together) for node in members}
+    of_group = [0] * len(together)
+    outside: dict[fx.Node, int] = {}
+    for _ in range(len(nodes)):
+        before = list(of_group)
+        for node in nodes:
+            needs = [of_group[group[n]] + (node not in group) for n in node.all_input_nodes if n in group]
+            needs += [outside[n] for n in node.all_input_nodes if n in outside]
+            if node in group:
+                of_group[group[node]] = max([of_group[group[node]], *needs])
+            else:
+                outside[node] = max(needs, default=0)
+        if of_group == before:
+            break
+    return {node: of_group[number] for node, number in group.items()}
+
+
+def _parts(nodes: list[fx.Node], together: list[list[fx.Node]]) -> list[list[fx.Node]]:
     """Neighbouring nodes, in order, in groups of limited weights, with few bytes from one group to the next."""
+    position = {node: index for index, node in enumerate(nodes)}
+    inside: set[int] = set()  # cuts that would part what must stay together
+    for members in together:
+        places = [position[node] for node in members if node in position]
+        inside.update(range(min(places, default=0) + 1, max(places, default=0) + 1))
     weights = [0]
     live = [0]
     seen: set[fx.Node] = set()
-    end = {inner: position for position, node in enumerate(nodes) for inner in node.all_input_nodes}
+    end = {inner: index for index, node in enumerate(nodes) for inner in node.all_input_nodes}
     ending: dict[int, int] = {}
-    for position, node in enumerate(nodes):
+    for index, node in enumerate(nodes):
         new = [inner for inner in node.all_input_nodes if inner.op == "placeholder" and inner not in seen]
         seen.update(new)
         weights.append(weights[-1] + sum(map(tensor_bytes, new)))
         last = end.get(node, len(nodes))
         ending[last] = ending.get(last, 0) + tensor_bytes(node)
-        live.append(live[-1] + tensor_bytes(node) - ending.get(position, 0))
+        live.append(live[-1] + tensor_bytes(node) - ending.get(index, 0))
     cuts = [0]
     while weights[-1] - weights[cuts[-1]] > MOST_WEIGHT_BYTES:
-        spent = [total - weights[cuts[-1]] for total in weights]
-        window = [p for p, s in enumerate(spent) if p > cuts[-1] and MOST_WEIGHT_BYTES / 2 <= s <= MOST_WEIGHT_BYTES]
-        first = next(p for p, s in enumerate(spent) if p > cuts[-1] and s > MOST_WEIGHT_BYTES / 2)
+        spent = {p: total - weights[cuts[-1]] for p, total in enumerate(weights) if p > cuts[-1] and p not in inside}
+        window = [p for p, s in spent.items() if MOST_WEIGHT_BYTES / 2 <= s <= MOST_WEIGHT_BYTES]
+        first = next((p for p, s in spent.items() if s > MOST_WEIGHT_BYTES / 2), len(nodes))
         cuts.append(min(window, key=live.__getitem__) if window else first)
     return [nodes[start:stop] for start, stop in itertools.pairwise([*cuts, len(nodes)]) if start < stop]
 
 
-def _may_stand_alone(node: fx.Node) -> bool:
-    """Whether a node is an operator of its own for the delegate, not part of a pattern of several nodes."""
-    return _operator(node) in _PLAIN | {"cat"}
-
-
 def _operator(node: fx.Node) -> str:
     target: Any = node.target
+    if target is operator.getitem:
+        return "getitem"
     name: str = target._op._schema.name
     return name.rpartition("::")[2]
 
@@ -135,6 +176,8 @@ def _operator(node: fx.Node) -> str:
 def _is_plain(node: fx.Node) -> bool:
     """The node is left alone by every pass but the one that stays. What is constant would be computed by another."""
     name = _operator(node)
+    if name in _QUANTIZED:
+        return True
     short_cat = name == "cat" and len(node.all_input_nodes) <= 5
     # A placeholder without a tag stays outside of the delegate and is one of its inputs.
     varies = any(inner.op == "call_function" or "delegation_tag" not in inner.meta for inner in node.all_input_nodes)

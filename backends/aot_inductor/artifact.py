@@ -1,0 +1,277 @@
+"""The program file of this backend, and how it is run.
+
+The file is a package of AOTInductor (a zip archive, `.pt2`) with one shared library a method, and entries of our own:
+
+    mobizo/manifest.json         what the program says about itself
+    mobizo/target.json           what it was compiled for, and the weight behind each constant of each method
+    mobizo/weights.safetensors   every weight once, and A of every adapter
+
+Nothing in it is a pickle. The entries are not compressed, so weights are mapped into memory, not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import platform
+import shutil
+import tempfile
+import weakref
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobizo_compiler.backends.aot_inductor.tensors import map_tensors, write_tensors
+from mobizo_compiler.backends.atomic_copy import copy_whole
+from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.program import STATE, GraphProgram
+
+MAGIC = b"PK\x03\x04"
+SUFFIX = ".pt2"
+MANIFEST, TARGET, WEIGHTS = "mobizo/manifest.json", "mobizo/target.json", "mobizo/weights.safetensors"
+LORA_A = "mobizo_lora_a."
+METHODS = ("train_step", "evaluate", "replay")
+_VECTORS = ("DEFAULT", "AVX2", "AVX512")  # of x86 processors, as PyTorch names them
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a program was compiled for.
+
+    Args:
+        device: "cpu" or "cuda".
+        machine: Architecture of the processor.
+        vectors: Its vector instructions, as PyTorch names them.
+        gpu: Compute capability of the GPU; empty without one.
+    """
+
+    device: str
+    machine: str
+    vectors: str
+    gpu: str = ""
+
+    @classmethod
+    def here(cls, device: str) -> Target:
+        """This machine."""
+        on_gpu = device == "cuda" and torch.cuda.is_available()
+        gpu = ".".join(map(str, torch.cuda.get_device_capability())) if on_gpu else ""
+        return cls(device, platform.machine(), torch.backends.cpu.get_cpu_capability(), gpu)
+
+    def cannot_run(self) -> str | None:
+        """Why a program for this target cannot run on this machine; None if it can."""
+        here = Target.here(self.device)
+        if self.machine != here.machine:
+            return f"it was compiled for {self.machine}, this machine is {here.machine}"
+        if {self.vectors, here.vectors} <= set(_VECTORS) and _VECTORS.index(self.vectors) > _VECTORS.index(
+            here.vectors
+        ):
+            return f"it was compiled for processors with {self.vectors}, PyTorch finds {here.vectors} here"
+        if self.device == "cuda" and not here.gpu:
+            return "it was compiled for a GPU, and PyTorch sees none here"
+        if self.gpu.partition(".")[0] != here.gpu.partition(".")[0]:
+            return f"it was compiled for GPUs of compute capability {self.gpu}, this one has {here.gpu}"
+        return None
+
+
+def write_program(
+    package: Path, methods: Mapping[str, GraphProgram], manifest: Manifest, target: Target
+) -> AotInductorArtifact:
+    """Copy a package of AOTInductor to a temporary folder of its own, and add the weights and the manifest."""
+    keys, weights = _weights(methods)
+    lora_a = {LORA_A + site.fqn: methods["train_step"].lora_a[site.fqn] for site in manifest.sites}
+    folder = tempfile.mkdtemp(prefix="mobizo-")
+    path = Path(folder) / package.name
+    shutil.move(package, path)
+    described = {**dataclasses.asdict(target), "weights": keys}
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{root}/{MANIFEST}", manifest.to_json())
+        archive.writestr(f"{root}/{TARGET}", json.dumps(described, sort_keys=True))
+        with archive.open(f"{root}/{WEIGHTS}", "w", force_zip64=True) as entry:
+            assert archive.fp is not None
+            write_tensors(entry, {**weights, **lora_a}, archive.fp.tell())
+    artifact = AotInductorArtifact(path, manifest, target, keys)
+    weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
+    return artifact
+
+
+def _weights(methods: Mapping[str, GraphProgram]) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
+    """For each method the key of each of its constants, and the weights by key: equal ones have one key."""
+    keys: dict[str, dict[str, str]] = {}
+    weights: dict[str, Tensor] = {}
+    by_content: dict[str, str] = {}
+    for method, program in methods.items():
+        keys[method] = {}
+        for path, tensor in program.tensors().values():
+            if path == STATE:
+                continue
+            content = _content(tensor)
+            if content not in by_content:
+                by_content[content] = path if path not in weights else f"{method}.{path}"
+                weights[by_content[content]] = tensor
+            keys[method][path] = by_content[content]
+    return keys, weights
+
+
+def _content(tensor: Tensor) -> str:
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(values.data).hexdigest()}"
+
+
+class AotInductorArtifact:
+    """A package on disk.
+
+    Args:
+        path: Where it is.
+        manifest: What it says about itself.
+        target: What it was compiled for.
+        keys: For each method, the weight behind each of its constants.
+    """
+
+    suffix = SUFFIX
+
+    def __init__(self, path: Path, manifest: Manifest, target: Target, keys: Mapping[str, Mapping[str, str]]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.target = target
+        self.keys = keys
+
+    def runner(self) -> AotInductorRunner:
+        """Load every method.
+
+        Raises:
+            BackendUnavailableError: The program was compiled for another kind of machine.
+        """
+        if reason := self.target.cannot_run():
+            raise BackendUnavailableError(
+                f"this program cannot run on this machine: {reason}",
+                where=str(self.path),
+                hint="compile the model again on a machine of this kind",
+            )
+        return AotInductorRunner(self)
+
+    def save(self, path: Path) -> None:
+        """Copy the file."""
+        copy_whole(self.path, path)
+
+
+class AotInductorRunner:
+    """The methods of one package, which all read the same weights and the same state.
+
+    On a GPU the weights and the state that the methods see stay there. The state that Session reads and writes is in
+    main memory, and is copied to the GPU before each call and back after those that change it.
+    """
+
+    def __init__(self, artifact: AotInductorArtifact) -> None:
+        self._artifact = artifact  # keeps a temporary file on disk
+        self._device = torch.device(artifact.target.device)
+        self._passed = artifact.manifest.state == "io"
+        self._state = torch.zeros(artifact.manifest.parameters)
+        self._live = self._state.to(self._device)
+        # The libraries keep addresses, not references, so the tensors must live as long as the methods.
+        self._weights = {name: value.to(self._device) for name, value in _map_weights(artifact.path).items()}
+        self._methods = {name: self._load(name) for name in METHODS}
+
+    def _load(self, name: str) -> Any:
+        path = str(self._artifact.path)
+        try:
+            # Not torch._inductor.aoti_load_package: it reads every entry of the archive, and looks for a compiler.
+            method = torch._C._aoti.AOTIModelPackageLoader(path, name, False, 1, -1)
+            names = method.get_constant_fqns()
+        except Exception as error:
+            raise ArtifactError(f"method {name!r} cannot be loaded: {error}", where=path) from error
+        keys = self._artifact.keys[name]
+        missing = [fqn for fqn in names if fqn != STATE and keys.get(fqn) not in self._weights]
+        if missing:
+            raise ArtifactError(f"method {name!r} needs weights that are not in the file: {missing}", where=path)
+        constants = {fqn: self._live if fqn == STATE else self._weights[keys[fqn]] for fqn in names}
+        in_second_buffer, all_of_them, by_address = False, True, True
+        method.load_constants(constants, in_second_buffer, all_of_them, by_address)
+        return method
+
+    def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run one method."""
+        copied = self._live is not self._state
+        changes = method in ("train_step", "replay")
+        if copied:
+            self._live.copy_(self._state)
+        given = [value.to(self._device) for value in inputs]
+        results = list(self._methods[method].boxed_run([*given, self._live] if self._passed else given))
+        if self._passed and changes:
+            self._live.copy_(results.pop())
+        if copied and changes:
+            self._state.copy_(self._live)
+        return [result.cpu() for result in results]
+
+    def state(self) -> Tensor:
+        """The state, in main memory."""
+        return self._state
+
+
+def is_package(path: Path) -> bool:
+    """Whether a file begins as the program files of this backend do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def load_package_file(path: Path) -> tuple[AotInductorArtifact, Manifest, dict[str, Tensor]]:
+    """The artifact, manifest and A of a program file, without loading the network.
+
+    Every entry is read once and compared with its checksum, because the libraries in it are executed later.
+
+    Raises:
+        ArtifactError: The file is truncated, damaged or foreign.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if not any(name.endswith("/" + MANIFEST) for name in names):
+                raise ArtifactError(
+                    "this is a zip archive, but not a program of this compiler",
+                    where=str(path),
+                    hint="compile the model with mobizo_compiler.compile",
+                )
+            damaged = archive.testzip()
+            manifest = Manifest.from_json(archive.read(_entry(archive, MANIFEST)).decode(), str(path))
+            described = json.loads(archive.read(_entry(archive, TARGET)))
+            keys = described.pop("weights")
+            target = Target(**described)
+        tensors = _map_weights(path)
+        lora_a = {site.fqn: tensors[LORA_A + site.fqn].clone() for site in manifest.sites}
+    except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError, NotImplementedError, OSError) as error:
+        raise ArtifactError(
+            f"the file is truncated or damaged: {error!r}",
+            where=str(path),
+            hint="copy it again, or compile the model again",
+        ) from error
+    if damaged:
+        raise ArtifactError(f"the file is damaged: the checksum of {damaged} is wrong", where=str(path))
+    return AotInductorArtifact(path, manifest, target, keys), manifest, lora_a
+
+
+def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """One of our own entries; the folder before its name is that of the package."""
+    for info in archive.infolist():
+        if info.filename.endswith("/" + name):
+            return info
+    raise KeyError(name)
+
+
+def _map_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a program file; pages of it are read when they are used, and shared by all who map it."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        entry = _entry(archive, WEIGHTS)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    # A local header is 30 bytes, the last four of them the lengths of the name and of further fields, and both of them.
+    lengths = data[entry.header_offset + 26 : entry.header_offset + 30]
+    start = entry.header_offset + 30 + sum(int.from_bytes(lengths[at : at + 2], "little") for at in (0, 2))
+    return map_tensors(data, start, entry.file_size, str(path))

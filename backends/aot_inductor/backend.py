@@ -1,0 +1,154 @@
+"""Compiles the methods with AOTInductor into one package that PyTorch loads without Python code of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._inductor.package.package import package_aoti
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+
+from mobizo_compiler.backends.aot_inductor.artifact import AotInductorArtifact, Target, write_program
+from mobizo_compiler.backends.aot_inductor.tensors import DTYPES
+from mobizo_compiler.backends.cuda.requirements import missing_for_cuda
+from mobizo_compiler.editor import Editor
+from mobizo_compiler.errors import ConfigError, LoweringError
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import GraphProgram
+
+OPTIONS = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,  # all methods read one set of weights, and change one state
+    # Inductor writes an expression out again wherever it is used, up to so many operators. In the noise every value is
+    # used twice by the next, so that 50, the default, makes a small graph take half a minute, and 10 takes a second.
+    "realize_opcount_threshold": 10,
+    # Otherwise the noise's products of a counter with a constant become index expressions of 64 bits, and do not wrap
+    # around at 32 bits as the operators do: the words came out wrong wherever the shapes let Inductor vectorize them.
+    "constant_and_index_propagation": False,
+    "cpp.dynamic_threads": True,  # as many threads as the machine has that runs the program
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AotInductorBackend:
+    """Machine code for one kind of processor, called through libtorch.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        ConfigError: The device is another one.
+    """
+
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"AotInductorBackend.device is {self.device!r}", hint='use "cpu" or "cuda"')
+
+    @property
+    def name(self) -> str:
+        """One for each device, because programs differ and caches go by the name."""
+        return "aot_inductor" if self.device == "cpu" else f"aot_inductor_{self.device}"
+
+    def unavailable(self) -> str | None:
+        """Without a C++ compiler nothing can be compiled; CUDA needs a GPU besides, for its kernels are tuned on it."""
+        # torch._inductor.cpp_builder binds names when it is imported; everything else of it is imported by compiling.
+        builder = importlib.import_module("torch._inductor.cpp_builder")
+        try:
+            builder.get_cpp_compiler()
+        except Exception:
+            return "AOTInductor finds no C++ compiler: install g++ or clang++, or set the environment variable CXX"
+        return missing_for_cuda() if self.device == "cuda" else None
+
+    def unsupported(self, program: GraphProgram) -> list[str]:
+        """Weights of a dtype that the file format does not have."""
+        storable = set(DTYPES.values())
+        return [
+            f"%{name}: {path} has dtype {tensor.dtype}, which safetensors files cannot hold"
+            for name, (path, tensor) in program.tensors().items()
+            if tensor.dtype not in storable
+        ]
+
+    def passes(self) -> Sequence[Pass]:
+        """None: Inductor has its own."""
+        return ()
+
+    def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> AotInductorArtifact:
+        """Compile every method, and write the package with one copy of each weight.
+
+        Raises:
+            LoweringError: Inductor cannot compile a method.
+        """
+        target = Target.here(self.device)
+        with tempfile.TemporaryDirectory(prefix="mobizo-") as folder:
+            files = {name: self._compile(name, program, Path(folder)) for name, program in methods.items()}
+            package = Path(folder) / "program.pt2"
+            package_aoti(str(package), files)
+            return write_program(package, methods, manifest, target)
+
+    def _compile(self, name: str, program: GraphProgram, folder: Path) -> list[Any]:
+        """The shared library of one method, and the file that describes it."""
+        try:
+            with _quiet(), torch.no_grad():
+                exported = program_on(program, self.device)
+                names = set(exported.graph_signature.user_inputs)
+                inputs = tuple(node.meta["val"] for node in exported.graph.nodes if node.name in names)
+                # The weights of a module are real tensors among fake ones, which the mode of our graphs refuses.
+                with mock.patch.object(inputs[0].fake_mode, "allow_non_fake_inputs", True):
+                    files: Any = torch._inductor.aot_compile(
+                        exported.module(check_guards=False),
+                        inputs,
+                        options={**OPTIONS, "aot_inductor.output_path": str(folder / name)},
+                    )
+        except Exception as error:
+            raise LoweringError(
+                f"AOTInductor cannot compile method {name!r} for {self.device}: {error}",
+                hint="the message above is Inductor's; MOBIZO_DUMP=folder writes the program it was given",
+            ) from error
+        return [file for file in files if file.endswith((".so", ".json"))]
+
+
+def on_cuda() -> AotInductorBackend:
+    """The backend named "aot_inductor_cuda"."""
+    return AotInductorBackend("cuda")
+
+
+def program_on(program: GraphProgram, device: str) -> ExportedProgram:
+    """A copy of the graph with its tensors on a device, and contiguous, as the weights in the file are."""
+    exported = Editor(program).finish(program.facts, program.history).exported
+    for tensors in (exported.state_dict, exported.constants):
+        for path, tensor in tensors.items():
+            if isinstance(tensor, torch.nn.Parameter):
+                tensors[path] = torch.nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+            else:
+                tensors[path] = tensor.contiguous()
+    if device == "cpu":
+        return exported
+    moved = move_to_device_pass(exported, device)
+    moved.graph_module.recompile()  # the pass changes the devices in the graph, not in its code
+    return moved
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what Inductor logs and warns about in every run; errors still show."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

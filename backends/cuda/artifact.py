@@ -1,0 +1,107 @@
+"""A program whose weights lie in a second file beside it: `.pte` and `.ptd`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.exir.backend.partitioner import Partitioner
+from executorch.runtime import Runtime
+
+from mobizo_compiler.backends import lowering
+from mobizo_compiler.backends.atomic_copy import copy_whole
+from mobizo_compiler.backends.lowering import ExecuTorchArtifact, ExecuTorchRunner
+from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, LoweringError
+from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.program import GraphProgram
+
+BLOB = "aoti_cuda_blob.ptd"  # what the delegate calls the file of its weights
+
+
+def write_program(
+    methods: Mapping[str, GraphProgram], manifest: Manifest, partitioners: Mapping[str, Sequence[Partitioner]]
+) -> CudaArtifact:
+    """Lower programs whose state is passed in and out into two files in a temporary folder.
+
+    Raises:
+        LoweringError: The delegate cannot compile a method.
+    """
+    lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
+    try:
+        with lowering._quiet():
+            edge = to_edge_transform_and_lower(
+                {name: program.exported for name, program in methods.items()},
+                partitioner={name: list(inner) for name, inner in partitioners.items()},
+                constant_methods={lowering.MANIFEST_METHOD: manifest.to_json(), lowering.LORA_A_METHOD: lora_a},
+                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            )
+            delegation = {name: lowering._delegation(edge.exported_program(name)) for name in methods}
+            executable = edge.to_executorch()
+    except Exception as error:
+        raise LoweringError(
+            f"ExecuTorch cannot lower this program for backend {manifest.backend!r}: {error}",
+            hint="the message above is ExecuTorch's; MOBIZO_DUMP=folder writes the program it was given",
+        ) from error
+    folder = tempfile.mkdtemp(prefix="mobizo-")
+    path = Path(folder) / "program.pte"
+    with path.open("wb") as file:
+        executable.write_to_file(file)
+    executable.write_tensor_data_to_file(folder)
+    (Path(folder) / BLOB).rename(data_path(path))
+    artifact = CudaArtifact(path, manifest, delegation)
+    weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
+    return artifact
+
+
+def data_path(path: Path) -> Path:
+    """Where the weights of a program file are: beside it, with the suffix `.ptd`."""
+    return path.with_suffix(".ptd")
+
+
+class CudaArtifact(ExecuTorchArtifact):
+    """A `.pte` file with a `.ptd` file beside it."""
+
+    def runner(self) -> CudaRunner:
+        """Load every method.
+
+        Raises:
+            ArtifactError: The file of the weights is missing.
+            BackendUnavailableError: The runtime lacks the delegate.
+        """
+        if not data_path(self.path).is_file():
+            raise ArtifactError(
+                f"the weights of this program, {data_path(self.path).name}, are not beside it", where=str(self.path)
+            )
+        if reason := self.cannot_run:
+            raise BackendUnavailableError(
+                reason, where=str(self.path), hint="install an ExecuTorch runtime that was built with its CUDA delegate"
+            )
+        return CudaRunner(self)
+
+    def save(self, path: Path) -> None:
+        """Write both files, each whole or not at all; the program last, so that it never stands without its weights."""
+        if path.suffix == ".ptd":
+            raise ArtifactError("the suffix .ptd is that of the weights beside the program", where=str(path))
+        copy_whole(data_path(self.path), data_path(path))
+        copy_whole(self.path, path)
+
+
+class CudaRunner(ExecuTorchRunner):
+    """The methods of a program whose weights are in a second file."""
+
+    def __init__(self, artifact: CudaArtifact) -> None:
+        self._artifact = artifact
+        try:
+            self._program: Any = Runtime.get().load_program(artifact.path, data_path=data_path(artifact.path))
+        except Exception as error:
+            raise ArtifactError(
+                f"the ExecuTorch runtime cannot load this program and its weights: {error}", where=str(artifact.path)
+            ) from error
+        self._passed = torch.zeros(artifact.manifest.parameters)
+        self._methods = {name: self._load_method(name) for name in ("train_step", "evaluate", "replay")}

@@ -1,0 +1,42 @@
+"""Round the scales of groups of weights to bfloat16, which is what XNNPACK's 4-bit kernels hold.
+
+Given:    %w = dequantize_affine(%q, [1, 32], %scale : f32[out, in/32], ...)
+Result:   tensor %scale_bfloat16 : bf16[out, in/32]
+          %w = dequantize_affine(%q, [1, 32], %scale_bfloat16, ...)
+Numbers: changes, because scales are rounded; the delegate rounds them anyway, and now the graphs say so.
+
+The recipes of `compile` make such scales from the start; models that came quantized need not have them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from mobizo_compiler import facts
+from mobizo_compiler.axes.rules import operator_name
+from mobizo_compiler.backends.spell_out_quantization import DEQUANTIZE
+from mobizo_compiler.editor import Editor
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import operand
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundGroupScales(Pass):
+    """Replace float32 scales of groups."""
+
+    needs = frozenset({facts.STATIC})
+
+    def rewrite(self, edit: Editor) -> None:
+        """A scale per channel stays: XNNPACK holds those in float32."""
+        for node in list(edit.graph.nodes):
+            if operator_name(node) != DEQUANTIZE:
+                continue
+            scale = edit.tensor(operand(node, 2))
+            if scale is None or scale.dtype != torch.float32 or scale.shape[-1] == 1:
+                continue
+            name = f"{edit.tensor_name(operand(node, 2))}_bfloat16"
+            known = {edit.tensor_name(other): other for other in edit.tensors}
+            rounded = known.get(name) or edit.add_constant(name, scale.to(torch.bfloat16))
+            node.replace_input_with(operand(node, 2), rounded)

@@ -1,0 +1,214 @@
+"""What quantizing the base weights does to zeroth-order training, on SmolLM2 and review sentences.
+
+    python -m benchmarks.quantization quality [--recipes ...] [--backend eager] [--seeds 64] [--out runs/quantization]
+    python -m benchmarks.quantization cost [--recipes none 8da8w 8da4w] [options of a workload]
+
+quality   For each recipe and eps: the projected gradients of the same seeds as in float32, as a vector of all queries,
+          and its cosine with that of float32 at the same eps and at eps 0.01. The program is the demo's, the sentences
+          are the demo's, and the adapter is off its zero start, as after some training.
+cost      Seconds of a step (medians, programs in turns), of PyTorch's eager float32 MP-LoRA step beside them, megabytes
+          of the file, and peak resident memory of a fresh process that loads the program and runs two steps.
+
+Accuracy after training is the demo's: `python -m examples.demo --quantization 8da8w`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import mobizo_compiler as mobizo
+from benchmarks.compiled import CACHE, compiled
+from benchmarks.machine import describe, set_threads
+from benchmarks.record import write_json
+from benchmarks.workload import Workload
+from mobizo_compiler.quantization import RECIPES
+
+EPS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+REFERENCE_EPS = 1e-2
+STATE_SCALE = 2e-2  # standard deviation of B after the demo's training
+STEPS = 7
+
+
+def main() -> None:
+    """Run one of the two measurements."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("quality", "cost"))
+    parser.add_argument("--recipes", nargs="+", choices=("none", *RECIPES))
+    parser.add_argument("--backend", default="eager", help="engine of `quality`")
+    parser.add_argument("--seeds", type=int, default=64)
+    parser.add_argument("--eps", nargs="+", type=float, default=EPS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/quantization"))
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    Workload.add_arguments(parser)
+    options = parser.parse_args()
+    set_threads(options.threads)
+    (quality if options.what == "quality" else cost)(options)
+
+
+def quality(options: argparse.Namespace) -> None:
+    """Projected gradients of all recipes; one JSON file per backend, to which later runs add."""
+    path = options.out / f"quality-{options.backend}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"gradients": {}}
+    record |= {"machine": describe(), "backend": options.backend, "seeds": options.seeds, "state_scale": STATE_SCALE}
+    for recipe in options.recipes or ("none", *RECIPES):
+        session, batch = demo_session(recipe, options.backend)
+        found = {str(eps): gradients(session, batch, eps, options.seeds) for eps in options.eps}
+        record["gradients"][recipe] = record["gradients"].get(recipe, {}) | found
+        write_json(path, record)
+    if "none" in record["gradients"]:
+        show_quality(record)
+    print(f"in {path}")
+
+
+def demo_session(recipe: str, backend: str) -> tuple[mobizo.Session, Callable[[int], tuple[dict[str, Tensor], Tensor]]]:
+    """The demo's program with that recipe, and its batches by seed."""
+    from examples.demo import LORA, ROWS, TOKENS, ZO
+    from examples.rotten_tomatoes import Prompter, load_sentences, split_by_movie
+    from examples.smollm2 import cache_folder, load_smollm2
+
+    tokenizer, model = load_smollm2()
+    prompter = Prompter(tokenizer, TOKENS)
+    train = split_by_movie(load_sentences())["train"]
+    classes = [[s for s in train if s.fresh == fresh] for fresh in (0, 1)]
+
+    def batch(seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        generator = random.Random(seed)
+        chosen = [generator.choice(members) for members in classes for _ in range(ROWS // 2)]
+        return prompter.encode(chosen)[:2]
+
+    program = mobizo.compile(
+        model,
+        batch(0)[0],
+        lora=LORA,
+        zo=ZO,
+        loss=mobizo.ChoiceLoss(prompter.answers),
+        quantization=None if recipe == "none" else recipe,
+        backend=backend,
+        cache_dir=None if backend == "eager" else cache_folder() / "programs",
+        progress=lambda line: print(f"{recipe}: {line}", flush=True),
+    )
+    session = mobizo.Session(program)
+    session.load_state(torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)) * STATE_SCALE)
+    return session, batch
+
+
+def gradients(
+    session: mobizo.Session, batch: Callable[[int], tuple[dict[str, Tensor], Tensor]], eps: float, seeds: int
+) -> list[float]:
+    """Projected gradients of all queries of all seeds, each seed on a batch of its own."""
+    values: list[float] = []
+    for seed in range(seeds):
+        inputs, labels = batch(seed)
+        result = session.train_step(inputs, labels, seed=seed, learning_rate=0.0, eps=eps)
+        values += result.projected_gradient.tolist()
+    return values
+
+
+def cosines(record: dict[str, Any], backend_of_reference: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """By recipe and eps: cosine with float32 at the same eps, and at the reference eps."""
+    reference = (backend_of_reference or record)["gradients"]["none"]
+    at_reference = torch.tensor(reference[str(REFERENCE_EPS)], dtype=torch.float64)
+    found: dict[str, dict[str, Any]] = {}
+    for recipe, by_eps in record["gradients"].items():
+        for eps, values in by_eps.items():
+            g = torch.tensor(values, dtype=torch.float64)
+            same = torch.tensor(reference[eps], dtype=torch.float64)
+            found.setdefault(recipe, {})[eps] = [
+                round(float(torch.cosine_similarity(g, other[: len(g)], dim=0)), 4) for other in (same, at_reference)
+            ]
+    return found
+
+
+def show_quality(record: dict[str, Any]) -> None:
+    """A row per recipe, a column per eps."""
+    found = cosines(record)
+    columns = sorted({eps for by_eps in found.values() for eps in by_eps}, key=float)
+    table = Table("recipe", *columns, title=f"{record['backend']}: cosine with float32 at the same eps / at eps 0.01")
+    for recipe, by_eps in found.items():
+        table.add_row(recipe, *(" / ".join(f"{c:.3f}" for c in by_eps[e]) if e in by_eps else "" for e in columns))
+    Console(width=130).print(table)
+
+
+def cost(options: argparse.Namespace) -> None:
+    """Step, file and memory of every recipe, beside float32 and PyTorch."""
+    from benchmarks import peers
+
+    base = Workload.from_arguments(options)
+    recipes = options.recipes or ["none", "8da8w", "8da4w"]
+    record: dict[str, Any] = {"machine": describe() | {"threads": options.threads}, "recipes": {}}
+    files = {}
+    for recipe in recipes:
+        workload = dataclasses.replace(base, quantization=None if recipe == "none" else recipe)
+        files[recipe] = compiled("program", workload, options.cache)
+        record["recipes"][recipe] = {
+            "file_mb": files[recipe].record["file_mb"],
+            "compile_seconds": files[recipe].record["total_seconds"],
+            "compile_peak_mb": files[recipe].record["peak_mb"],
+            "delegates": {name: m["delegates"] for name, m in files[recipe].record["methods"].items()},
+            "memory": peak_of_a_process(workload, files[recipe].path, options.threads),
+        }
+    inputs, labels = base.batch()
+    steps: dict[str, Callable[[int], Any]] = {}
+    for recipe, file in files.items():
+        session = mobizo.Session(file.path)
+        steps[recipe] = lambda seed, session=session: session.train_step(
+            inputs, labels, seed=seed, learning_rate=1e-3, eps=0.03
+        )
+    sites, lora_a = files[recipes[0]].adapters()
+    steps["eager"] = peers.eager_step(base, base.load_model(), sites, lora_a).step
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(2 + STEPS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(turn)
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    record |= {"workload": dataclasses.asdict(base), "seconds": seconds, "medians": medians}
+    write_json(options.out / "cost.json", record)
+    table = Table("recipe", "step s", "x float32", "x eager", "file MB", "x float32", "peak MB", "compile s")
+    first = record["recipes"][recipes[0]]
+    for recipe in recipes:
+        found = record["recipes"][recipe]
+        table.add_row(
+            recipe,
+            f"{medians[recipe]:.3f}",
+            f"{medians[recipe] / medians[recipes[0]]:.3f}",
+            f"{medians[recipe] / medians['eager']:.3f}",
+            f"{found['file_mb']:.1f}",
+            f"{found['file_mb'] / first['file_mb']:.3f}",
+            f"{found['memory']:.0f}",
+            f"{found['compile_seconds']:.0f}",
+        )
+    table.add_row("PyTorch eager, float32", f"{medians['eager']:.3f}", "", "1", "", "", "", "")
+    Console(width=130).print(table)
+    print(f"in {options.out / 'cost.json'}")
+
+
+def peak_of_a_process(workload: Workload, file: Path, threads: int) -> float:
+    """VmHWM in megabytes of a process that imports the runtime alone, loads two methods and runs each twice."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--child", "train-evaluate"]
+    command += ["--file", str(file), "--threads", str(threads), *workload.to_arguments()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    stages = json.loads(done.stdout.splitlines()[-1])
+    return float(list(stages.values())[-1]["VmHWM"])
+
+
+if __name__ == "__main__":
+    main()

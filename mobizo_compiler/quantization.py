@@ -1,0 +1,308 @@
+"""Recipes that quantize the frozen base weights, and what a quantized weight is made of.
+
+The weights are quantized by torchao, so that a weight is what torchao's `quantize_` would have made of the layer; the
+adapters, the noise, the loss and the state stay float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobizo_compiler.config import JsonConfig
+from mobizo_compiler.errors import ConfigError, QuantizationError
+
+Recipe = Literal["fp16", "8da8w", "8da4w", "int8", "int4", "nf4"]
+RECIPES: tuple[Recipe, ...] = ("fp16", "8da8w", "8da4w", "int8", "int4", "nf4")
+ROW_RECIPES = ("fp16", "int8", "int4")
+_ROWS_OF = {"fp16": "fp16", "8da8w": "int8", "int8": "int8", "8da4w": "int4", "int4": "int4", "nf4": "int4"}
+# A larger step drowns less in rounding and sees more curvature; chosen by benchmarks/quantization.py, see
+# docs/quantization.md.
+DEFAULT_EPS = {None: 1e-2, "fp16": 1e-2, "8da8w": 3e-2, "8da4w": 3e-2, "int8": 1e-2, "int4": 1e-2, "nf4": 1e-2}
+NF4_BLOCK, NF4_SCALERS = 64, 256  # QLoRA, appendix A: blocks of 64 weights, their scales in blocks of 256
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig(JsonConfig):
+    """How the frozen base weights are stored and multiplied.
+
+    Args:
+        recipe: Of the linear layers. "fp16": half-precision weights. "8da8w", "8da4w": activations rounded to 8 bits
+            per token while the program runs, weights of 8 bits per channel or 4 bits per group. "int8", "int4": the
+            same weights without rounding of activations. "nf4": 4 bits in the normal-float code of QLoRA (Dettmers
+            et al. 2023, arXiv 2305.14314).
+        group_size: Weights of 4 bits that share a scale.
+        embedding: Storage of embedding tables: "fp16", "int8" (a scale per row), "int4" (a scale per group), or "none"
+            for float32. "auto" takes as many bits as the recipe.
+        head: Recipe of the output layer, or "none" for float32; "auto" takes `recipe`.
+        skip: Names of layers that stay float32, matched at the end of a module's path.
+
+    Raises:
+        ConfigError: A field is out of range.
+
+    >>> QuantizationConfig("8da4w").rows
+    'int4'
+    >>> QuantizationConfig.from_json(QuantizationConfig("int8").to_json()) == QuantizationConfig("int8")
+    True
+    """
+
+    recipe: Recipe
+    group_size: int = 32
+    embedding: str = "auto"
+    head: str = "auto"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("recipe", self.recipe, RECIPES)
+        _one_of("embedding", self.embedding, ("auto", "none", *ROW_RECIPES))
+        _one_of("head", self.head, ("auto", "none", *RECIPES))
+        if isinstance(self.group_size, bool) or self.group_size not in (16, 32, 64, 128, 256):
+            raise ConfigError(
+                f"QuantizationConfig.group_size is {self.group_size!r}", hint="use 16, 32, 64, 128 or 256"
+            )
+        if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
+            raise ConfigError(f"QuantizationConfig.skip must be a sequence of names, not {self.skip!r}")
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    @property
+    def rows(self) -> str:
+        """Storage of embedding tables, with "auto" resolved."""
+        return _ROWS_OF[self.recipe] if self.embedding == "auto" else self.embedding
+
+    def recipe_of(self, fqn: str, is_head: bool) -> str:
+        """Recipe of the layer at a path; "none" if it stays float32."""
+        if any(fqn == name or fqn.endswith("." + name) for name in self.skip):
+            return "none"
+        return self.head if is_head and self.head != "auto" else self.recipe
+
+
+def _one_of(field: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"QuantizationConfig.{field} is {value!r}", hint=f"use one of {', '.join(allowed)}")
+
+
+def default_eps(config: Any) -> float:
+    """Size of the perturbation that suits a quantization option; a configuration of torchao may round activations."""
+    recipe = config.recipe if isinstance(config, QuantizationConfig) else config and "8da4w"
+    return DEFAULT_EPS[recipe]
+
+
+def described(config: Any) -> str | None:
+    """A quantization option as JSON text with sorted keys."""
+    if config is None:
+        return None
+    if isinstance(config, QuantizationConfig):
+        return json.dumps(config.to_json(), sort_keys=True)
+    from torchao.core.config import config_to_dict
+
+    return json.dumps({"torchao": config_to_dict(config)}, sort_keys=True, default=str)
+
+
+def torchao_config(recipe: str, group_size: int) -> Any:
+    """The torchao configuration of a recipe; None for those that torchao has none for.
+
+    Scales of groups are bfloat16, because that is what XNNPACK's 4-bit kernels hold: with it, the eager layer and the
+    delegate have the same weights.
+    """
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    per_group, per_channel = PerGroup(group_size), PerAxis(0)
+    int4: torch.dtype = getattr(torch, "int4")  # noqa: B009  (not in torch's stubs)
+    if recipe == "8da4w":
+        return Int8DynamicActivationIntxWeightConfig(int4, per_group, weight_scale_dtype=torch.bfloat16)
+    if recipe == "8da8w":
+        return Int8DynamicActivationIntxWeightConfig(torch.int8, per_channel)
+    if recipe == "int4":
+        return IntxWeightOnlyConfig(int4, per_group, scale_dtype=torch.bfloat16)
+    if recipe == "int8":
+        return IntxWeightOnlyConfig(torch.int8, per_channel)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeight:
+    """A weight as it is stored: plain tensors, and the layer as a function of them.
+
+    Args:
+        parts: The tensors, by a short name each.
+        linear: The layer, from input, bias (or None) and the tensors in order.
+        rows: Rows of the weight by index, from indices and the tensors; None where a table cannot be stored so.
+    """
+
+    parts: dict[str, Tensor]
+    linear: Callable[..., Tensor]
+    rows: Callable[..., Tensor] | None = None
+
+
+def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str) -> StoredWeight:
+    """Quantize one weight.
+
+    Args:
+        weight: float32 [out_features, in_features].
+        recipe: A recipe, or a torchao configuration.
+        group_size: See `QuantizationConfig`.
+        fqn: Path of the layer, for messages and for configurations that choose by path.
+
+    Raises:
+        QuantizationError: The weight does not have the shape that the recipe needs, or torchao refuses it.
+    """
+    if recipe == "fp16":
+        if float(weight.abs().max()) > torch.finfo(torch.float16).max:
+            raise QuantizationError(f"layer {fqn} has weights that float16 cannot hold", hint="skip this layer")
+        return StoredWeight({"half": weight.half()}, lambda x, bias, w: F.linear(x, w.to(torch.float32), bias))
+    if recipe == "nf4":
+        return _nf4(weight, fqn)
+    config = torchao_config(recipe, group_size) if isinstance(recipe, str) else recipe
+    if isinstance(recipe, str) and recipe in ("int4", "8da4w") and weight.shape[1] % group_size:
+        raise QuantizationError(
+            f"layer {fqn} has {weight.shape[1]} inputs, which groups of {group_size} do not divide",
+            hint=f"QuantizationConfig({recipe!r}, group_size=...) with another size, or skip=({fqn!r},)",
+        )
+    return _by_torchao(weight, config, fqn)
+
+
+def _by_torchao(weight: Tensor, config: Any, fqn: str) -> StoredWeight:
+    from torchao.quantization import quantize_
+
+    out_features, in_features = weight.shape
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    root = holder = nn.Module()
+    *path, leaf = fqn.split(".")
+    for name in path:
+        holder.add_module(name, nn.Module())
+        holder = cast(nn.Module, getattr(holder, name))
+    holder.add_module(leaf, layer)
+    try:
+        quantize_(root, config)
+    except Exception as error:
+        raise QuantizationError(f"torchao cannot quantize layer {fqn} {list(weight.shape)}: {error}") from error
+    parts, spec = _flatten(layer.weight)
+    if spec is None and torch.equal(parts["weight"], weight):
+        return StoredWeight({}, F.linear)  # the configuration leaves this layer alone
+    return StoredWeight(parts, lambda x, bias, *tensors: F.linear(x, _unflatten(list(tensors), spec), bias))
+
+
+def _flatten(weight: Tensor, name: str = "weight") -> tuple[dict[str, Tensor], Any]:
+    """The plain tensors of a tensor subclass, which may nest, and how to make it of them again."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return {name: weight.detach()}, None
+    names, context = cast(Any, weight).__tensor_flatten__()
+    parts: dict[str, Tensor] = {}
+    specs = []
+    for inner in names:
+        more, spec = _flatten(getattr(weight, inner), inner)
+        specs.append((inner, len(more), spec))
+        parts |= more
+    return parts, (type(weight), context, specs)
+
+
+def _unflatten(tensors: list[Tensor], spec: Any) -> Tensor:
+    if spec is None:
+        return tensors[0]
+    kind, context, specs = spec
+    inner = {}
+    for name, count, deeper in specs:
+        inner[name] = _unflatten(tensors[:count], deeper)
+        tensors = tensors[count:]
+    return cast(Tensor, kind.__tensor_unflatten__(inner, context, None, None))
+
+
+def store_table(table: Tensor, recipe: str, group_size: int, fqn: str) -> StoredWeight:
+    """Quantize an embedding table; rows are decoded after they were looked up.
+
+    Args:
+        table: float32 [entries, width].
+        recipe: "fp16", "int8" or "int4".
+        group_size: Weights of 4 bits that share a scale.
+        fqn: Path of the table, for messages.
+
+    Raises:
+        QuantizationError: Groups do not divide the width.
+    """
+    if recipe == "fp16":
+        return StoredWeight(
+            {"half": table.half()}, F.linear, lambda ids, half: F.embedding(ids, half).to(torch.float32)
+        )
+    width = int(table.shape[1])
+    if recipe == "int4" and (width % group_size or width % 2):
+        raise QuantizationError(
+            f"embedding {fqn} has a width of {width}, which groups of {group_size} do not divide",
+            hint='QuantizationConfig(..., embedding="int8"), or another group_size',
+        )
+    parts = _by_torchao(table, torchao_config(recipe, group_size), fqn).parts
+    codes, scale = parts["qdata"], parts["scale"]
+    if recipe == "int8":
+        return StoredWeight({"codes": codes, "scale": scale}, F.linear, _rows_of_bytes)
+    return StoredWeight({"codes": pack_nibbles(codes), "scale": scale}, F.linear, _rows_of_nibbles(group_size))
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Integers -8..7 [..., n] as bytes [..., n/2]: the first half of the last axis is in the low bits.
+
+    >>> codes = torch.tensor([[-8, 7, 0, 3]], dtype=torch.int8)
+    >>> bool((unpack_nibbles(pack_nibbles(codes)) == codes).all())
+    True
+    """
+    low, high = (codes.to(torch.int16) + 8).chunk(2, dim=-1)
+    return (low | (high << 4)).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`, as float32, in operators that every kernel library has."""
+    low = torch.bitwise_and(packed, 15).to(torch.float32)
+    high = torch.bitwise_right_shift(packed, 4).to(torch.float32)
+    return torch.cat((low, high), dim=-1) - 8.0
+
+
+def _rows_of_bytes(ids: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return F.embedding(ids, codes).to(torch.float32) * F.embedding(ids, scale).to(torch.float32)
+
+
+def _rows_of_nibbles(group_size: int) -> Callable[..., Tensor]:
+    def rows(ids: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        values = unpack_nibbles(F.embedding(ids, codes))
+        groups = F.embedding(ids, scale).to(torch.float32).unsqueeze(-1)
+        return (values.reshape(*values.shape[:-1], -1, group_size) * groups).reshape(values.shape)
+
+    return rows
+
+
+def _nf4(weight: Tensor, fqn: str) -> StoredWeight:
+    from torchao.quantization import to_nf4
+
+    out_features, in_features = (int(size) for size in weight.shape)
+    if weight.numel() % NF4_BLOCK:
+        raise QuantizationError(
+            f"layer {fqn} has {weight.numel()} weights, which blocks of {NF4_BLOCK} do not divide",
+            hint=f"skip=({fqn!r},)",
+        )
+    scalers = weight.numel() // NF4_BLOCK
+    block = next(size for size in range(min(NF4_SCALERS, scalers), 0, -1) if scalers % size == 0)
+    stored = to_nf4(weight.contiguous(), NF4_BLOCK, block)
+    parts = {
+        "codes": stored.quantized_data,
+        "scalers": stored.quantized_scalers,
+        "factor": stored.quantization_factor,
+        "mean": stored.scaler_mean.reshape(1),
+        "table": stored.nf4,
+    }
+
+    def linear(
+        x: Tensor, bias: Tensor | None, codes: Tensor, scalers: Tensor, factor: Tensor, mean: Tensor, table: Tensor
+    ) -> Tensor:
+        # NF4Tensor.get_original_weight, with operators that have kernels. The first of two codes is in the high bits.
+        scales = scalers.to(torch.float32).reshape(-1, block) / factor.reshape(-1, 1) + mean
+        high, low = torch.bitwise_right_shift(codes, 4), torch.bitwise_and(codes, 15)
+        both = torch.stack((high.to(torch.int32), low.to(torch.int32)), dim=-1).reshape(-1)
+        values = torch.index_select(table, 0, both).reshape(-1, NF4_BLOCK) * scales.reshape(-1, 1)
+        return F.linear(x, values.reshape(out_features, in_features), bias)
+
+    return StoredWeight(parts, linear)

@@ -1,0 +1,327 @@
+"""Programs of AOTInductor, run on this machine's CPU: numbers, one state, one copy of the weights, files.
+
+Compiling takes tens of seconds a program, so the tests share two of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch._inductor.package.package import package_aoti
+from torch.export import Dim
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import LoraConfig, Session, ZOConfig
+from mobizo_compiler.backends import assert_backend_contract, get_backend
+from mobizo_compiler.backends.aot_inductor import AotInductorBackend
+from mobizo_compiler.backends.aot_inductor.artifact import WEIGHTS, Target
+from mobizo_compiler.backends.aot_inductor.backend import OPTIONS, program_on
+from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, ConfigError
+from mobizo_compiler.noise import noise_values, noise_words
+from mobizo_compiler.reference import ReferenceStep
+from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
+
+LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "v_proj", "down_proj"))
+IDS = torch.zeros(2, 5, dtype=torch.int64)
+pytestmark = pytest.mark.skipif(
+    AotInductorBackend().unavailable() is not None, reason=str(AotInductorBackend().unavailable())
+)
+
+
+def model() -> TinyCausalLM:
+    torch.manual_seed(2)
+    return TinyCausalLM().eval()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def saved(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    inputs, _ = tiny_batch()
+    program = mobizo.compile(model(), inputs, LORA, ZOConfig(queries=2), backend="aot_inductor", cache_dir=cache)
+    return program.save(tmp_path_factory.mktemp("aot") / "under another name.pt2")
+
+
+def test_the_cache_has_it(saved: Path, cache: Path) -> None:
+    phases: list[str] = []
+    inputs, _ = tiny_batch()
+    mobizo.compile(
+        model(), inputs, LORA, ZOConfig(queries=2), backend="aot_inductor", cache_dir=cache, progress=phases.append
+    )
+    assert [phase.partition(":")[0] for phase in phases] == ["capture", "rewrite", "cached"]
+    assert [file.suffix for file in cache.iterdir()] == [".pt2"]
+    names = {AotInductorBackend("cpu").name, AotInductorBackend("cuda").name}
+    assert names == {"aot_inductor", "aot_inductor_cuda"}, "programs for two devices must have two keys"
+    assert get_backend("aot_inductor_cuda") == AotInductorBackend("cuda")
+
+
+def test_contract() -> None:
+    assert_backend_contract("aot_inductor")
+
+
+def test_five_steps_agree_with_the_reference(saved: Path) -> None:
+    """From a B that is not zero, through the file."""
+    inputs, labels = tiny_batch()
+    program = mobizo.load(saved)
+    session, reference = Session(program), ReferenceStep(model(), program.sites, program.lora_a_by_fqn, queries=2)
+    start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(3)) * 0.1
+    session.load_state(start)
+    reference.state.copy_(start)
+    eps, learning_rate = 0.02, 0.01
+    # As in test_backends: losses near 4 carry 4e-6 of rounding, g that over eps, B learning_rate * |z| of that.
+    loss_error, b_error = 4e-6, 0.0
+    for seed in range(5):
+        found = session.train_step(inputs, labels, seed=seed, learning_rate=learning_rate, eps=eps)
+        wanted = reference.train_step(inputs, labels, seed=seed, learning_rate=learning_rate, eps=eps)
+        step_error = loss_error + 10 * b_error
+        torch.testing.assert_close(found.lane_losses, wanted.lane_losses, rtol=0, atol=step_error)
+        torch.testing.assert_close(found.projected_gradient, wanted.projected_gradient, rtol=0, atol=step_error / eps)
+        b_error += learning_rate * 6 * loss_error / eps / 10
+        torch.testing.assert_close(session.state(), reference.state, rtol=0, atol=b_error)
+    assert (session.state() - start).abs().max() > 20 * b_error, "the comparison must be sharper than the movement"
+    torch.testing.assert_close(
+        session.evaluate(inputs)["logits"], reference.evaluate(inputs)["logits"], rtol=0, atol=1e-5 + 50 * b_error
+    )
+    reference.remove()
+
+
+def test_methods_share_state_and_sessions_do_not(saved: Path) -> None:
+    inputs, labels = tiny_batch()
+    program = mobizo.load(saved)
+    first, second = Session(program), Session(program)
+    untouched = second.evaluate(inputs)["logits"]
+    result = first.train_step(inputs, labels, seed=3, learning_rate=1.0, eps=0.01)
+    losses = result.lane_losses.clone()
+    assert not torch.equal(first.evaluate(inputs)["logits"], untouched), "evaluate must see what train_step learnt"
+    assert not second.state().any()
+    assert torch.equal(second.evaluate(inputs)["logits"], untouched)
+    second.replay(3, result.projected_gradient, 1.0)
+    assert torch.equal(first.state(), second.state())
+    first.train_step(inputs, labels, seed=4, learning_rate=1.0, eps=0.01)
+    assert torch.equal(result.lane_losses, losses), "results must stay valid"
+
+
+def test_a_state_in_other_memory_is_copied_there_and_back(saved: Path) -> None:
+    """As on a GPU: the methods change one tensor, and the session sees another."""
+    inputs, labels = tiny_batch()
+    runner = mobizo.load(saved).artifact.runner()
+    runner._state = torch.zeros_like(runner._live)  # type: ignore[attr-defined]
+    whole, apart = Session(saved), Session(saved)
+    apart._runner = runner
+    start = torch.randn(whole.state().shape, generator=torch.Generator().manual_seed(3)) * 0.1
+    for session in (whole, apart):
+        session.load_state(start)
+        session.train_step(inputs, labels, seed=1, learning_rate=0.1, eps=0.02)
+        session.replay(2, [1.0, -2.0], 0.1)
+    assert torch.equal(whole.state(), apart.state())
+    assert not torch.equal(apart.state(), start)
+    apart.load_state(start)
+    whole.load_state(start)
+    assert torch.equal(whole.evaluate(inputs)["logits"], apart.evaluate(inputs)["logits"])
+
+
+def test_state_as_input_and_output(saved: Path, tmp_path: Path) -> None:
+    inputs, labels = tiny_batch()
+    compiled = mobizo.compile(model(), inputs, LORA, ZOConfig(queries=2), backend="aot_inductor", state="io")
+    passed, shared = Session(compiled.save(tmp_path / "io.pt2")), Session(saved)
+    assert passed.program.manifest.state == "io"
+    start = torch.randn(compiled.parameters, generator=torch.Generator().manual_seed(3)) * 0.1
+    for session in (passed, shared):
+        session.load_state(start)
+    for seed in range(3):
+        one, other = (s.train_step(inputs, labels, seed=seed, learning_rate=0.1, eps=0.02) for s in (passed, shared))
+        assert torch.equal(one.lane_losses, other.lane_losses)
+        assert torch.equal(passed.state(), shared.state())
+    assert not torch.equal(passed.state(), start)
+    assert torch.equal(passed.evaluate(inputs)["logits"], shared.evaluate(inputs)["logits"])
+
+
+def test_every_weight_is_in_the_file_once_and_as_safetensors(saved: Path) -> None:
+    with zipfile.ZipFile(saved) as archive:
+        names = archive.namelist()
+        assert not [name for name in names if name.endswith((".pkl", ".pt", ".cpp"))]
+        tensors = safetensors.torch.load(archive.read(next(name for name in names if name.endswith(WEIGHTS))))
+        entry = next(info for info in archive.infolist() if info.filename.endswith(WEIGHTS))
+        assert entry.compress_type == zipfile.ZIP_STORED
+    weights = {name: value for name, value in tensors.items() if not name.startswith("mobizo_lora_a.")}
+    seen = {(value.dtype, tuple(value.shape), value.numpy().tobytes()) for value in weights.values()}
+    assert len(seen) == len(weights), "equal tensors must be stored once"
+    for name, value in model().named_parameters():
+        if name in weights:
+            assert torch.equal(weights[name], value), name
+    assert {"embedding.weight"} <= weights.keys()
+    program = mobizo.load(saved)
+    assert {fqn: tuple(a.shape) for fqn, a in program.lora_a_by_fqn.items()} == {
+        site.fqn: site.a_shape for site in program.sites
+    }
+    keys = program.artifact.keys  # type: ignore[attr-defined]
+    assert keys["train_step"]["embedding.weight"] == keys["evaluate"]["embedding.weight"]
+
+
+def test_two_names_for_equal_tensors_are_one_in_the_file_and_in_memory(tmp_path: Path) -> None:
+    from mobizo_compiler.backends.aot_inductor.artifact import _weights
+
+    tied = TokenWise().eval()
+    tied.register_buffer("twice", tied.head.weight.detach().clone())
+    made = mobizo.compile(tied, (IDS,), LoraConfig(r=2, target_modules=("up",)), backend="eager")
+    keys, weights = _weights(made.methods)
+    stored = [value for value in weights.values() if value.shape == tied.head.weight.shape]
+    assert len(stored) == 1
+    assert set(keys) == {"train_step", "evaluate", "replay"}
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.1, 0.5, 0.9, 0.9999])
+def test_truncated_files_are_refused(saved: Path, tmp_path: Path, share: float) -> None:
+    whole = saved.read_bytes()
+    path = tmp_path / "cut.pt2"
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ArtifactError, match="truncated or damaged"):
+        mobizo.load(path)
+
+
+@pytest.mark.parametrize("entry", [WEIGHTS, ".so", "mobizo/target.json", "mobizo/manifest.json"])
+def test_one_changed_byte_is_noticed(saved: Path, tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "changed.pt2"
+    shutil.copy(saved, path)
+    with zipfile.ZipFile(path) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith(entry))
+    position = info.header_offset + 200 + info.file_size // 2
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ArtifactError, match="damaged"):
+        mobizo.load(path)
+
+
+def test_foreign_archives_and_other_formats_are_refused(saved: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.zip"
+    with zipfile.ZipFile(foreign, "w") as archive:
+        archive.writestr("a/b.txt", "hello")
+    with pytest.raises(ArtifactError, match="not a program of this compiler"):
+        mobizo.load(foreign)
+
+    def edited(name: str, **changes: object) -> Path:
+        path = tmp_path / "edited.pt2"
+        with zipfile.ZipFile(saved) as source, zipfile.ZipFile(path, "w") as target:
+            for info in source.infolist():
+                data = source.read(info)
+                if info.filename.endswith(name):
+                    data = json.dumps({**json.loads(data), **changes}).encode()
+                target.writestr(info.filename, data)
+        return path
+
+    with pytest.raises(ArtifactError, match="has format 99"):
+        mobizo.load(edited("mobizo/manifest.json", format_version=99))
+    other = mobizo.load(edited("mobizo/target.json", machine="pdp11"))
+    with pytest.raises(BackendUnavailableError, match="compiled for pdp11"):
+        Session(other)
+    without = mobizo.load(edited("mobizo/target.json", weights={"train_step": {}, "evaluate": {}, "replay": {}}))
+    with pytest.raises(ArtifactError, match="needs weights that are not in the file"):
+        Session(without)
+
+
+def test_which_machines_a_program_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Target.here("cpu")
+    assert here.cannot_run() is None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert Target("cpu", here.machine, "AVX2").cannot_run() is None
+    assert "AVX512" in str(Target("cpu", here.machine, "AVX512").cannot_run())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees none" in str(Target("cuda", here.machine, "AVX2", "9.0").cannot_run())
+
+
+class Words(nn.Module):
+    """Counts that are no multiple of a vector, and few of them: Inductor writes other code for those."""
+
+    def forward(self, seed: Tensor) -> tuple[Tensor, ...]:
+        first, second = noise_words(seed, 2, 40)
+        return first, second, noise_values(seed, 3, 1001, "rademacher"), noise_values(seed, 3, 1001, "gaussian")
+
+
+def test_the_integer_stream_is_that_of_eager_pytorch(tmp_path: Path) -> None:
+    exported = torch.export.export(Words(), (torch.tensor([3], dtype=torch.int32),))
+    options = {**OPTIONS, "aot_inductor.output_path": str(tmp_path / "words")}
+    with torch.no_grad():
+        files = torch._inductor.aot_compile(
+            exported.module(check_guards=False), (torch.tensor([3], dtype=torch.int32),), options=options
+        )
+    package = package_aoti(str(tmp_path / "words.pt2"), files)
+    compiled = torch._C._aoti.AOTIModelPackageLoader(package, "model", False, 1, -1)
+    for seed in (0, 1, 17, 2**31 - 1):
+        tensor = torch.tensor([seed], dtype=torch.int32)
+        first, second, rademacher, gaussian = compiled.boxed_run([tensor])
+        wanted = Words()(tensor)
+        assert torch.equal(first, wanted[0])
+        assert torch.equal(second, wanted[1])
+        assert torch.equal(rademacher, wanted[2])
+        # A radius below 6 times a cosine, each right to two units in the last place: 6 * 4 * 6e-8.
+        torch.testing.assert_close(gaussian, wanted[3], rtol=0, atol=1.5e-6)
+
+
+def test_dynamic_sizes() -> None:
+    torch.manual_seed(0)
+    net = TokenWise().eval()
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=("up",))
+    dynamic = {0: {1: Dim("T", max=32)}}
+    program = mobizo.compile(net, (IDS,), lora, ZOConfig(queries=2), backend="aot_inductor", dynamic_shapes=dynamic)
+    session, reference = Session(program), ReferenceStep(net, program.sites, program.lora_a_by_fqn, queries=2)
+    start = torch.randn(program.parameters) * 0.1
+    for size in (5, 9, 31):
+        session.load_state(start)
+        reference.state.copy_(start)
+        ids = torch.randint(0, 11, (2, size))
+        found = session.train_step((ids,), ids, seed=size, learning_rate=0.05, eps=0.02)
+        wanted = reference.train_step((ids,), ids, seed=size, learning_rate=0.05, eps=0.02)
+        # As in the contract: losses near 2.4 carry 1e-6 of rounding, and the state that over eps, times the rate.
+        torch.testing.assert_close(found.lane_losses, wanted.lane_losses, rtol=0, atol=2e-5)
+        torch.testing.assert_close(session.state(), reference.state, rtol=0, atol=2e-4)
+        assert (session.state() - start).abs().max() > 2e-3, "the comparison must be sharper than the movement"
+    reference.remove()
+
+
+def test_unavailable_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[str] = []
+    builder = importlib.import_module("torch._inductor.cpp_builder")
+
+    def no_compiler() -> str:
+        raise RuntimeError("no compiler")
+
+    with pytest.raises(ConfigError, match="device is 'tpu'"):
+        AotInductorBackend("tpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "get_cpp_compiler", no_compiler)
+        with pytest.raises(BackendUnavailableError, match=r"no C\+\+ compiler"):
+            mobizo.compile(TokenWise(), (IDS,), backend="aot_inductor", progress=phases.append)
+    if torch.version.cuda is None:
+        with pytest.raises(BackendUnavailableError, match="built without CUDA"):
+            mobizo.compile(TokenWise(), (IDS,), backend=AotInductorBackend("cuda"), progress=phases.append)
+    assert phases == []
+
+
+def test_a_program_moves_to_a_device_as_a_whole() -> None:
+    """The move is what differs on a GPU; a tensor that stays behind makes an operator of two devices, which fails."""
+    inputs, _ = tiny_batch()
+    made = mobizo.compile(model(), inputs, LORA, ZOConfig(queries=2), backend="eager")
+    for method in made.methods.values():
+        moved = program_on(method, "meta")
+        values = [node.meta["val"] for node in moved.graph.nodes if node.op != "output"]
+        assert {value.device.type for value in values if isinstance(value, Tensor)} == {"meta"}
+        arguments = [node.meta["val"] for node in moved.graph.nodes if node.op == "placeholder"]
+        with arguments[0].fake_mode:
+            results = moved.graph_module(*arguments)
+        assert {result.device.type for result in results} == {"meta"}
+        assert method.exported.graph is not moved.graph, "the program itself must not change"
+        assert {tensor.device.type for _, tensor in method.tensors().values()} == {"cpu"}
