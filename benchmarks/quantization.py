@@ -2,6 +2,7 @@
 
     python -m benchmarks.quantization quality [--recipes ...] [--backend eager] [--seeds 64] [--out runs/quantization]
     python -m benchmarks.quantization cost [--recipes none 8da8w 8da4w] [options of a workload]
+    python -m benchmarks.quantization publish runs/demo runs/demo-8da8w ...
 
 quality   For each recipe and eps: the projected gradients of the same seeds as in float32, as a vector of all queries,
           and its cosine with that of float32 at the same eps and at eps 0.01. The program is the demo's, the sentences
@@ -9,7 +10,8 @@ quality   For each recipe and eps: the projected gradients of the same seeds as 
 cost      Seconds of a step (medians, programs in turns), of PyTorch's eager float32 MP-LoRA step beside them, megabytes
           of the file, and peak resident memory of a fresh process that loads the program and runs two steps.
 
-Accuracy after training is the demo's: `python -m examples.demo --quantization 8da8w`.
+publish   Write docs/quantization_measured.json from what the others and the demo (`python -m examples.demo
+          --quantization 8da8w --output runs/demo-8da8w`) have left behind.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ STEPS = 7
 def main() -> None:
     """Run one of the two measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "cost"))
+    parser.add_argument("what", choices=("quality", "cost", "publish"))
+    parser.add_argument("demos", nargs="*", type=Path, help="folders of the demo, for `publish`")
     parser.add_argument("--recipes", nargs="+", choices=("none", *RECIPES))
     parser.add_argument("--backend", default="eager", help="engine of `quality`")
     parser.add_argument("--seeds", type=int, default=64)
@@ -58,7 +61,7 @@ def main() -> None:
     Workload.add_arguments(parser)
     options = parser.parse_args()
     set_threads(options.threads)
-    (quality if options.what == "quality" else cost)(options)
+    {"quality": quality, "cost": cost, "publish": publish}[options.what](options)
 
 
 def quality(options: argparse.Namespace) -> None:
@@ -120,17 +123,19 @@ def gradients(
     return values
 
 
-def cosines(record: dict[str, Any], backend_of_reference: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+def cosines(record: dict[str, Any], of_float32: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """By recipe and eps: cosine with float32 at the same eps, and at the reference eps."""
-    reference = (backend_of_reference or record)["gradients"]["none"]
+    reference = (of_float32 or record)["gradients"]["none"]
     at_reference = torch.tensor(reference[str(REFERENCE_EPS)], dtype=torch.float64)
     found: dict[str, dict[str, Any]] = {}
     for recipe, by_eps in record["gradients"].items():
         for eps, values in by_eps.items():
             g = torch.tensor(values, dtype=torch.float64)
             same = torch.tensor(reference[eps], dtype=torch.float64)
+            common = min(len(g), len(same))
             found.setdefault(recipe, {})[eps] = [
-                round(float(torch.cosine_similarity(g, other[: len(g)], dim=0)), 4) for other in (same, at_reference)
+                round(float(torch.cosine_similarity(g[:common], other[:common], dim=0)), 4)
+                for other in (same, at_reference)
             ]
     return found
 
@@ -199,6 +204,69 @@ def cost(options: argparse.Namespace) -> None:
     table.add_row("PyTorch eager, float32", f"{medians['eager']:.3f}", "", "1", "", "", "", "")
     Console(width=130).print(table)
     print(f"in {options.out / 'cost.json'}")
+
+
+def publish(options: argparse.Namespace) -> None:
+    """The numbers of the page docs/quantization.md."""
+    records = {
+        engine: json.loads(path.read_text())
+        for engine in ("eager", "xnnpack")
+        if (path := options.out / f"quality-{engine}.json").exists()
+    }
+    measured: dict[str, Any] = {"eps": [str(eps) for eps in EPS if any(_has_eps(r, eps) for r in records.values())]}
+    measured["quality"] = {}
+    for engine, record in records.items():
+        found = cosines(record, records["eager"])
+        number = len(records["eager"]["gradients"]["none"][str(REFERENCE_EPS)])
+        measured["quality"][f"{engine}, {number} directions"] = {
+            recipe: found[recipe] for recipe in ("none", *RECIPES) if recipe in found
+        }
+    record = json.loads((options.out / "cost.json").read_text())
+    medians, first = record["medians"], record["recipes"]["none"]
+    measured["cost"] = [
+        "SmolLM2-135M, adapters of rank 8 on all layers but the head, q=4, 2 rows of 64 tokens, medians of "
+        f"{STEPS} steps in turns (`python -m benchmarks.quantization cost --queries 4 --rows 2 --tokens 64`); "
+        f"{record['machine']['processor']}, {record['machine']['threads']} threads. Memory is the peak of a fresh "
+        "process that loads `train_step` and `evaluate` and runs each twice.",
+        "",
+        "| weights | step, of float32 | of eager PyTorch in float32 | file MB | of float32 | peak memory MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {'float32' if recipe == 'none' else recipe} | {medians[recipe] / medians['none']:.2f} | "
+            f"{medians[recipe] / medians['eager']:.2f} | {found['file_mb']:.0f} | "
+            f"{found['file_mb'] / first['file_mb']:.2f} | {found['memory']:.0f} |"
+            for recipe, found in record["recipes"].items()
+        ),
+    ]
+    demos = [json.loads((folder / "run.json").read_text()) for folder in options.demos]
+    measured["accuracy"] = [
+        "The demo (`python -m examples.demo --quantization ...`): 400 held-out sentences, before and after training.",
+        "",
+        "| weights | seed | steps | eps | accuracy | AUC |",
+        "| --- | ---: | ---: | ---: | --- | --- |",
+        *(
+            f"| {_recipe_of(run)} | {run['seed']} | "
+            f"{run['steps']} | {run['eps']} | {run['before']['accuracy']:.3f} to {run['after']['accuracy']:.3f} | "
+            f"{run['before']['auc']:.3f} to {run['after']['auc']:.3f} |"
+            for run in demos
+        ),
+    ]
+    measured["quality_text"] = (
+        "Cosine between the projected gradients of a recipe and those of float32, as a vector over all directions, on "
+        "the demo's program and sentences: with float32 at the same eps / with float32 at eps 0.01. The first number "
+        "falls where rounding drowns the difference of two losses; the second also where the step is so large that the "
+        "loss is no longer straight. (`python -m benchmarks.quantization quality`)"
+    )
+    write_json(Path("docs/quantization_measured.json"), measured)
+    print("wrote docs/quantization_measured.json; now make docs")
+
+
+def _recipe_of(run: dict[str, Any]) -> str:
+    return str(json.loads(run["quantization"])["recipe"]) if run.get("quantization") else "float32"
+
+
+def _has_eps(record: dict[str, Any], eps: float) -> bool:
+    return any(str(eps) in by_eps for by_eps in record["gradients"].values())
 
 
 def peak_of_a_process(workload: Workload, file: Path, threads: int) -> float:

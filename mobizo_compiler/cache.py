@@ -7,12 +7,10 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.printer import program_text
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.program import GraphProgram, raw_bytes
 
 SUFFIXES = (".pte", ".pt2")  # of program files; an artifact whose suffix is not the first says which
 
@@ -56,5 +54,5 @@ def content_key(methods: Mapping[str, GraphProgram], manifest: Manifest) -> str:
             digest.update(f"{target} {tensor.dtype} {list(tensor.shape)}".encode())
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
-                digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy())
+                digest.update(raw_bytes(tensor))
     return digest.hexdigest()

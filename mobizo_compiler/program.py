@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
@@ -185,3 +186,9 @@ def source_line(node: fx.Node) -> str:
     places = [line for line in reversed(trace) if line.startswith("File ")]
     place = next((line for line in places if "/torch/nn/" not in line), "")
     return f"%{node.name} ({node.target})" + (f", {place}" if place else "")
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order. A tensor of one element may have any stride, which a view refuses."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data

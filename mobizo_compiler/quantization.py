@@ -24,7 +24,7 @@ ROW_RECIPES = ("fp16", "int8", "int4")
 _ROWS_OF = {"fp16": "fp16", "8da8w": "int8", "int8": "int8", "8da4w": "int4", "int4": "int4", "nf4": "int4"}
 # A larger step drowns less in rounding and sees more curvature; chosen by benchmarks/quantization.py, see
 # docs/quantization.md.
-DEFAULT_EPS = {None: 1e-2, "fp16": 1e-2, "8da8w": 3e-2, "8da4w": 3e-2, "int8": 1e-2, "int4": 1e-2, "nf4": 1e-2}
+DEFAULT_EPS = {None: 1e-2, "fp16": 1e-2, "8da8w": 1e-1, "8da4w": 1e-1, "int8": 1e-2, "int4": 1e-2, "nf4": 1e-2}
 NF4_BLOCK, NF4_SCALERS = 64, 256  # QLoRA, appendix A: blocks of 64 weights, their scales in blocks of 256
 
 
@@ -291,7 +291,7 @@ def _nf4(weight: Tensor, fqn: str) -> StoredWeight:
         "codes": stored.quantized_data,
         "scalers": stored.quantized_scalers,
         "factor": stored.quantization_factor,
-        "mean": stored.scaler_mean.reshape(1),
+        "mean": stored.scaler_mean.reshape(1).clone(),
         "table": stored.nf4,
     }
 

@@ -31,7 +31,7 @@ from mobizo_compiler.backends.aot_inductor.tensors import map_tensors, write_ten
 from mobizo_compiler.backends.atomic_copy import copy_whole
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.program import STATE, GraphProgram
+from mobizo_compiler.program import STATE, GraphProgram, raw_bytes
 
 MAGIC = b"PK\x03\x04"
 SUFFIX = ".pt2"
@@ -121,8 +121,7 @@ def _weights(methods: Mapping[str, GraphProgram]) -> tuple[dict[str, dict[str, s
 
 
 def _content(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(values.data).hexdigest()}"
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw_bytes(tensor)).hexdigest()}"
 
 
 class AotInductorArtifact:

@@ -11,19 +11,21 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch._inductor.package.package import package_aoti
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from mobizo_compiler.backends.aot_inductor.artifact import AotInductorArtifact, Target, write_program
 from mobizo_compiler.backends.aot_inductor.tensors import DTYPES
 from mobizo_compiler.backends.cuda.requirements import missing_for_cuda
+from mobizo_compiler.backends.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import ConfigError, LoweringError
 from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import GraphProgram
 
@@ -82,8 +84,8 @@ class AotInductorBackend:
         ]
 
     def passes(self) -> Sequence[Pass]:
-        """None: Inductor has its own."""
-        return ()
+        """Quantized layers in plain operators, with 4-bit weights in 4 bits; the rest is Inductor's."""
+        return (SpellOutQuantization(), Canonicalize())
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> AotInductorArtifact:
         """Compile every method, and write the package with one copy of each weight.
@@ -106,7 +108,7 @@ class AotInductorBackend:
                 names = set(exported.graph_signature.user_inputs)
                 inputs = tuple(node.meta["val"] for node in exported.graph.nodes if node.name in names)
                 # The weights of a module are real tensors among fake ones, which the mode of our graphs refuses.
-                with mock.patch.object(inputs[0].fake_mode, "allow_non_fake_inputs", True):
+                with _real_among_fake(inputs[0].fake_mode):
                     files: Any = torch._inductor.aot_compile(
                         exported.module(check_guards=False),
                         inputs,
@@ -139,6 +141,17 @@ def program_on(program: GraphProgram, device: str) -> ExportedProgram:
     moved = move_to_device_pass(exported, device)
     moved.graph_module.recompile()  # the pass changes the devices in the graph, not in its code
     return moved
+
+
+@contextlib.contextmanager
+def _real_among_fake(mode: FakeTensorMode) -> Iterator[None]:
+    """Let a fake tensor mode take real tensors, in this block."""
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mobizo_compiler.errors import ArtifactError
+from mobizo_compiler.program import raw_bytes
 
 DTYPES = {
     "F64": torch.float64,
@@ -54,7 +55,7 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor], position: int)
     file.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
         if tensor.numel():
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(raw_bytes(tensor))
 
 
 def map_tensors(data: mmap.mmap, position: int, size: int, where: str) -> dict[str, Tensor]:
