@@ -102,7 +102,9 @@ def outcome(recipe: str, backend: str) -> str:
             model, (tokens,), lora, ZOConfig(queries=2), backend=backend, quantization=recipe, example_labels=None
         )
     except BackendRefusedError as error:
-        return f"refused: [{error.code}] " + error.problem.splitlines()[-1].partition("): ")[2]
+        lines = error.problem.splitlines()
+        reason = next((line for line in lines[1:] if line.startswith("  - ")), lines[min(1, len(lines) - 1)])
+        return f"refused: [{error.code}] " + (reason.partition("): ")[2] or reason.strip(" -"))
     if getattr(program.artifact, "cannot_run", None):
         return "lowered"
     start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)) * 0.3
