@@ -12,10 +12,10 @@ demo: $(READY)  ## compile SmolLM2, fine-tune it, show the gain
 	$(BIN)/python -m examples.demo
 
 test: lint  ## lint, types, fresh generated pages, all tests but the slow ones
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: lint  ## with the slow tests, which need the whole model
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -31,9 +31,10 @@ from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "v_proj", "down_proj"))
 IDS = torch.zeros(2, 5, dtype=torch.int64)
-pytestmark = pytest.mark.skipif(
-    AotInductorBackend().unavailable() is not None, reason=str(AotInductorBackend().unavailable())
-)
+pytestmark = [
+    pytest.mark.skipif(AotInductorBackend().unavailable() is not None, reason=str(AotInductorBackend().unavailable())),
+    pytest.mark.xdist_group("aot_inductor"),  # one process, so that the fixture's program is compiled once
+]
 
 
 def model() -> TinyCausalLM:
@@ -131,6 +132,7 @@ def test_a_state_in_other_memory_is_copied_there_and_back(saved: Path) -> None:
     assert torch.equal(whole.evaluate(inputs)["logits"], apart.evaluate(inputs)["logits"])
 
 
+@pytest.mark.slow
 def test_state_as_input_and_output(saved: Path, tmp_path: Path) -> None:
     inputs, labels = tiny_batch()
     compiled = mobizo.compile(model(), inputs, LORA, ZOConfig(queries=2), backend="aot_inductor", state="io")
@@ -271,6 +273,7 @@ def test_the_integer_stream_is_that_of_eager_pytorch(tmp_path: Path) -> None:
         torch.testing.assert_close(gaussian, wanted[3], rtol=0, atol=1.5e-6)
 
 
+@pytest.mark.slow
 def test_dynamic_sizes() -> None:
     torch.manual_seed(0)
     net = TokenWise().eval()

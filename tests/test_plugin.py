@@ -94,6 +94,7 @@ def test_the_installed_example_keeps_the_contract(openvino_python: Path) -> None
     assert found == ["mobizo_openvino:MobizoOpenvino", True, True]
 
 
+@pytest.mark.slow
 def test_a_decoder_in_openvino(openvino_python: Path) -> None:
     """Ten steps with attention, a mask and rows without anything to attend to; how much is outside; what is refused."""
     found = run(
@@ -153,6 +154,7 @@ def test_a_decoder_in_openvino(openvino_python: Path) -> None:
     assert found["output_error"] < 1e-3
 
 
+@pytest.mark.slow
 def test_without_the_property_the_compiler_refuses_reduced_precision(openvino_python: Path) -> None:
     """What makes the example right, taken away; and what it writes is read where the program runs."""
     found = run(

@@ -110,6 +110,7 @@ def test_what_a_session_says_is_about_the_training_program(
     assert "method 'train_step'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_recipe_can_be_used_again(tmp_path: Path) -> None:
     recipe = portable()
     first = exported(recipe).get_pte_buffer()
@@ -135,6 +136,7 @@ def test_a_captured_model_goes_in_as_its_module(tmp_path: Path) -> None:
     assert [site.fqn for site in mobizo.load(path).sites] == ["up"]
 
 
+@pytest.mark.slow
 def test_dynamic_sizes(tmp_path: Path) -> None:
     """`export` makes them dynamic, the recipe names them."""
     shapes = ({0: Dim("rows", max=9), 1: Dim("tokens", max=16)},)
@@ -151,6 +153,7 @@ def test_dynamic_sizes(tmp_path: Path) -> None:
         exported(portable(), dynamic_shapes=shapes)
 
 
+@pytest.mark.slow
 def test_any_backend_that_lowers_through_executorch(tmp_path: Path) -> None:
     """And two options of `compile`: one that changes the program, and one that shows it."""
     lines: list[str] = []
