@@ -131,7 +131,7 @@ class Editor:
         """Add a tensor that no method changes."""
         value = self.mode.from_tensor(tensor, static_shapes=True)
         first_input = next(iter(self.inputs.values()), None)
-        node = self._placeholder(f"b_{name}", value, first_input or next(iter(self.graph.nodes)))
+        node = self._placeholder(f"b_{name}".replace(".", "_"), value, first_input or next(iter(self.graph.nodes)))
         self._input_specs[node.name] = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True)
         self._tensors[name] = tensor
         return node

@@ -22,7 +22,6 @@ from mobizo_compiler.errors import (
     LossError,
     MobizoError,
     NoMatchingTargetError,
-    NotSupportedYetError,
     StateError,
     TokenRangeError,
     UnsupportedGraphError,
@@ -148,7 +147,7 @@ def compile_tokens(model: nn.Module | None = None, inputs: Any = (IDS,), **optio
         ({"lora": {"r": 3}}, ConfigError, "lora must be a LoraConfig"),
         ({"zo": 4}, ConfigError, "zo must be a ZOConfig"),
         ({"loss": print}, ConfigError, "loss"),
-        ({"quantization": "8da4w"}, NotSupportedYetError, "quantization"),
+        ({"quantization": "8da3w"}, ConfigError, "recipe is '8da3w'"),
         ({"dynamic_shapes": 3}, ExampleInputError, "must be a dict or a tuple"),
     ],
 )
