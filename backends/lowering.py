@@ -107,16 +107,8 @@ def lower_to_executorch(
         LoweringError: Lowering lost the state of a method.
     """
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
-    try:
-        with _quiet():
-            executable, delegation = _lower(methods, manifest, lora_a, partitioners)
-    except MobizoError:
-        raise
-    except Exception as error:
-        raise LoweringError(
-            f"ExecuTorch cannot lower this program for backend {manifest.backend!r}: {error}",
-            hint="the message above is ExecuTorch's; MOBIZO_DUMP=folder writes the program it was given",
-        ) from error
+    with explained(methods, manifest.backend):
+        executable, delegation = _lower(methods, manifest, lora_a, partitioners)
     folder = tempfile.mkdtemp(prefix="mobizo-")
     path = Path(folder) / "program.pte"
     with path.open("wb") as file:
@@ -125,6 +117,28 @@ def lower_to_executorch(
     artifact = ExecuTorchArtifact(path, manifest, delegation)
     weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
     return artifact
+
+
+@contextlib.contextmanager
+def explained(methods: Mapping[str, GraphProgram], backend: str) -> Iterator[None]:
+    """Lower in this block: quietly, with our errors, and with the programs as they were afterwards.
+
+    ExecuTorch takes the constants that go into a delegate out of the program that it is given.
+    """
+    kept = {name: dict(program.exported.constants) for name, program in methods.items()}
+    try:
+        with _quiet():
+            yield
+    except MobizoError:
+        raise
+    except Exception as error:
+        raise LoweringError(
+            f"ExecuTorch cannot lower this program for backend {backend!r}: {error}",
+            hint="the message above is ExecuTorch's; MOBIZO_DUMP=folder writes the program it was given",
+        ) from error
+    finally:
+        for name, program in methods.items():
+            program.exported.constants.update(kept[name])
 
 
 def _lower(

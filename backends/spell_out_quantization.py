@@ -13,6 +13,7 @@ Rows of an embedding are looked up first and decoded then.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -64,6 +65,22 @@ class SpellOutQuantization(Pass):
                 if operator_name(node) == DEQUANTIZE and operator_name(operand(node)) == QUANTIZE:
                     with edit.graph.inserting_before(node):
                         edit.replace(node, _rounded(edit, operand(node)))
+
+
+def scales_as(edit: Editor, dtype: torch.dtype, wanted: Callable[[Tensor], bool]) -> None:
+    """Store the scales of quantized weights in another dtype, where `wanted` says so; one new constant for each."""
+    converted: dict[fx.Node, fx.Node] = {}
+    for node in list(edit.graph.nodes):
+        if operator_name(node) != DEQUANTIZE:
+            continue
+        scale = operand(node, 2)
+        tensor = edit.tensor(scale)
+        if tensor is None or not wanted(tensor):
+            continue
+        if scale not in converted:
+            name = f"{edit.tensor_name(scale)}_{str(dtype).removeprefix('torch.')}"
+            converted[scale] = edit.add_constant(name, tensor.detach().to(dtype))
+        node.args = (*node.args[:2], converted[scale], *node.args[3:])
 
 
 def rounded_input(linear: fx.Node) -> fx.Node | None:

@@ -10,7 +10,6 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-import mobizo_compiler as mobizo
 from benchmarks.workload import Workload
 
 
@@ -21,16 +20,8 @@ def main() -> None:
     Workload.add_arguments(parser)
     options = parser.parse_args()
     workload = Workload.from_arguments(options)
-    program = mobizo.compile(
-        workload.load_model(),
-        workload.batch()[0],
-        lora=workload.lora,
-        zo=mobizo.ZOConfig(queries=workload.queries),
-        loss=mobizo.CausalLMLoss(max_labels=1),
-        quantization=workload.quantization,
-        backend=options.backend,
-        progress=lambda line: print(line, flush=True),
-    )
+    program, seconds = workload.compile(options.backend)
+    print(seconds)
     weights = workload.quantization or "float32"
     table = Table("method", "delegates", "calls outside", title=f"{workload.model} on {options.backend}, {weights}")
     for method, found in program.artifact.delegation.items():  # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ class Workload:
             "forward": [value.repeat(2 * self.queries, 1) for value in rows],
         }[method]
 
-    def compile(self) -> tuple[mobizo.Program, dict[str, float]]:
+    def compile(self, backend: str = "xnnpack") -> tuple[mobizo.Program, dict[str, float]]:
         """The program that trains itself, and the seconds of every phase."""
         import mobizo_compiler as mobizo
 
@@ -160,6 +160,7 @@ class Workload:
                 zo=mobizo.ZOConfig(queries=self.queries),
                 loss=mobizo.CausalLMLoss(max_labels=1),
                 quantization=self.quantization,
+                backend=backend,
                 progress=timer,
             )
         return program, timer.seconds

@@ -17,7 +17,7 @@ from executorch.runtime import Runtime
 from mobizo_compiler.backends import lowering
 from mobizo_compiler.backends.atomic_copy import copy_whole
 from mobizo_compiler.backends.lowering import ExecuTorchArtifact, ExecuTorchRunner
-from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, LoweringError
+from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.program import GraphProgram
 
@@ -33,21 +33,15 @@ def write_program(
         LoweringError: The delegate cannot compile a method.
     """
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
-    try:
-        with lowering._quiet():
-            edge = to_edge_transform_and_lower(
-                {name: program.exported for name, program in methods.items()},
-                partitioner={name: list(inner) for name, inner in partitioners.items()},
-                constant_methods={lowering.MANIFEST_METHOD: manifest.to_json(), lowering.LORA_A_METHOD: lora_a},
-                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            )
-            delegation = {name: lowering._delegation(edge.exported_program(name)) for name in methods}
-            executable = edge.to_executorch()
-    except Exception as error:
-        raise LoweringError(
-            f"ExecuTorch cannot lower this program for backend {manifest.backend!r}: {error}",
-            hint="the message above is ExecuTorch's; MOBIZO_DUMP=folder writes the program it was given",
-        ) from error
+    with lowering.explained(methods, manifest.backend):
+        edge = to_edge_transform_and_lower(
+            {name: program.exported for name, program in methods.items()},
+            partitioner={name: list(inner) for name, inner in partitioners.items()},
+            constant_methods={lowering.MANIFEST_METHOD: manifest.to_json(), lowering.LORA_A_METHOD: lora_a},
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
+        delegation = {name: lowering._delegation(edge.exported_program(name)) for name in methods}
+        executable = edge.to_executorch()
     folder = tempfile.mkdtemp(prefix="mobizo-")
     path = Path(folder) / "program.pte"
     with path.open("wb") as file:

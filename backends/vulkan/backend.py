@@ -75,12 +75,7 @@ class VulkanBackend:
         load_runtime()
         network = {name: methods[name] for name in ("train_step", "evaluate")}  # `replay` has none
         partitioners = {name: [OneDelegate(list(p.inputs), p.outputs)] for name, p in network.items()}
-        kept = {name: dict(program.exported.constants) for name, program in methods.items()}
-        try:
-            return lower_to_executorch(methods, manifest, partitioners)
-        finally:
-            for name, program in methods.items():  # lowering takes what goes into a delegate out of the given program
-                program.exported.constants.update(kept[name])
+        return lower_to_executorch(methods, manifest, partitioners)
 
 
 def load_runtime(library: str | os.PathLike[str] | None = None) -> bool:

@@ -15,11 +15,9 @@ import dataclasses
 import torch
 
 from mobizo_compiler import facts
-from mobizo_compiler.axes.rules import operator_name
-from mobizo_compiler.backends.spell_out_quantization import DEQUANTIZE
+from mobizo_compiler.backends.spell_out_quantization import scales_as
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import operand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +28,4 @@ class RoundGroupScales(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """A scale per channel stays: XNNPACK holds those in float32."""
-        for node in list(edit.graph.nodes):
-            if operator_name(node) != DEQUANTIZE:
-                continue
-            scale = edit.tensor(operand(node, 2))
-            if scale is None or scale.dtype != torch.float32 or scale.shape[-1] == 1:
-                continue
-            name = f"{edit.tensor_name(operand(node, 2))}_bfloat16"
-            known = {edit.tensor_name(other): other for other in edit.tensors}
-            rounded = known.get(name) or edit.add_constant(name, scale.to(torch.bfloat16))
-            node.replace_input_with(operand(node, 2), rounded)
+        scales_as(edit, torch.bfloat16, lambda scale: scale.dtype == torch.float32 and scale.shape[-1] > 1)
