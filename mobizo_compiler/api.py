@@ -10,7 +10,7 @@ import importlib.metadata
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +42,7 @@ from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram
 from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
+from mobizo_compiler.smoothing import smoothing_of
 from mobizo_compiler.targets import heads, resolve_targets, short_names
 from mobizo_compiler.verify import check_program
 
@@ -139,7 +140,8 @@ def compile(
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
             captured = passes.capture(model, example, symbolic=symbolic)
         say("rewrite")
-        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, recipe, observer)
+        store = _store(captured, recipe, example)
+        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, store, observer)
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
     manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state, recipe)
@@ -198,12 +200,11 @@ def rewrite(
     loss: Loss,
     backend: Backend,
     state: str = "shared",
-    quantization: Any = None,
+    store: Sequence[Pass] = (),
     observer: Callable[[str], Observer | None] = lambda method: None,
 ) -> dict[str, GraphProgram]:
     """The three methods of a program: static graphs that share one state, ready for the backend to lower."""
     carry: list[Pass] = [passes.PassState()] if state == "io" else []
-    store: list[Pass] = [] if quantization is None else [passes.Quantize(quantization, heads(captured))]
     finish: list[Pass] = [passes.Specialize(rows), *store, passes.Canonicalize(), *carry, *backend.passes()]
     front: list[Pass] = [passes.AttachLoss(loss), passes.Canonicalize(), passes.FreeRows(), passes.SliceLabels()]
     observe = observer("train_step")
@@ -231,6 +232,17 @@ def rewrite(
         "evaluate": evaluate,
         "replay": Pipeline([replay, *carry], observer("replay")).run(passes.empty_program()),
     }
+
+
+def _store(captured: GraphProgram, quantization: Any, example: Example) -> list[Pass]:
+    """What quantizes the base weights, if anything."""
+    if quantization is None:
+        return []
+    output_layers = heads(captured)
+    smoothing: dict[str, Tensor] = {}
+    if isinstance(quantization, QuantizationConfig):
+        smoothing = smoothing_of(captured, example.tensors, quantization, output_layers)
+    return [passes.Quantize(quantization, output_layers, smoothing)]
 
 
 def load(path: str | PathLike[str]) -> Program:

@@ -100,6 +100,10 @@ class Editor:
         spec = self._input_specs.get(node.name)
         return None if spec is None else spec.target
 
+    def constant(self, name: str) -> fx.Node | None:
+        """The placeholder of the tensor of that name, if there is one."""
+        return next((node for node in self._placeholders() if self._input_specs[node.name].target == name), None)
+
     def is_weight(self, node: fx.Node) -> bool:
         """Whether a placeholder stands for a parameter, or for a buffer or constant in place of one."""
         spec = self._input_specs.get(node.name)

@@ -20,8 +20,11 @@ from mobizo_compiler.errors import ConfigError, QuantizationError
 
 Recipe = Literal["fp16", "8da8w", "8da4w", "int8", "int4", "nf4"]
 RECIPES: tuple[Recipe, ...] = ("fp16", "8da8w", "8da4w", "int8", "int4", "nf4")
+GROUP_SUMS = "group_sums"  # the part of a stored weight that sums inputs in groups; it depends on the shape alone
+ROUND_ACTIVATIONS = ("8da8w", "8da4w")
 ROW_RECIPES = ("fp16", "int8", "int4")
-_ROWS_OF = {"fp16": "fp16", "8da8w": "int8", "int8": "int8", "8da4w": "int4", "int4": "int4", "nf4": "int4"}
+_ROWS_OF = {"fp16": "fp16", "8da8w": "int8", "8da4w": "int8", "int8": "int8", "int4": "int8", "nf4": "int8"}
+_HEAD_OF = {"8da4w": "8da8w"}
 # A larger step drowns less in rounding and sees more curvature; chosen by benchmarks/quantization.py, see
 # docs/quantization.md.
 DEFAULT_EPS = {None: 1e-2, "fp16": 1e-2, "8da8w": 1e-1, "8da4w": 1e-1, "int8": 1e-2, "int4": 1e-2, "nf4": 1e-2}
@@ -39,15 +42,20 @@ class QuantizationConfig(JsonConfig):
             et al. 2023, arXiv 2305.14314).
         group_size: Weights of 4 bits that share a scale.
         embedding: Storage of embedding tables: "fp16", "int8" (a scale per row), "int4" (a scale per group), or "none"
-            for float32. "auto" takes as many bits as the recipe.
-        head: Recipe of the output layer, or "none" for float32; "auto" takes `recipe`.
+            for float32. "auto" is "int8", and "fp16" for "fp16".
+        head: Recipe of the output layer, or "none" for float32; "auto" takes `recipe`, but "8da8w" for "8da4w".
         skip: Names of layers that stay float32, matched at the end of a module's path.
+        smoothing: How much of the spread of a layer's input channels its weights take over before the input is
+            rounded, 0 to 1 (SmoothQuant, Xiao et al. 2023, arXiv 2211.10438); measured on the example inputs, which
+            should be real ones. "auto" chooses for each input, where activations are rounded.
+        asymmetric: Give groups of 4-bit weights an offset besides their scale, as in the GGUF type Q4_1 and torchao's
+            tinygemm layout; it costs a small product per layer.
 
     Raises:
         ConfigError: A field is out of range.
 
     >>> QuantizationConfig("8da4w").rows
-    'int4'
+    'int8'
     >>> QuantizationConfig.from_json(QuantizationConfig("int8").to_json()) == QuantizationConfig("int8")
     True
     """
@@ -57,6 +65,8 @@ class QuantizationConfig(JsonConfig):
     embedding: str = "auto"
     head: str = "auto"
     skip: tuple[str, ...] = ()
+    smoothing: float | str = "auto"
+    asymmetric: bool = True
 
     def __post_init__(self) -> None:
         _one_of("recipe", self.recipe, RECIPES)
@@ -69,17 +79,30 @@ class QuantizationConfig(JsonConfig):
         if isinstance(self.skip, str) or not all(isinstance(name, str) for name in self.skip):
             raise ConfigError(f"QuantizationConfig.skip must be a sequence of names, not {self.skip!r}")
         object.__setattr__(self, "skip", tuple(self.skip))
+        if not isinstance(self.asymmetric, bool):
+            raise ConfigError(f"QuantizationConfig.asymmetric is {self.asymmetric!r}", hint="use True or False")
+        number = isinstance(self.smoothing, (int, float)) and not isinstance(self.smoothing, bool)
+        if self.smoothing != "auto" and not (number and 0 <= float(self.smoothing) <= 1):
+            raise ConfigError(
+                f"QuantizationConfig.smoothing is {self.smoothing!r}", hint='use a number from 0 to 1, or "auto"'
+            )
 
     @property
     def rows(self) -> str:
         """Storage of embedding tables, with "auto" resolved."""
         return _ROWS_OF[self.recipe] if self.embedding == "auto" else self.embedding
 
+    def smooths(self, fqn: str, is_head: bool) -> bool:
+        """Whether the inputs of the layer at a path are smoothed."""
+        return self.smoothing != 0 and self.recipe_of(fqn, is_head) in ROUND_ACTIVATIONS
+
     def recipe_of(self, fqn: str, is_head: bool) -> str:
         """Recipe of the layer at a path; "none" if it stays float32."""
         if any(fqn == name or fqn.endswith("." + name) for name in self.skip):
             return "none"
-        return self.head if is_head and self.head != "auto" else self.recipe
+        if not is_head:
+            return self.recipe
+        return _HEAD_OF.get(self.recipe, self.recipe) if self.head == "auto" else self.head
 
 
 def _one_of(field: str, value: object, allowed: Sequence[str]) -> None:
@@ -141,7 +164,7 @@ class StoredWeight:
     rows: Callable[..., Tensor] | None = None
 
 
-def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str) -> StoredWeight:
+def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmetric: bool = False) -> StoredWeight:
     """Quantize one weight.
 
     Args:
@@ -149,6 +172,7 @@ def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str) -> Stor
         recipe: A recipe, or a torchao configuration.
         group_size: See `QuantizationConfig`.
         fqn: Path of the layer, for messages and for configurations that choose by path.
+        asymmetric: See `QuantizationConfig`.
 
     Raises:
         QuantizationError: The weight does not have the shape that the recipe needs, or torchao refuses it.
@@ -160,12 +184,47 @@ def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str) -> Stor
     if recipe == "nf4":
         return _nf4(weight, fqn)
     config = torchao_config(recipe, group_size) if isinstance(recipe, str) else recipe
-    if isinstance(recipe, str) and recipe in ("int4", "8da4w") and weight.shape[1] % group_size:
+    in_groups = isinstance(recipe, str) and recipe in ("int4", "8da4w")
+    if in_groups and weight.shape[1] % group_size:
         raise QuantizationError(
             f"layer {fqn} has {weight.shape[1]} inputs, which groups of {group_size} do not divide",
             hint=f"QuantizationConfig({recipe!r}, group_size=...) with another size, or skip=({fqn!r},)",
         )
-    return _by_torchao(weight, config, fqn)
+    stored = _by_torchao(weight, config, fqn)
+    return _with_offsets(weight, stored, group_size) if in_groups and asymmetric else stored
+
+
+def _with_offsets(weight: Tensor, stored: StoredWeight, group_size: int) -> StoredWeight:
+    """The symmetric layer with other codes and scales, plus the groups' offsets times the sums of their inputs.
+
+    Engines have kernels for symmetric groups only. What is added has `group_size` times fewer inputs, and is float32.
+    """
+    from torchao.quantization import MappingType
+    from torchao.quantization.quant_primitives import (
+        _choose_qparams_affine_tinygemm,
+        _quantize_affine_tinygemm_no_dtype_cast,
+    )
+
+    out_features, in_features = weight.shape
+    block = (1, group_size)
+    scale, offset = _choose_qparams_affine_tinygemm(
+        weight, MappingType.ASYMMETRIC, block, torch.uint8, 0, 15, scale_dtype=torch.bfloat16
+    )
+    codes = _quantize_affine_tinygemm_no_dtype_cast(weight, block, scale.to(weight.dtype), offset, 0, 15) - 8
+    groups = in_features // group_size
+    sums = torch.eye(groups).repeat_interleave(group_size, dim=1)
+    parts = stored.parts | {
+        "qdata": codes.to(torch.int8),
+        "scale": scale.reshape(out_features, groups),
+        "offset": offset.reshape(out_features, groups),
+        GROUP_SUMS: sums,
+    }
+
+    def linear(x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        *symmetric, offset, sums = tensors
+        return stored.linear(x, bias, *symmetric) + F.linear(F.linear(x, sums), offset)
+
+    return StoredWeight(parts, linear)
 
 
 def _by_torchao(weight: Tensor, config: Any, fqn: str) -> StoredWeight:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mobizo_compiler.axes import row_axes
 from mobizo_compiler.axes.rules import operator_name
@@ -23,6 +23,7 @@ _CONVOLUTIONS = (
 )
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
+_PLAIN_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 _MAX_STEPS = 400
 
 
@@ -122,6 +123,21 @@ def heads(program: GraphProgram) -> tuple[str, ...]:
     edit = Editor(program)
     every = find_targets(edit)
     return tuple(sorted(set(every) - all_targets(edit, every)))
+
+
+def linear_weight(edit: Editor, target: Target) -> tuple[str, Tensor] | None:
+    """Path and value [out_features, in_features] of the float32 parameter that a product multiplies by."""
+    node = target.call
+    if node.target not in _PLAIN_PRODUCTS:
+        return None
+    placeholder = operand(node, target.position + 1)
+    turned = node.target is not aten.linear.default
+    if placeholder.target is aten.t.default or placeholder.target is aten.transpose.int:
+        placeholder, turned = operand(placeholder), not turned
+    weight = edit.tensor(placeholder)
+    if weight is None or weight.dtype != torch.float32 or weight.dim() != 2:
+        return None
+    return str(edit.tensor_name(placeholder)), weight.t() if turned else weight
 
 
 def short_names(chosen: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Store the frozen base weights in fewer bits, with torchao.
 
 Given:    %y = linear(%x, %p_w, %p_bias)     %e = embedding(%p_table, %ids)
-Result:   %d = dequantize_affine(quantize_affine(%x, choose_qparams_affine(%x)))
+Result:   %s = mul(%x, %smoothing)
+          %d = dequantize_affine(quantize_affine(%s, choose_qparams_affine(%s)))
           %y = linear(%d, dequantize_affine(%p_w_qdata, %p_w_scale, ...), %p_bias)
           %e = embedding(%p_table_codes, %ids) * embedding(%p_table_scale, %ids)
 Numbers: changes, because weights, and with 8da* the inputs of layers, are rounded.
@@ -14,21 +15,29 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import QuantizationError
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import operand
-from mobizo_compiler.quantization import QuantizationConfig, StoredWeight, store_table, store_weight
-from mobizo_compiler.targets import Target, find_targets
+from mobizo_compiler.program import operand, raw_bytes
+from mobizo_compiler.quantization import (
+    GROUP_SUMS,
+    ROUND_ACTIVATIONS,
+    QuantizationConfig,
+    StoredWeight,
+    store_table,
+    store_weight,
+)
+from mobizo_compiler.targets import Target, find_targets, linear_weight
 
 aten = torch.ops.aten
-_PRODUCTS = {aten.linear.default: None, aten.addmm.default: 0, aten.mm.default: None, aten.matmul.default: None}
+SMOOTHING = "smoothing_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +47,13 @@ class Quantize(Pass):
     Args:
         config: A `QuantizationConfig`, or a configuration of torchao for all linear layers.
         heads: Paths of the output layers.
+        smoothing: What the inputs of a layer are multiplied by before they are rounded, by the path of its weight.
         stored: Weights that another method quantized already, by what they were made from; more are added.
     """
 
     config: Any
     heads: tuple[str, ...] = ()
+    smoothing: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     stored: dict[tuple[str, str, str], StoredWeight] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
@@ -65,25 +76,22 @@ class Quantize(Pass):
 
     def _linear(self, edit: Editor, fqn: str, target: Target) -> None:
         node = target.call
-        if node.target not in _PRODUCTS:
+        found = linear_weight(edit, target)
+        if found is None:
             return
-        placeholder = operand(node, target.position + 1)
-        turned = node.target is not aten.linear.default
-        if placeholder.target is aten.t.default or placeholder.target is aten.transpose.int:
-            placeholder, turned = operand(placeholder), not turned
-        weight = edit.tensor(placeholder)
-        if weight is None or weight.dtype != torch.float32 or weight.dim() != 2:
-            return
+        name, weight = found
         recipe = self.config
         if isinstance(self.config, QuantizationConfig):
             recipe = self.config.recipe_of(fqn, fqn in self.heads)
         if recipe == "none":
             return
         group_size = getattr(self.config, "group_size", 0)
-        key = (str(edit.tensor_name(placeholder)), str(recipe), fqn if recipe is self.config else "")
+        key = (name, str(recipe), fqn if recipe is self.config else "")
+        factor = self.smoothing.get(name) if recipe in ROUND_ACTIVATIONS else None
         if key not in self.stored:
-            straight = weight.t().contiguous() if turned else weight
-            self.stored[key] = store_weight(straight, recipe, group_size, fqn)
+            straight = weight.contiguous() if factor is None else weight / factor
+            asymmetric = getattr(self.config, "asymmetric", False)
+            self.stored[key] = store_weight(straight, recipe, group_size, fqn, asymmetric)
         stored = self.stored[key]
         if not stored.parts:
             return
@@ -91,6 +99,8 @@ class Quantize(Pass):
         with edit.graph.inserting_before(node):
             parts = _placeholders(edit, key, stored)
             x = operand(node, target.position)
+            if factor is not None:
+                x = edit.call(aten.mul.Tensor, x, _constant(edit, _name_of(factor), factor))
             if bias is None:
                 new = edit.inline(lambda x, *tensors: stored.linear(x, None, *tensors), x, *parts)
             else:
@@ -114,6 +124,12 @@ class Quantize(Pass):
         edit.replace(node, new)
 
 
+def _of_inputs(node: fx.Node) -> bool:
+    """Whether a call prepares the input of layers: smooths it, or sums it in groups."""
+    factor = node.args[1] if node.target in (aten.mul.Tensor, aten.linear.default) else None
+    return isinstance(factor, fx.Node) and factor.name.startswith(("b_" + SMOOTHING, "b_" + GROUP_SUMS))
+
+
 def _bias(node: fx.Node) -> fx.Node | None:
     if node.target is aten.addmm.default:
         return operand(node)
@@ -122,21 +138,31 @@ def _bias(node: fx.Node) -> fx.Node | None:
 
 def _placeholders(edit: Editor, key: tuple[str, str, str], stored: StoredWeight) -> list[fx.Node]:
     """The tensors of a stored weight; equal ones of several layers are there once."""
-    known: dict[str | None, fx.Node] = {edit.tensor_name(node): node for node in edit.tensors}
     label = hashlib.sha256("|".join(key).encode()).hexdigest()[:8]
     nodes = []
     for part, tensor in stored.parts.items():
         name = f"{key[0]}.{part}.{label}".replace(".", "_")
-        nodes.append(known[name] if name in known else edit.add_constant(name, tensor))
+        if part == GROUP_SUMS:
+            name = "_".join([GROUP_SUMS, *map(str, tensor.shape)])
+        nodes.append(_constant(edit, name, tensor))
     return nodes
 
 
+def _constant(edit: Editor, name: str, tensor: Tensor) -> fx.Node:
+    return edit.constant(name) or edit.add_constant(name, tensor)
+
+
+def _name_of(factor: Tensor) -> str:
+    """One name for one factor, so that layers that share it share the product."""
+    return SMOOTHING + hashlib.sha256(raw_bytes(factor)).hexdigest()[:16]
+
+
 def _share_rounded_inputs(edit: Editor) -> None:
-    """Round an input once for all layers that read it: equal calls of torchao's operators become one."""
+    """Smooth and round an input once for all layers that read it: equal calls become one."""
     first: dict[Any, fx.Node] = {}
     for node in list(edit.graph.nodes):
         name = str(node.target)
-        if node.op == "call_function" and ("_affine" in name or "getitem" in name):
+        if node.op == "call_function" and ("_affine" in name or "getitem" in name or _of_inputs(node)):
             key = (name, str(node.args), str(node.kwargs))
             if key in first:
                 edit.replace(node, first[key])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxWeightOnlyConfig, quantize_, to_nf4
-from torchao.quantization.granularity import PerAxis, PerGroup
+from torchao.quantization.granularity import PerAxis
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, QuantizationConfig, Session, ZOConfig
@@ -31,6 +31,11 @@ QUICK = {("portable", "8da4w"), ("portable", "nf4"), ("vulkan", "8da8w")}
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}
 ROWS, TOKENS, VOCABULARY = 3, 5, 16
+
+
+def as_torchao(recipe: str) -> QuantizationConfig:
+    """The recipe with nothing but what torchao itself does."""
+    return QuantizationConfig(recipe, head=recipe, smoothing=0, asymmetric=False)  # type: ignore[arg-type]
 
 
 class Wide(nn.Module):
@@ -70,7 +75,7 @@ def by_torchao(model: nn.Module, recipe: str, rounding: bool = True) -> nn.Modul
         if isinstance(module, nn.Embedding) and recipe == "fp16":
             module.weight.data = module.weight.data.half().float()
         elif isinstance(module, nn.Embedding):
-            module.weight.data = dequantized(module.weight.data, bits)
+            module.weight.data = dequantized(module.weight.data)
     return model
 
 
@@ -79,15 +84,11 @@ def block_of_scales(weight: Tensor) -> int:
     return max(size for size in range(1, 257) if count % size == 0)
 
 
-def dequantized(table: Tensor, bits: str) -> Tensor:
+def dequantized(table: Tensor) -> Tensor:
+    """The rows of a table as torchao stores them, with 8 bits and a scale per row."""
     holder = nn.Linear(*reversed(table.shape), bias=False)
     holder.weight.data = table.clone()
-    config = (
-        IntxWeightOnlyConfig(torch.int4, PerGroup(32), scale_dtype=torch.bfloat16)
-        if bits == "int4"
-        else IntxWeightOnlyConfig(torch.int8, PerAxis(0))
-    )
-    quantize_(holder, config)
+    quantize_(holder, IntxWeightOnlyConfig(torch.int8, PerAxis(0)))
     weight: Any = holder.weight
     result: Tensor = weight.dequantize().float()
     return result
@@ -99,7 +100,7 @@ def outcome(recipe: str, backend: str) -> str:
     lora = LoraConfig(r=3, lora_alpha=5, target_modules=("up", "head"))
     try:
         program = mobizo.compile(
-            model, (tokens,), lora, ZOConfig(queries=2), backend=backend, quantization=recipe, example_labels=None
+            model, (tokens,), lora, ZOConfig(queries=2), backend=backend, quantization=as_torchao(recipe)
         )
     except BackendRefusedError as error:
         lines = error.problem.splitlines()
@@ -217,6 +218,90 @@ def test_an_input_of_several_layers_is_rounded_once() -> None:
     assert len(chosen) == 1
 
 
+class Uneven(nn.Module):
+    """Two layers that read a value, some of whose channels are a hundred times larger than the others."""
+
+    def __init__(self, weight: Callable[[Tensor], Tensor] = lambda weight: weight) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 64)
+        self.up, self.gate = nn.Linear(64, 96, bias=False), nn.Linear(64, 96)
+        self.head = nn.Linear(96, VOCABULARY, bias=False)
+        sizes = torch.ones(64)
+        sizes[::9] = 100.0
+        self.embedding.weight.data *= sizes
+        for layer in (self.up, self.gate):
+            layer.weight.data = weight(layer.weight.data / sizes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        result: Tensor = self.head(torch.tanh(self.up(x)) * torch.sigmoid(self.gate(x)))
+        return result
+
+
+def evaluated(model: nn.Module, tokens: Tensor, backend: str, quantization: object) -> Tensor:
+    lora = LoraConfig(r=2, target_modules=("up",))
+    program = mobizo.compile(model, (tokens,), lora, ZOConfig(queries=1), backend=backend, quantization=quantization)
+    result: Tensor = Session(program).evaluate((tokens,))
+    return result
+
+
+@pytest.mark.parametrize("backend", ["eager", "portable", "xnnpack"])
+def test_smoothing_keeps_small_channels(backend: str) -> None:
+    """8 bits for a token with channels of 100 leave nothing below 0.4; divided, every channel has its share."""
+    torch.manual_seed(0)
+    model, tokens = Uneven().eval().requires_grad_(False), torch.randint(0, VOCABULARY, (8, 16))
+    exact = model(tokens)
+
+    def error(smoothing: float | str) -> float:
+        config = QuantizationConfig("8da8w", embedding="none", head="none", smoothing=smoothing)
+        return float((evaluated(model, tokens, backend, config) - exact).square().mean().sqrt())
+
+    plain, smooth = error(0), error("auto")
+    assert smooth < plain / 3
+    assert error(0.5) == pytest.approx(smooth, rel=0.01), "the search takes what is better"
+
+
+@pytest.mark.parametrize("backend", ["eager", "portable", "xnnpack"])
+@pytest.mark.parametrize("recipe", ["int4", "8da4w"])
+def test_weights_of_16_levels_between_any_two_ends_are_held(recipe: str, backend: str) -> None:
+    """A layer stored as GGUF's Q4_1 comes back; without offsets it is rounded a second time."""
+    torch.manual_seed(0)
+
+    def q4_1(weight: Tensor) -> Tensor:
+        groups = weight.reshape(-1, 32)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        step = ((high - low) / 15).bfloat16().float()
+        return (torch.round((groups - low) / step).clamp(0, 15) * step + low).reshape(weight.shape)
+
+    model, tokens = Uneven(q4_1).eval().requires_grad_(False), torch.randint(0, VOCABULARY, (8, 16))
+
+    def error(asymmetric: bool, smoothing: float | str = 0) -> float:
+        config = QuantizationConfig(
+            recipe,  # type: ignore[arg-type]
+            embedding="none",
+            head="none",
+            smoothing=smoothing,
+            asymmetric=asymmetric,
+        )
+        return float((evaluated(model, tokens, backend, config) - model(tokens)).abs().max())
+
+    if recipe == "int4":
+        assert error(True) < 1e-5 < 1e-3 < error(False)
+    else:
+        assert error(True) < error(False)
+
+
+def test_one_product_for_layers_with_one_input() -> None:
+    torch.manual_seed(0)
+    model, tokens = Uneven().eval().requires_grad_(False), torch.randint(0, VOCABULARY, (2, 5))
+    program = mobizo.compile(model, (tokens,), LoraConfig(r=2), backend="eager", quantization="8da4w")
+    graph = program.methods["train_step"].graph
+    products = [n for n in graph.nodes if n.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.linear.default)]
+    factors = [n.args[1].name for n in products if "smoothing" in str(n.args[1])]
+    sums = [n.args[1].name for n in products if "group_sums" in str(n.args[1])]
+    assert len(factors) == len(set(factors)) and sums == ["b_group_sums_2_64"]
+
+
 def test_what_stays_float32() -> None:
     model, tokens = wide()
     config = QuantizationConfig("8da4w", embedding="none", head="none", skip=("up",))
@@ -268,6 +353,8 @@ def test_a_configuration_of_torchao() -> None:
         (lambda: QuantizationConfig("int4", group_size=31), ConfigError, "group_size is 31"),
         (lambda: QuantizationConfig("int4", embedding="nf4"), ConfigError, "embedding is 'nf4'"),
         (lambda: QuantizationConfig("int4", skip="up"), ConfigError, "skip must be"),  # type: ignore[arg-type]
+        (lambda: QuantizationConfig("8da8w", smoothing=2), ConfigError, "smoothing is 2"),
+        (lambda: QuantizationConfig("int4", asymmetric=1), ConfigError, "asymmetric is 1"),  # type: ignore[arg-type]
         (lambda: compile_with(4), ConfigError, "quantization is 4"),
         (lambda: compile_with("8da3w"), ConfigError, "recipe is '8da3w'"),
         (lambda: compile_with(QuantizationConfig("int4", group_size=128)), QuantizationError, "layer up has 64 inputs"),
