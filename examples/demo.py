@@ -118,11 +118,7 @@ def compile_program(
     """Tokenizer, program, and the seconds it took."""
     start = time.monotonic()
     tokenizer, model = load_smollm2()
-    example = {
-        "input_ids": torch.zeros(ROWS, TOKENS, dtype=torch.int64),
-        "attention_mask": torch.ones(ROWS, TOKENS, dtype=torch.int64),
-    }
-    answers = Prompter(tokenizer, TOKENS).answers
+    prompter = Prompter(tokenizer, TOKENS)
     with console.status("loading") as status:
 
         def say(phase: str) -> None:
@@ -131,10 +127,10 @@ def compile_program(
 
         program = mobizo.compile(
             model,
-            example,
+            example_inputs(prompter),
             lora=LORA,
             zo=ZO,
-            loss=mobizo.ChoiceLoss(answers) if loss == "choice" else mobizo.CausalLMLoss(max_labels=1),
+            loss=mobizo.ChoiceLoss(prompter.answers) if loss == "choice" else mobizo.CausalLMLoss(max_labels=1),
             quantization=quantization,
             backend=backend,
             cache_dir=cache_folder() / "programs",
@@ -142,6 +138,11 @@ def compile_program(
         )
     console.print(f"{program.parameters:,} trained parameters in {len(program.sites)} adapters")
     return tokenizer, program, time.monotonic() - start
+
+
+def example_inputs(prompter: Prompter) -> dict[str, Tensor]:
+    """Real sentences, because quantization looks at what they do in the model."""
+    return prompter.encode(split_by_movie(load_sentences())["train"][:ROWS])[0]
 
 
 def fine_tune(

@@ -4,6 +4,8 @@ from mobizo_compiler.api import compile, load
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import MobizoError
+from mobizo_compiler.finetune import RunSummary
+from mobizo_compiler.journal import JournalWarning
 from mobizo_compiler.losses import (
     CausalLMLoss,
     ChoiceLoss,
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalLMLoss",
     "ChoiceLoss",
+    "JournalWarning",
     "LabelSpec",
     "LoraConfig",
     "Loss",
@@ -32,6 +35,7 @@ __all__ = [
     "MobizoError",
     "Program",
     "QuantizationConfig",
+    "RunSummary",
     "SequenceClassificationLoss",
     "Session",
     "Site",

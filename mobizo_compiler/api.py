@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mobizo_compiler import passes
+from mobizo_compiler.adapters import read_peft
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.backends.eager import EagerBackend
@@ -40,7 +43,7 @@ from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAx
 from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
 from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
-from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram
+from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram, raw_bytes
 from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
 from mobizo_compiler.smoothing import smoothing_of
 from mobizo_compiler.targets import heads, resolve_targets, short_names
@@ -79,6 +82,7 @@ def compile(
     *,
     state: str = "shared",
     row_axes: RowAxes | None = None,
+    adapter: str | PathLike[str] | None = None,
     example_labels: Tensor | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
@@ -107,6 +111,8 @@ def compile(
         row_axes: The axis of the rows of an input, by name or position, where it is not axis 0; None for an input
             without rows, which all lanes share. An input without axes, or with a first axis of 1 where the first
             input has more rows, has none anyway.
+        adapter: Folder of a LoRA that peft saved, in place of `lora`: its layers are adapted, with its A.
+            `Session.import_adapter` starts from its B.
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
@@ -121,6 +127,12 @@ def compile(
     (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=()),)
     """
     say = progress or (lambda line: None)
+    given: Mapping[str, Tensor] = {}
+    if adapter is not None:
+        if lora is not None:
+            raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
+        found = read_peft(Path(adapter))
+        lora, given = found.lora, found.a
     lora, zo = lora or LoraConfig(), zo or ZOConfig()
     row_loss = _loss(loss, example_labels)
     recipe = _quantization(quantization)
@@ -141,7 +153,7 @@ def compile(
             captured = passes.capture(model, example, symbolic=symbolic)
         say("rewrite")
         store = _store(captured, recipe, example)
-        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, store, observer)
+        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, store, given, observer)
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
     manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state, recipe)
@@ -201,6 +213,7 @@ def rewrite(
     backend: Backend,
     state: str = "shared",
     store: Sequence[Pass] = (),
+    given: Mapping[str, Tensor] = MappingProxyType({}),
     observer: Callable[[str], Observer | None] = lambda method: None,
 ) -> dict[str, GraphProgram]:
     """The three methods of a program: static graphs that share one state, ready for the backend to lower."""
@@ -211,7 +224,7 @@ def rewrite(
     with_loss = Pipeline(front, observe).run(captured)
     lora = resolve_targets(with_loss, lora)
     train: list[Pass] = [
-        passes.InsertMPLoRA(lora),
+        passes.InsertMPLoRA(lora, given=given),
         passes.MergeSiblings(),
         passes.DuplicateLanes(zo.lanes),
         passes.Perturb(zo.noise),
@@ -222,7 +235,7 @@ def rewrite(
     adapted: list[Pass] = [
         passes.Canonicalize(),
         passes.SliceLabels(),
-        passes.InsertMPLoRA(lora, train_step.sites),
+        passes.InsertMPLoRA(lora, train_step.sites, given),
         passes.MergeSiblings(),
     ]
     evaluate = Pipeline([*adapted, *finish], observer("evaluate")).run(captured)
@@ -361,12 +374,22 @@ def _manifest(
         lora=dataclasses.replace(lora, target_modules=names),
         zo=zo,
         loss=repr(loss),
+        model=_digest(captured),
         state=state,
         quantization=described(quantization),
         eps=default_eps(quantization),
         first_label=labels.first,
         max_labels=labels.max_labels,
     )
+
+
+def _digest(captured: GraphProgram) -> str:
+    """SHA-256 of the weights by name, so that steps of one model are not replayed on another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(captured.tensors().values(), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _vocabulary(captured: GraphProgram) -> dict[str, dict[str, int | None]]:

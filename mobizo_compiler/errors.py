@@ -163,6 +163,24 @@ class StateError(MobizoError, ValueError):
     code = "MBZ604"
 
 
+class JournalError(MobizoError):
+    """A journal or snapshot is damaged, of another program, or could not be written."""
+
+    code = "MBZ701"
+
+
+class JournalLockedError(JournalError):
+    """Another session is training with this journal."""
+
+    code = "MBZ702"
+
+
+class AdapterError(MobizoError, ValueError):
+    """An adapter file is damaged, or is not one for this program."""
+
+    code = "MBZ703"
+
+
 def raised_errors() -> list[type[MobizoError]]:
     """All error classes with a code of their own, sorted by code.
 

@@ -16,7 +16,7 @@ from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
 from mobizo_compiler.program import DynamicSize, Nesting, Site
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Manifest:
         lora: Adapter options.
         zo: Estimator options.
         loss: The loss, as text.
+        model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
         state: "shared", a buffer that all methods share, or "io", the last input and output of every method.
         quantization: How the base weights were quantized when the program was compiled, as JSON; None if they were not.
         eps: Size of the perturbation that suits this program.
@@ -130,6 +131,7 @@ class Manifest:
     lora: LoraConfig
     zo: ZOConfig
     loss: str
+    model: str = ""
     state: str = "shared"
     quantization: str | None = None
     eps: float = 1e-2

@@ -6,15 +6,19 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mobizo_compiler.adapters import merge_into, read_peft, state_of, write_peft
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import MAX_SEED
 from mobizo_compiler.errors import InputError, LabelError, StateError
 from mobizo_compiler.example import flat_names
+from mobizo_compiler.finetune import Batches, LearningRate, OnStep, RunSummary, finetune, restore
+from mobizo_compiler.journal import read_journal, replayed
 from mobizo_compiler.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.noise import noise
 from mobizo_compiler.program import Nesting
@@ -88,6 +92,81 @@ class Session:
             raise InputError(f"projected_gradient must be {queries} finite numbers, not {gradient.tolist()}")
         self._runner.call("replay", [_seed(seed), gradient, _number("learning_rate", learning_rate)])
 
+    def finetune(
+        self,
+        batches: Batches,
+        *,
+        steps: int,
+        learning_rate: LearningRate,
+        run: str | PathLike[str],
+        seed: int = 0,
+        eps: float | None = None,
+        snapshot_every: int = 200,
+        on_step: OnStep | None = None,
+    ) -> RunSummary:
+        """Train to a number of steps, in a folder that survives kills; called again, it goes on where it was.
+
+        Args:
+            batches: (inputs, labels) of a step: a function of the step's number, or a sequence that is gone through
+                again and again.
+            steps: Steps that the run has in the end, those of earlier calls included.
+            learning_rate: A number, or a function of the step's number.
+            run: The folder. If it holds a run of this program, the state is restored from it first; a new run starts
+                from the session's state.
+            seed: With the step's number, it gives the seed of the step.
+            eps: As in `train_step`.
+            snapshot_every: Steps between saved states; more of them make a restart replay less.
+            on_step: Called after a step is on the disk, with its number and result.
+
+        Raises:
+            InputError: As in `train_step`.
+            JournalLockedError: Another session trains in this folder.
+            JournalError: The folder holds a run of another program, or a damaged one, or the disk is full.
+
+        A step whose losses are not finite changes nothing; the summary names it.
+        """
+        return finetune(
+            self,
+            batches,
+            steps=steps,
+            learning_rate=learning_rate,
+            run=run,
+            seed=seed,
+            eps=eps,
+            snapshot_every=snapshot_every,
+            on_step=on_step,
+        )
+
+    def restore(self, run: str | PathLike[str]) -> int:
+        """Set the state to the end of the run in a folder, bit for bit, and return how many steps it has.
+
+        Raises:
+            JournalError: There is no run of this program, or it is damaged, or open elsewhere.
+        """
+        return restore(self, run)
+
+    def merge(self, journals: Sequence[str | PathLike[str]], weight: float | None = None) -> int:
+        """Add the steps that several devices made from the state that this session has now (federated ZO).
+
+        Args:
+            journals: Files of programs with the same model, sites, A and noise; backends may differ.
+            weight: Factor of every learning rate; if None, 1 / number of journals, which averages the devices.
+
+        Returns:
+            The number of steps replayed.
+
+        Raises:
+            JournalError: A journal is damaged or of another program; then the state is as it was.
+        """
+        paths = [journals] if isinstance(journals, (str, PathLike)) else list(journals)
+        if not paths:
+            raise InputError("journals is empty")
+        factor = 1 / len(paths) if weight is None else float(_number("weight", weight))
+        steps = [step for path in paths for step in replayed(read_journal(path, self.program))]
+        for seed, gradient, learning_rate in steps:
+            self.replay(seed, gradient, learning_rate * factor)
+        return len(steps)
+
     @contextlib.contextmanager
     def lane(self, index: int, *, seed: int, eps: float) -> Iterator[None]:
         """Within the block, `evaluate` runs with the B of one lane of a step; afterwards the state is what it was.
@@ -135,6 +214,37 @@ class Session:
         site = self.program.site(fqn)
         part = self._runner.state()[site.offset : site.offset + site.size]
         return part.reshape(site.r, site.out_features).clone()
+
+    def export_adapter(self, folder: str | PathLike[str], base_model: str | None = None) -> Path:
+        """Write the adapter in peft's format and return the folder; `PeftModel.from_pretrained` loads it.
+
+        Args:
+            folder: Gets `adapter_model.safetensors` and `adapter_config.json`.
+            base_model: Name or path of the model, for those who load the adapter.
+
+        Raises:
+            AdapterError: The model is a single layer without a name.
+        """
+        write_peft(self.program, self.state(), Path(folder), base_model)
+        return Path(folder)
+
+    def import_adapter(self, folder: str | PathLike[str]) -> None:
+        """Set the state from an adapter in peft's format whose A the program has.
+
+        That is one which `export_adapter` wrote, or the one given to `compile(..., adapter=folder)`.
+
+        Raises:
+            AdapterError: The files are damaged, or layers, rank, scaling or A differ.
+        """
+        self.load_state(state_of(self.program, read_peft(Path(folder)), str(folder)))
+
+    def merge_into(self, model: nn.Module) -> None:
+        """Add the adapter to the weights of the model that was compiled, in place: W + scaling * B^T A.
+
+        Raises:
+            AdapterError: The model is another one, or its weights are quantized; then nothing was changed.
+        """
+        merge_into(self.program, self.state(), model)
 
     def _flat(self, inputs: Inputs, sizes: dict[str, int]) -> list[Tensor]:
         """The tensors in flat order, checked; the dynamic sizes of this call go to `sizes`."""

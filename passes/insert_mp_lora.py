@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from mobizo_compiler import facts
 from mobizo_compiler.axes import Layout, row_axes
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.editor import Editor
-from mobizo_compiler.errors import NoMatchingTargetError, UnsupportedGraphError
+from mobizo_compiler.errors import AdapterError, NoMatchingTargetError, UnsupportedGraphError
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import Site, source_line
 from mobizo_compiler.targets import Target, find_targets
@@ -47,10 +48,12 @@ class InsertMPLoRA(Pass):
     Args:
         lora: Which layers, and how.
         sites: Sites of another method of the program. With them there is one lane, and rows may meet.
+        given: A of every site by path, where they are not drawn.
     """
 
     lora: LoraConfig
     sites: tuple[Site, ...] = ()
+    given: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.SITES})
 
@@ -63,7 +66,7 @@ class InsertMPLoRA(Pass):
         else:
             calls = self._targets(every)
             edit.sites = self._layout(calls)
-        edit.lora_a = initial_lora_a(edit.sites, self.lora.init_seed)
+        edit.lora_a = self._given(edit.sites) if self.given else initial_lora_a(edit.sites, self.lora.init_seed)
         layouts = None if self.sites else row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors)
         parameters = sum(site.size for site in edit.sites)
         state = edit.add_state(parameters)
@@ -85,6 +88,15 @@ class InsertMPLoRA(Pass):
                         hint="leave this layer out of target_modules",
                     )
                 _branch(edit, target, lora_a, _Lanes(lanes, count, layout, site))
+
+    def _given(self, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+        for site in sites:
+            if tuple(self.given[site.fqn].shape) != site.a_shape:
+                found = list(self.given[site.fqn].shape)
+                raise AdapterError(
+                    f"A of layer {site.fqn} is {found} in the adapter, {list(site.a_shape)} in the model"
+                )
+        return {site.fqn: self.given[site.fqn] for site in sites}
 
     def _targets(self, every: dict[str, list[Target]]) -> dict[str, list[Target]]:
         """Calls of targeted layers by path, in order of first call."""

@@ -2,8 +2,9 @@
 
 Given:    %noise : f32[q, P]    return projected_gradient = %g : f32[q]
 Result:   input %mobizo_learning_rate: f32[1]
-          update %b_mobizo_lora_b <- state - (learning_rate / q) * sum(g * noise, 0)
-Numbers: exact; with learning rate 0 the state keeps its bits.
+          %g1 = where(sum(g * 0) == 0, g, 0)
+          update %b_mobizo_lora_b <- state - (learning_rate / q) * sum(g1 * noise, 0)
+Numbers: exact; with learning rate 0 the state keeps its bits, and where a projected gradient is not finite as well.
 
 `replay.py` builds the same update as a program of its own.
 """
@@ -26,6 +27,8 @@ def updated_state(queries: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Te
     """The update as a function of state [P], noise [q, P], projected gradient [q] and learning rate [1]."""
 
     def update(state_P: Tensor, noise_QP: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
+        finite_1 = (gradient_Q * 0.0).sum(dim=0, keepdim=True) == 0.0
+        gradient_Q = torch.where(finite_1, gradient_Q, torch.zeros_like(gradient_Q))
         direction_P = (noise_QP * gradient_Q.reshape(queries, 1)).sum(dim=0)
         return state_P - direction_P * (learning_rate_1 * (1.0 / queries))
 

@@ -291,6 +291,17 @@ def test_weights_of_16_levels_between_any_two_ends_are_held(recipe: str, backend
         assert error(True) < error(False)
 
 
+def test_integer_products_do_not_end_a_delegate() -> None:
+    """Kernels outside of XNNPACK are 40 times slower right behind one."""
+    torch.manual_seed(0)
+    model, tokens = Uneven().eval().requires_grad_(False), torch.randint(0, VOCABULARY, (2, 5))
+    program = mobizo.compile(model, (tokens,), LoraConfig(r=2, target_modules=("up",)), quantization="8da8w")
+    for method in ("train_step", "evaluate"):
+        graph = program.methods[method].graph
+        ones = [n for n in graph.nodes if n.target is torch.ops.aten.mul.Tensor and "mobizo_one" in str(n.args[1])]
+        assert ["head" in str(node.args[0].args[1].args[0]) for node in ones] == [True], graph
+
+
 def test_one_product_for_layers_with_one_input() -> None:
     torch.manual_seed(0)
     model, tokens = Uneven().eval().requires_grad_(False), torch.randint(0, VOCABULARY, (2, 5))

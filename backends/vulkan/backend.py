@@ -20,6 +20,7 @@ from mobizo_compiler.backends.vulkan.operators import name_of
 from mobizo_compiler.backends.vulkan.separate_views import SeparateViews
 from mobizo_compiler.backends.vulkan.spell_out import SpellOut
 from mobizo_compiler.backends.vulkan.vectors_for_scalars import VectorsForScalars
+from mobizo_compiler.backends.vulkan.verify import FOUR_BITS
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.errors import BackendUnavailableError
 from mobizo_compiler.manifest import Manifest
@@ -115,7 +116,7 @@ def _quantization(node: fx.Node) -> Iterator[str]:
         if weight is not None and name_of(node) not in ("quantize_affine", "embedding"):
             yield (
                 f"{source_line(node)}: {name_of(node)} of the int8 weight %{weight.name} would run on the CPU in every "
-                "call; quantize to 4-bit weights in groups of 32 along the input"
+                f"call; {FOUR_BITS}"
             )
         return
     weight = operand(node)
@@ -127,7 +128,7 @@ def _quantization(node: fx.Node) -> Iterator[str]:
     if low is None or high is None or low < -8 or high > 7:
         yield (
             f"{source_line(node)}: weights with values from {low} to {high} abort the process of the Vulkan runtime; "
-            "quantize to 4-bit weights in groups of 32 along the input"
+            f"{FOUR_BITS}"
         )
     elif len(block) != 2 or block[0] != 1 or block[1] % GROUP or shape[1] % block[1]:
         yield (

@@ -206,6 +206,10 @@ def exact_gelu(program: Delegated) -> Iterator[Finding]:
             yield node, "GELU with erf is computed with tanh instead, which is off by up to 5e-4"
 
 
+FOUR_BITS = (
+    "quantize to 4-bit weights in groups of 32 along the input, the output layer as well "
+    '(QuantizationConfig("8da4w", head="8da4w"))'
+)
 _MATRIX = "keep tokens and rows in one axis: the pass flatten_tokens does that where nothing mixes tokens"
 RULES: dict[Rule, str] = {
     negative_gather_axis: "count the axis from the front",
@@ -214,7 +218,7 @@ RULES: dict[Rule, str] = {
     single_row_8da4w_linear: "compile for more than one token or row, or quantize weights only (4-bit, groups of 32)",
     view_before_4bit_linear: "put an elementwise operator between reshape and product",
     view_behind_8da4w_linear: "put an elementwise operator between product and reshape",
-    not_4bit_weight: "quantize to 4-bit weights in groups of 32 along the input",
+    not_4bit_weight: FOUR_BITS,
     integer_equality: "compare with a number, or leave the comparison outside of the delegate",
     no_axes: "keep an axis of size 1: keepdim=True, x[0:1] for x[0]",
     mutated_buffer: "leave the tag of the delegate off the buffer",

@@ -12,6 +12,7 @@ from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_execu
 from mobizo_compiler.backends.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.backends.xnnpack.decoded_weights import DecodedWeights
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
+from mobizo_compiler.backends.xnnpack.float_exit import FloatExit
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.backends.xnnpack.round_group_scales import RoundGroupScales
@@ -50,6 +51,7 @@ class XnnpackBackend:
             RoundGroupScales(),
             SpellOutQuantization(keep_dynamic=True),
             DecodedWeights(),
+            FloatExit(),
             Canonicalize(),
             CoreAten(),
         )
