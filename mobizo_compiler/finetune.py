@@ -1,0 +1,212 @@
+"""Training that survives: `Session.finetune` and what it leaves in a folder.
+
+    journal               what every step did; see `journal.py`
+    start.safetensors     the state before the first step
+    snapshot.safetensors  the state after some step, so that a restart replays only what came later
+
+A step runs, then its record is written and flushed, then the next step runs: whatever kills the process, at most the
+step in flight is lost, and the state comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mobizo_compiler.artifact import StepResult
+from mobizo_compiler.config import MAX_SEED
+from mobizo_compiler.errors import InputError, JournalError
+from mobizo_compiler.journal import Journal, JournalWarning, Record, fingerprint, replayed, sync_folder
+from mobizo_compiler.program import raw_bytes
+
+if TYPE_CHECKING:
+    from mobizo_compiler.session import Session
+
+JOURNAL, START, SNAPSHOT = "journal", "start.safetensors", "snapshot.safetensors"
+Batch = tuple[Any, Tensor]
+Batches = Callable[[int], Batch] | Sequence[Batch]
+LearningRate = float | Callable[[int], float]
+OnStep = Callable[[int, StepResult], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """What a call of `finetune` did.
+
+    Args:
+        steps: Steps that the run has now.
+        resumed_at: Steps that it had before.
+        losses: Mean loss of the lanes of every step, from the first on; not finite where the step was void.
+        void: Steps whose loss was not finite, and that changed nothing.
+    """
+
+    steps: int
+    resumed_at: int
+    losses: tuple[float, ...]
+    void: tuple[int, ...]
+
+
+def finetune(
+    session: Session,
+    batches: Batches,
+    *,
+    steps: int,
+    learning_rate: LearningRate,
+    run: str | PathLike[str],
+    seed: int = 0,
+    eps: float | None = None,
+    snapshot_every: int = 200,
+    on_step: OnStep | None = None,
+) -> RunSummary:
+    """See `Session.finetune`."""
+    folder = Path(run)
+    _check(batches, steps, seed, snapshot_every)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal(folder / JOURNAL, session.program) as journal:
+        if not journal.records and not (folder / START).exists():
+            write_state(folder / START, session, 0)
+        _restore(session, folder, journal.records)
+        resumed_at = len(journal.records)
+        for step in range(resumed_at, steps):
+            inputs, labels = batches(step) if callable(batches) else batches[step % len(batches)]
+            rate = learning_rate(step) if callable(learning_rate) else learning_rate
+            size = session.program.manifest.eps if eps is None else eps
+            result = session.train_step(inputs, labels, seed=step_seed(seed, step), learning_rate=rate, eps=size)
+            gradient = tuple(result.projected_gradient.tolist())
+            if not all(math.isfinite(g) for g in gradient):
+                gradient = (0.0,) * len(gradient)
+            journal.append(Record(step, step_seed(seed, step), rate, size, result.loss, gradient))
+            if (step + 1) % snapshot_every == 0 and step + 1 < steps:
+                write_state(folder / SNAPSHOT, session, step + 1)
+            if on_step is not None:
+                on_step(step, result)
+        if len(journal.records) > resumed_at:
+            write_state(folder / SNAPSHOT, session, len(journal.records))
+        losses = tuple(record.loss for record in journal.records)
+    void = tuple(step for step, loss in enumerate(losses) if not math.isfinite(loss))
+    return RunSummary(len(losses), resumed_at, losses, void)
+
+
+def restore(session: Session, run: str | PathLike[str]) -> int:
+    """See `Session.restore`."""
+    folder = Path(run)
+    if not (folder / JOURNAL).exists():
+        raise JournalError("there is no run in this folder", where=str(folder))
+    with Journal(folder / JOURNAL, session.program) as journal:
+        _restore(session, folder, journal.records)
+        return len(journal.records)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of a step: 31 bits of SHA-256 over the run's seed and the step's number.
+
+    >>> 0 <= step_seed(0, 1) <= MAX_SEED and step_seed(0, 1) != step_seed(1, 0)
+    True
+    """
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") & MAX_SEED
+
+
+def write_state(path: Path, session: Session, step: int) -> None:
+    """Write the state to a temporary name, flush it, and rename it.
+
+    Raises:
+        JournalError: It could not be written; what was there before is still there.
+    """
+    state = session.state()
+    described = {
+        "step": str(step),
+        "program": fingerprint(session.program).hex(),
+        "sha256": hashlib.sha256(raw_bytes(state)).hexdigest(),
+    }
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                file.write(save({"lora_b": state}, metadata=described))
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise JournalError(
+            f"the state could not be written: {error}",
+            where=str(path),
+            hint="make room and go on: the journal is whole",
+        ) from error
+    sync_folder(path.parent)
+
+
+def read_state(path: Path, session: Session) -> tuple[Tensor, int]:
+    """A state that `write_state` wrote, and after how many steps it was so.
+
+    Raises:
+        JournalError: The file is damaged, or of another program.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            described, state = file.metadata() or {}, file.get_tensor("lora_b")
+        step, program, checksum = int(described["step"]), described["program"], described["sha256"]
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise JournalError(f"the saved state cannot be read: {error!r}", where=str(path)) from None
+    if checksum != hashlib.sha256(raw_bytes(state)).hexdigest() or state.dtype != torch.float32:
+        raise JournalError("the saved state is damaged: its checksum is another", where=str(path))
+    if program != fingerprint(session.program).hex() or state.shape != (session.program.parameters,):
+        raise JournalError("the saved state is of another program", where=str(path))
+    return state, step
+
+
+def _restore(session: Session, folder: Path, records: list[Record]) -> None:
+    """The newest saved state that can be read and that the journal reaches, and the steps since then."""
+    if not records and not (folder / START).exists():
+        return  # killed before anything was written
+    problem: JournalError | None = None
+    for name in (SNAPSHOT, START):
+        if not (folder / name).exists():
+            continue
+        try:
+            state, step = read_state(folder / name, session)
+            if step > len(records):
+                raise JournalError(
+                    f"the state is of step {step}, the journal has {len(records)} steps", where=str(folder / name)
+                )
+        except JournalError as error:
+            problem = error
+            if name == SNAPSHOT:
+                warnings.warn(
+                    f"{error.problem} ({error.where}); replaying from the start", JournalWarning, stacklevel=3
+                )
+            continue
+        session.load_state(state)
+        for seed, gradient, learning_rate in replayed(records[step:]):
+            session.replay(seed, gradient, learning_rate)
+        return
+    raise problem or JournalError("the run has lost its saved states", where=str(folder / START))
+
+
+def _check(batches: object, steps: int, seed: int, snapshot_every: int) -> None:
+    for name, value, low in (("steps", steps, 0), ("seed", seed, 0), ("snapshot_every", snapshot_every, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InputError(f"{name} is {value!r}; it must be an int of {low} or more")
+    if not callable(batches) and (not isinstance(batches, Sequence) or not batches):
+        raise InputError(
+            f"batches is a {type(batches).__name__}; it must be a function of the step, or a sequence of "
+            "(inputs, labels)",
+            hint="a generator cannot be rewound, so a run could not be taken up again",
+        )

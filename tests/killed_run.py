@@ -1,0 +1,88 @@
+"""Train, be killed, go on: run by `test_journal.py` as a process of its own, because it forks.
+
+    python killed_run.py PROGRAM FOLDER KILLS STEPS
+
+A child trains in FOLDER and is killed at a random instant; the next one goes on; after each, the restored state must be
+that of an uninterrupted run with as many steps, and no step that the child reported may be missing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+import mobizo_compiler as mobizo
+from mobizo_compiler.finetune import step_seed
+
+LEARNING_RATE, EPS = 0.05, 0.01
+
+
+def batch(step: int) -> tuple[tuple[torch.Tensor], torch.Tensor]:
+    tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(step))
+    return (tokens,), tokens
+
+
+def train(program: mobizo.Program, folder: Path, steps: int, reports: int) -> None:
+    mobizo.Session(program).finetune(
+        batch,
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        eps=EPS,
+        run=folder,
+        snapshot_every=3,
+        on_step=lambda step, result: os.write(reports, b"."),
+    )
+
+
+def main() -> None:
+    file, folder, kills, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", mobizo.JournalWarning)
+    program = mobizo.load(file)
+    session = mobizo.Session(program)
+    states = [session.state()]
+    for step in range(steps):
+        inputs, labels = batch(step)
+        session.train_step(inputs, labels, seed=step_seed(0, step), learning_rate=LEARNING_RATE, eps=EPS)
+        states.append(session.state())
+    rng = random.Random(0)
+    before = killed = torn = 0
+    while killed < kills:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            train(program, folder, steps, write)
+            os._exit(0)
+        os.close(write)
+        reported = len(os.read(read, 1)) if rng.random() < 0.8 else 0  # else also before the first step
+        time.sleep(rng.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        killed += os.WIFSIGNALED(status)
+        with os.fdopen(read, "rb") as reports:
+            reported += len(reports.read())
+        found = 0
+        if (folder / "journal").exists():
+            torn += ((folder / "journal").stat().st_size - 64) % (24 + 4 * program.manifest.zo.queries) != 0
+            restored = mobizo.Session(program)
+            found = restored.restore(folder)
+            assert torch.equal(restored.state(), states[found]), f"after {killed} kills, at step {found}"
+        assert before + reported <= found <= before + reported + 1, (before, reported, found)
+        before = found
+        if found == steps:  # start over, so that there is something left to kill
+            before = 0
+            for path in folder.iterdir():
+                path.unlink()
+    print(f"{killed} kills, {torn} torn records")
+
+
+if __name__ == "__main__":
+    main()

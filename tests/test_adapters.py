@@ -1,0 +1,232 @@
+"""Adapters go to peft and come from it, and into the base model, with equal outputs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import LoraConfig, Session, ZOConfig
+from mobizo_compiler.adapters import CONFIG, WEIGHTS
+from mobizo_compiler.errors import AdapterError, ConfigError
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, **sizes)).eval()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.relu(self.convolution(x)).mean((2, 3)))
+        return result
+
+
+def convolutional() -> nn.Module:
+    torch.manual_seed(0)
+    return Convolutional().eval()
+
+
+def words() -> dict[str, Tensor]:
+    tokens = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def logits(output: Any) -> Tensor:
+    result: Tensor = getattr(output, "logits", output)
+    return result
+
+
+def run(model: nn.Module, inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return logits(model(**inputs) if isinstance(inputs, dict) else model(*inputs))
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    error = float((found - wanted).abs().max() / wanted.abs().max())
+    assert error < 1e-4, error
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Any, tuple[str, ...], dict[str, Any]]] = {
+    "llama": (llama, words(), ("q_proj", "v_proj", "down_proj"), {}),
+    "gpt2": (gpt2, words(), ("c_attn", "c_proj"), {}),
+    "convolution": (
+        convolutional,
+        (torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)),),
+        ("convolution", "head"),
+        {"loss": mobizo.SequenceClassificationLoss()},
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "xnnpack"])
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip(name: str, backend: str, tmp_path: Path) -> None:
+    """20 steps, to peft, and back."""
+    make, inputs, targets, options = CASES[name]
+    model = make()
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=targets)
+    program = mobizo.compile(model, inputs, lora, ZOConfig(queries=2), backend=backend, **options)
+    session = Session(program)
+    labels = torch.tensor([1, 3]) if name == "convolution" else inputs["input_ids"]
+    for step in range(20):
+        session.train_step(inputs, labels, seed=step, learning_rate=0.05)
+    assert float(session.state().abs().max()) > 1e-3
+    outputs = logits(session.evaluate(inputs))
+    plain = run(model, inputs)
+    assert float((outputs - plain).abs().max()) > 1e-3 * float(plain.abs().max()), "training must show"
+
+    session.export_adapter(tmp_path, base_model="someone/model")
+    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "someone/model"
+    close(run(PeftModel.from_pretrained(make(), str(tmp_path)).eval(), inputs), outputs)
+
+    again = Session(program)
+    again.import_adapter(tmp_path)
+    assert torch.equal(again.state(), session.state())
+
+    merged = make()
+    session.merge_into(merged)
+    close(run(merged, inputs), outputs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_starting_from_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
+    make, inputs, targets, options = CASES[name]
+    options_of_peft: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": list(targets)}
+    adapted = get_peft_model(make(), PeftLoraConfig(**options_of_peft)).eval()
+    generator = torch.Generator().manual_seed(2)
+    for path, parameter in adapted.named_parameters():
+        if "lora_B" in path:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    adapted.save_pretrained(str(tmp_path))
+    program = mobizo.compile(make(), inputs, zo=ZOConfig(queries=1), backend="eager", adapter=tmp_path, **options)
+    session = Session(program)
+    close(logits(session.evaluate(inputs)), run(make(), inputs))
+    session.import_adapter(tmp_path)
+    close(logits(session.evaluate(inputs)), run(adapted, inputs))
+    session.export_adapter(tmp_path / "again")
+    old, new = load_file(tmp_path / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    assert set(old) == set(new) and all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Path]:
+    lora = LoraConfig(r=4, target_modules=("q_proj",))
+    session = Session(mobizo.compile(llama(), words(), lora, ZOConfig(queries=1), backend="eager"))
+    session.load_state(torch.randn(session.program.parameters, generator=torch.Generator().manual_seed(0)))
+    return session, session.export_adapter(tmp_path_factory.mktemp("adapter"))
+
+
+def edited(source: Path, folder: Path, *, tensors: Any = None, **config: Any) -> Path:
+    values = json.loads((source / CONFIG).read_text()) | config
+    (folder / CONFIG).write_text(json.dumps(values))
+    save_file((tensors or (lambda t: t))(load_file(source / WEIGHTS)), folder / WEIGHTS)
+    return folder
+
+
+def without_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(list(tensors.items())[1:])
+
+
+def without_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if "layers.1" not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"r": 5}, "has no A and B of rank 5"),
+        ({"lora_alpha": 5}, "lora_alpha=5"),
+        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ({"tensors": without_first}, "has no A and B of rank 4"),
+        ({"tensors": without_layer}, "lacks layers"),
+        ({"tensors": lambda t: {**t, "other": torch.zeros(2)}}, "other is not a finite A or B"),
+        ({"tensors": lambda t: {name: v * torch.nan for name, v in t.items()}}, "is not a finite A or B"),
+        ({"tensors": lambda t: {name: v + 1 for name, v in t.items()}}, r"is not the program's(.|\n)*adapter=folder"),
+    ],
+)
+def test_other_adapters_are_refused(
+    change: dict[str, Any], match: str, trained: tuple[Session, Path], tmp_path: Path
+) -> None:
+    session, folder = trained
+    before = session.state()
+    with pytest.raises(AdapterError, match=match):
+        session.import_adapter(edited(folder, tmp_path, **change))
+    assert torch.equal(session.state(), before)
+
+
+def test_a_pickle_is_not_loaded(trained: tuple[Session, Path], tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=f"no {WEIGHTS} in this folder\n"):
+        trained[0].import_adapter(tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="only a pickle, which is never loaded"):
+        trained[0].import_adapter(tmp_path)
+
+
+def test_damaged_files(trained: tuple[Session, Path], tmp_path: Path) -> None:
+    session, folder = trained
+    rng = random.Random(0)
+    wanted = session.state()
+    for turn in range(200):
+        for name in (WEIGHTS, CONFIG):
+            (tmp_path / name).write_bytes((folder / name).read_bytes())
+        victim = tmp_path / (WEIGHTS if turn % 2 else CONFIG)
+        data = bytearray(victim.read_bytes())
+        if turn % 3:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data = bytearray(rng.randbytes(rng.randrange(1, 500)))
+        victim.write_bytes(data)
+        with pytest.raises(AdapterError, match=str(tmp_path)):
+            session.import_adapter(tmp_path)
+    assert torch.equal(session.state(), wanted)
+
+
+def test_merging_into_another_model_changes_nothing(trained: tuple[Session, Path]) -> None:
+    session, _ = trained
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    model.model.layers[1].self_attn.q_proj = nn.Linear(32, 31, bias=False)
+    with pytest.raises(AdapterError, match="cannot take the adapter"):
+        session.merge_into(model)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before["model.layers.0.self_attn.q_proj.weight"])
+    with pytest.raises(AdapterError, match="no layer model"):
+        session.merge_into(gpt2())
+
+
+def test_adapter_and_lora_are_not_both_given(trained: tuple[Session, Path]) -> None:
+    with pytest.raises(ConfigError, match="both given"):
+        mobizo.compile(llama(), words(), LoraConfig(), backend="eager", adapter=trained[1])
+    with pytest.raises(AdapterError, match=r"A of layer .* is \[4, 32\] in the adapter, \[4, 48\] in the model"):
+        torch.manual_seed(0)
+        wide = LlamaConfig(
+            vocab_size=50, num_hidden_layers=2, hidden_size=48, intermediate_size=48, num_attention_heads=4
+        )
+        mobizo.compile(LlamaForCausalLM(wide).eval(), words(), backend="eager", adapter=trained[1])
