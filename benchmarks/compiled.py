@@ -23,11 +23,11 @@ from torch import Tensor
 
 import mobizo_compiler
 from benchmarks.machine import memory_mb
-from benchmarks.plan import read_plans
 from benchmarks.record import write_json
 from benchmarks.workload import Workload, stock_inference
 from mobizo_compiler.api import installed_versions
 from mobizo_compiler.costs import multiply_adds
+from mobizo_compiler.plan import read_plans
 from mobizo_compiler.program import Site
 
 Kind = Literal["program", "position", "stock"]
@@ -62,7 +62,7 @@ def content_key(kind: Kind, workload: Workload) -> str:
     fields: dict[str, Any] = dataclasses.asdict(workload)
     fields.pop("seed")
     here, compiler = Path(__file__).parent, Path(mobizo_compiler.__file__).parent
-    sources = [here / "workload.py", here / "plan.py"]
+    sources = [here / "workload.py"]
     if kind == "stock":
         fields = {name: fields[name] for name in ("model", "layers", "tokens")} | {"lane_rows": workload.lane_rows}
     else:

@@ -78,6 +78,13 @@ def test_the_readme_program_runs(smollm2, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert names["session"].state().any()  # type: ignore[attr-defined]
 
 
+def test_the_code_about_training_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training_runs.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile("".join(blocks), "training_runs.md", "exec"), {})
+    assert (tmp_path / "runs" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_sharp_edges_speak_of_errors_that_exist() -> None:
     codes = set(re.findall(r"MBZ\d+", (ROOT / "docs" / "sharp_edges.md").read_text()))
     assert codes and codes <= {error.code for error in raised_errors()}

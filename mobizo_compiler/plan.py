@@ -51,6 +51,6 @@ def _plan(plan: Any) -> Plan:
         elif type(call).__name__ == "KernelCall":
             name = plan.operators[call.op_index].name
             outside[name] += 1
-            shapes = [getattr(plan.values[index].val, "sizes", None) for index in call.args]
+            shapes: list[Any] = [getattr(plan.values[index].val, "sizes", None) for index in call.args]
             products += product_multiply_adds(name.split("::")[-1].removesuffix("_copy"), shapes, shapes[-1])
     return Plan(delegates, dict(outside.most_common()), products, plan.non_const_buffer_sizes[1:])
