@@ -32,7 +32,10 @@ class Runner(Protocol):
 
 @runtime_checkable
 class Artifact(Protocol):
-    """A lowered program."""
+    """A lowered program.
+
+    One that may be unable to run in this process has `cannot_run: str | None`, which says why.
+    """
 
     def runner(self) -> Runner:
         """Load the program, with its state at the initial value."""
