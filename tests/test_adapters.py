@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, tuple[str, ...], dict[str, 
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "xnnpack"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("xnnpack", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_round_trip(name: str, backend: str, tmp_path: Path) -> None:
     """20 steps, to peft, and back."""

@@ -54,6 +54,7 @@ def saved(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program.save(tmp_path_factory.mktemp("aot") / "under another name.pt2")
 
 
+@pytest.mark.slow
 def test_the_cache_has_it(saved: Path, cache: Path) -> None:
     phases: list[str] = []
     inputs, _ = tiny_batch()

@@ -19,6 +19,7 @@ from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 BACKENDS = ("eager", "portable", "xnnpack")
+SLOW_PORTABLE = pytest.param("portable", marks=pytest.mark.slow)
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
@@ -27,7 +28,7 @@ def test_contract(name: str) -> None:
     assert_backend_contract(name)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ["eager", SLOW_PORTABLE, "xnnpack"])
 def test_fifty_steps_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     """From a B that is not zero; through a file where the backend has one."""
     torch.manual_seed(2)
@@ -62,7 +63,7 @@ def test_fifty_steps_agree_with_the_reference(name: str, tmp_path: Path) -> None
     reference.remove()
 
 
-@pytest.mark.parametrize("name", ["portable", "xnnpack"])
+@pytest.mark.parametrize("name", [SLOW_PORTABLE, "xnnpack"])
 def test_methods_share_state_and_sessions_do_not(name: str) -> None:
     torch.manual_seed(0)
     inputs, labels = tiny_batch()
@@ -90,7 +91,7 @@ def test_results_stay_valid_after_the_next_call() -> None:
     assert torch.equal(first.lane_losses, losses)
 
 
-@pytest.mark.parametrize("name", ["portable", "xnnpack"])
+@pytest.mark.parametrize("name", [SLOW_PORTABLE, "xnnpack"])
 def test_padding_on_the_left(name: str) -> None:
     """Query positions that may attend to nothing must not poison the others."""
     torch.manual_seed(0)

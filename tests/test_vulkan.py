@@ -41,7 +41,7 @@ MASK |= {"full", "bitwise_and.Tensor", "dim_order_ops::_to_dim_order_copy", "vie
 LABELS = {"slice_copy.Tensor", "ne.Scalar", "clamp"}
 NOISE = {"bitwise_xor.Tensor", "bitwise_and.Scalar", "bitwise_right_shift.Tensor_Scalar", "mul.Tensor", "add.Tensor"}
 NOISE |= {"log", "sqrt", "cos", "sin", "cat"}
-UPDATE = {"sum.dim_IntList"}
+UPDATE = {"sum.dim_IntList", "eq.Scalar", "full_like", "where.self"}
 RUNTIME_IS_MISSING = "no VulkanBackend in this ExecuTorch runtime; MOBIZO_VULKAN_LIBRARY names a library that brings it"
 
 
@@ -130,7 +130,12 @@ def test_the_network_is_one_delegate(recipe: str, state: str) -> None:
 def test_layers_and_embeddings_that_compile_quantizes(recipe: str) -> None:
     """Rows of quantized tables are looked up and decoded outside; the check after lowering runs where it can."""
     program = mobizo.compile(
-        decoder("fp32"), batch()[0], LORA, ZOConfig(queries=2), backend="vulkan", quantization=recipe
+        decoder("fp32"),
+        batch()[0],
+        LORA,
+        ZOConfig(queries=2),
+        backend="vulkan",
+        quantization=mobizo.QuantizationConfig(recipe, head=recipe),  # type: ignore[arg-type]
     )
     delegation: Mapping[str, Any] = program.artifact.delegation  # type: ignore[attr-defined]
     assert [delegation[method].delegates for method in ("train_step", "evaluate", "replay")] == [1, 1, 0]
