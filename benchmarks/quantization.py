@@ -257,8 +257,8 @@ def publish(options: argparse.Namespace) -> None:
         "Cosine between the projected gradients of a recipe and those of float32, as a vector over all directions, on "
         "the demo's program and sentences: with float32 at the same eps / with float32 at eps 0.01. The first number "
         "falls where rounding drowns the difference of two losses; the second also where the step is so large that the "
-        "loss is no longer straight. Where a recipe was measured in fewer directions than the heading says (48 for those "
-        "on eager but float32), it is compared in these. (`python -m benchmarks.quantization quality`)"
+        "loss is no longer straight. Where a recipe was measured in fewer directions than the heading says (48 for "
+        "those on eager but float32), it is compared in these. (`python -m benchmarks.quantization quality`)"
     )
     write_json(Path("docs/quantization_measured.json"), measured)
     print("wrote docs/quantization_measured.json; now make docs")
