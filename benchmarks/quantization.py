@@ -217,12 +217,16 @@ def publish(options: argparse.Namespace) -> None:
     }
     measured: dict[str, Any] = {"eps": [str(eps) for eps in EPS if any(_has_eps(r, eps) for r in records.values())]}
     measured["quality"] = {}
+    fewer = []
+    number = len(records["eager"]["gradients"]["none"][str(REFERENCE_EPS)])
     for engine, record in records.items():
         found = cosines(record, records["eager"])
-        number = len(records["eager"]["gradients"]["none"][str(REFERENCE_EPS)])
         measured["quality"][f"{engine}, {number} directions"] = {
             recipe: found[recipe] for recipe in ("none", *RECIPES) if recipe in found
         }
+        for recipe in found:
+            least = min(map(len, record["gradients"][recipe].values()))
+            fewer += [f"{recipe} on {engine}: {least}"] if least < number else []
     record = json.loads((options.out / "cost.json").read_text())
     medians, first = record["medians"], record["recipes"]["none"]
     measured["cost"] = [
@@ -257,8 +261,9 @@ def publish(options: argparse.Namespace) -> None:
         "Cosine between the projected gradients of a recipe and those of float32, as a vector over all directions, on "
         "the demo's program and sentences: with float32 at the same eps / with float32 at eps 0.01. The first number "
         "falls where rounding drowns the difference of two losses; the second also where the step is so large that the "
-        "loss is no longer straight. Where a recipe was measured in fewer directions than the heading says (48 for "
-        "those on eager but float32), it is compared in these. (`python -m benchmarks.quantization quality`)"
+        "loss is no longer straight. "
+        + (f"Some recipes are compared in fewer directions ({', '.join(fewer)}). " if fewer else "")
+        + "(`python -m benchmarks.quantization quality`)"
     )
     write_json(Path("docs/quantization_measured.json"), measured)
     print("wrote docs/quantization_measured.json; now make docs")

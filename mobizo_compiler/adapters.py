@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.errors import AdapterError, MobizoError
-from mobizo_compiler.program import Site
+from mobizo_compiler.files import whole_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -62,7 +60,7 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
     """
     tensors = {}
     for site in program.sites:
-        a, b = program.lora_a_by_fqn[site.fqn], site_b(state, site)
+        a, b = program.lora_a_by_fqn[site.fqn], site.lora_b(state)
         if not site.fqn:
             raise AdapterError("the model is a single layer without a name, which peft cannot adapt")
         tensors[f"{PREFIX}{site.fqn}.lora_A.weight"] = a.contiguous()
@@ -81,8 +79,10 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
         "task_type": None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    _write(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    with whole_file(folder / WEIGHTS) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+    with whole_file(folder / CONFIG) as file:
+        file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def read_peft(folder: Path) -> PeftAdapter:
@@ -168,7 +168,7 @@ def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
             weight = model.get_submodule(site.fqn).weight
         except AttributeError:
             raise AdapterError(f"the model has no layer {site.fqn} with a weight") from None
-        a, b = program.lora_a_by_fqn[site.fqn], site_b(state, site)
+        a, b = program.lora_a_by_fqn[site.fqn], site.lora_b(state)
         delta = site.scaling * torch.einsum("ri...,ro->oi...", a, b)
         turned = not site.kernel and type(model.get_submodule(site.fqn)).__name__ == "Conv1D"
         delta = delta.t() if turned else delta
@@ -183,11 +183,6 @@ def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
             weight += delta
 
 
-def site_b(state: Tensor, site: Site) -> Tensor:
-    """B of a site in a flat state, float32 [r, out_features]."""
-    return state[site.offset : site.offset + site.size].reshape(site.r, site.out_features)
-
-
 def _pairs(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {".lora_A.weight": {}, ".lora_B.weight": {}}
     for name, tensor in tensors.items():
@@ -199,16 +194,3 @@ def _pairs(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor]
     if not a:
         raise AdapterError("the adapter has no layers", where=where)
     return a, {fqn: matrix.reshape(matrix.shape[0], -1).t().contiguous() for fqn, matrix in b.items()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

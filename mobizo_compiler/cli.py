@@ -20,10 +20,8 @@ from typer.core import TyperGroup
 from mobizo_compiler import __version__
 from mobizo_compiler.backends import BUILT_IN, ENTRY_POINT_GROUP, get_backend
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.inspection import examine_machine, inspect_file
+from mobizo_compiler.inspection import DISTRIBUTION, examine_machine, inspect_file
 from mobizo_compiler.session import Session
-
-DISTRIBUTION = "mobizo-compiler"
 
 
 class _Commands(TyperGroup):

@@ -100,10 +100,6 @@ class Editor:
         spec = self._input_specs.get(node.name)
         return None if spec is None else spec.target
 
-    def constant(self, name: str) -> fx.Node | None:
-        """The placeholder of the tensor of that name, if there is one."""
-        return next((node for node in self._placeholders() if self._input_specs[node.name].target == name), None)
-
     def is_weight(self, node: fx.Node) -> bool:
         """Whether a placeholder stands for a parameter, or for a buffer or constant in place of one."""
         spec = self._input_specs.get(node.name)
@@ -139,6 +135,11 @@ class Editor:
         self._input_specs[node.name] = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True)
         self._tensors[name] = tensor
         return node
+
+    def shared_constant(self, name: str, tensor: Tensor) -> fx.Node:
+        """The tensor of that name, which is added if it is not there."""
+        known = (node for node in self._placeholders() if self._input_specs[node.name].target == name)
+        return next(known, None) or self.add_constant(name, tensor)
 
     def add_state(self, size: int) -> fx.Node:
         """Add the flat state, float32 [size], zero at the start."""

@@ -1,4 +1,4 @@
-"""Training that survives: `Session.finetune` and what it leaves in a folder.
+"""Training that survives: `Session.finetune`, `Session.restore`, and what it leaves in a folder.
 
     journal               what every step did; see `journal.py`
     start.safetensors     the state before the first step
@@ -10,12 +10,9 @@ step in flight is lost, and the state comes back bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -30,7 +27,8 @@ from torch import Tensor
 from mobizo_compiler.artifact import StepResult
 from mobizo_compiler.config import MAX_SEED
 from mobizo_compiler.errors import InputError, JournalError
-from mobizo_compiler.journal import Journal, JournalWarning, Record, fingerprint, replayed, sync_folder
+from mobizo_compiler.files import sync_folder, whole_file
+from mobizo_compiler.journal import Journal, JournalWarning, Record, fingerprint, replayed
 from mobizo_compiler.program import raw_bytes
 
 if TYPE_CHECKING:
@@ -72,7 +70,27 @@ def finetune(
     snapshot_every: int = 200,
     on_step: OnStep | None = None,
 ) -> RunSummary:
-    """See `Session.finetune`."""
+    """Train to a number of steps, in a folder that survives kills; called again, it goes on where it was.
+
+    Args:
+        batches: (inputs, labels) of a step: a function of the step's number, or a sequence that is gone through
+            again and again.
+        steps: Steps that the run has in the end, those of earlier calls included.
+        learning_rate: A number, or a function of the step's number.
+        run: The folder. If it holds a run of this program, the state is restored from it first; a new run starts
+            from the session's state.
+        seed: With the step's number, it gives the seed of the step.
+        eps: As in `train_step`.
+        snapshot_every: Steps between saved states; more of them make a restart replay less.
+        on_step: Called after a step is on the disk, with its number and result.
+
+    Raises:
+        InputError: As in `train_step`.
+        JournalLockedError: Another session trains in this folder.
+        JournalError: The folder holds a run of another program, or a damaged one, or the disk is full.
+
+    A step whose losses are not finite changes nothing; the summary names it.
+    """
     folder = Path(run)
     _check(batches, steps, seed, snapshot_every)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +120,11 @@ def finetune(
 
 
 def restore(session: Session, run: str | PathLike[str]) -> int:
-    """See `Session.restore`."""
+    """Set the state to the end of the run in a folder, bit for bit, and return how many steps it has.
+
+    Raises:
+        JournalError: There is no run of this program, or it is damaged, or open elsewhere.
+    """
     folder = Path(run)
     if not (folder / JOURNAL).exists():
         raise JournalError("there is no run in this folder", where=str(folder))
@@ -134,16 +156,8 @@ def write_state(path: Path, session: Session, step: int) -> None:
         "sha256": hashlib.sha256(raw_bytes(state)).hexdigest(),
     }
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                file.write(save({"lora_b": state}, metadata=described))
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(file.name)
-                raise
+        with whole_file(path, mode=0o600) as file:
+            file.write(save({"lora_b": state}, metadata=described))
     except OSError as error:
         raise JournalError(
             f"the state could not be written: {error}",

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.errors import JournalError, JournalLockedError
+from mobizo_compiler.files import sync_folder
 from mobizo_compiler.program import raw_bytes
 
 MAGIC, VERSION = b"MBZJRNL\n", 1
@@ -186,16 +187,6 @@ def read_journal(path: str | PathLike[str], program: Program) -> list[Record]:
     if Path(path).stat().st_size > whole + layout.size:
         warnings.warn(f"{path}: bytes after the last whole step are left out", JournalWarning, stacklevel=2)
     return records
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the system can say so."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _header(program: Program) -> bytes:

@@ -55,6 +55,11 @@ class Site:
         """Number of elements of B."""
         return self.r * self.out_features
 
+    def lora_b(self, state: Tensor) -> Tensor:
+        """B in a flat state [..., P], as [..., r, out_features]; an alias where the layout allows."""
+        part = state[..., self.offset : self.offset + self.size]
+        return part.reshape(*state.shape[:-1], self.r, self.out_features)
+
 
 @dataclasses.dataclass(frozen=True)
 class DynamicSize:

@@ -48,7 +48,7 @@ class ReferenceStep:
 
     def _adapter(self, site: Site, a_RF: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor], y_NTO: Tensor) -> Tensor:
-            b_GRO = self._lanes_GP[:, site.offset : site.offset + site.size].reshape(-1, site.r, site.out_features)
+            b_GRO = site.lora_b(self._lanes_GP)
             h_GNR = F.linear(args[0], a_RF).reshape(b_GRO.shape[0], -1, site.r)
             return y_NTO + site.scaling * torch.bmm(h_GNR, b_GRO).reshape(y_NTO.shape)
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mobizo_compiler.finetune as runs
 from mobizo_compiler.adapters import merge_into, read_peft, state_of, write_peft
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import MAX_SEED
 from mobizo_compiler.errors import InputError, LabelError, StateError
 from mobizo_compiler.example import flat_names
-from mobizo_compiler.finetune import Batches, LearningRate, OnStep, RunSummary, finetune, restore
 from mobizo_compiler.journal import read_journal, replayed
 from mobizo_compiler.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.noise import noise
@@ -92,58 +92,8 @@ class Session:
             raise InputError(f"projected_gradient must be {queries} finite numbers, not {gradient.tolist()}")
         self._runner.call("replay", [_seed(seed), gradient, _number("learning_rate", learning_rate)])
 
-    def finetune(
-        self,
-        batches: Batches,
-        *,
-        steps: int,
-        learning_rate: LearningRate,
-        run: str | PathLike[str],
-        seed: int = 0,
-        eps: float | None = None,
-        snapshot_every: int = 200,
-        on_step: OnStep | None = None,
-    ) -> RunSummary:
-        """Train to a number of steps, in a folder that survives kills; called again, it goes on where it was.
-
-        Args:
-            batches: (inputs, labels) of a step: a function of the step's number, or a sequence that is gone through
-                again and again.
-            steps: Steps that the run has in the end, those of earlier calls included.
-            learning_rate: A number, or a function of the step's number.
-            run: The folder. If it holds a run of this program, the state is restored from it first; a new run starts
-                from the session's state.
-            seed: With the step's number, it gives the seed of the step.
-            eps: As in `train_step`.
-            snapshot_every: Steps between saved states; more of them make a restart replay less.
-            on_step: Called after a step is on the disk, with its number and result.
-
-        Raises:
-            InputError: As in `train_step`.
-            JournalLockedError: Another session trains in this folder.
-            JournalError: The folder holds a run of another program, or a damaged one, or the disk is full.
-
-        A step whose losses are not finite changes nothing; the summary names it.
-        """
-        return finetune(
-            self,
-            batches,
-            steps=steps,
-            learning_rate=learning_rate,
-            run=run,
-            seed=seed,
-            eps=eps,
-            snapshot_every=snapshot_every,
-            on_step=on_step,
-        )
-
-    def restore(self, run: str | PathLike[str]) -> int:
-        """Set the state to the end of the run in a folder, bit for bit, and return how many steps it has.
-
-        Raises:
-            JournalError: There is no run of this program, or it is damaged, or open elsewhere.
-        """
-        return restore(self, run)
+    finetune = runs.finetune
+    restore = runs.restore
 
     def merge(self, journals: Sequence[str | PathLike[str]], weight: float | None = None) -> int:
         """Add the steps that several devices made from the state that this session has now (federated ZO).
@@ -211,9 +161,7 @@ class Session:
 
     def lora_b(self, fqn: str) -> Tensor:
         """A copy of B of one site, float32 [r, out_features]."""
-        site = self.program.site(fqn)
-        part = self._runner.state()[site.offset : site.offset + site.size]
-        return part.reshape(site.r, site.out_features).clone()
+        return self.program.site(fqn).lora_b(self._runner.state()).clone()
 
     def export_adapter(self, folder: str | PathLike[str], base_model: str | None = None) -> Path:
         """Write the adapter in peft's format and return the folder; `PeftModel.from_pretrained` loads it.

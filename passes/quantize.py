@@ -100,7 +100,7 @@ class Quantize(Pass):
             parts = _placeholders(edit, key, stored)
             x = operand(node, target.position)
             if factor is not None:
-                x = edit.call(aten.mul.Tensor, x, _constant(edit, _name_of(factor), factor))
+                x = edit.call(aten.mul.Tensor, x, edit.shared_constant(_name_of(factor), factor))
             if bias is None:
                 new = edit.inline(lambda x, *tensors: stored.linear(x, None, *tensors), x, *parts)
             else:
@@ -144,12 +144,8 @@ def _placeholders(edit: Editor, key: tuple[str, str, str], stored: StoredWeight)
         name = f"{key[0]}.{part}.{label}".replace(".", "_")
         if part == GROUP_SUMS:
             name = "_".join([GROUP_SUMS, *map(str, tensor.shape)])
-        nodes.append(_constant(edit, name, tensor))
+        nodes.append(edit.shared_constant(name, tensor))
     return nodes
-
-
-def _constant(edit: Editor, name: str, tensor: Tensor) -> fx.Node:
-    return edit.constant(name) or edit.add_constant(name, tensor)
 
 
 def _name_of(factor: Tensor) -> str:

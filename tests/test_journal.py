@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import random
@@ -38,9 +39,14 @@ def batch(step: int) -> tuple[tuple[Tensor], Tensor]:
     return (tokens,), tokens
 
 
+@functools.cache
+def shared() -> mobizo.Program:
+    return compiled()
+
+
 @pytest.fixture(scope="module")
 def program() -> mobizo.Program:
-    return compiled()
+    return shared()
 
 
 def uninterrupted(program: mobizo.Program, steps: int) -> Session:
@@ -285,17 +291,13 @@ def test_merged_journals_average_what_devices_learned(program: mobizo.Program, t
 def test_records_come_back(steps: list[tuple[int, float, list[float]]]) -> None:
     import tempfile
 
-    program = _PROGRAM or compiled()
-    globals()["_PROGRAM"] = program
+    program = shared()
     with tempfile.TemporaryDirectory() as folder:
         records = [Record(i, seed, 0.5, 0.25, loss, tuple(g)) for i, (seed, loss, g) in enumerate(steps)]
         with Journal(Path(folder) / "journal", program) as journal:
             for record in records:
                 journal.append(record)
         assert str(read_journal(Path(folder) / "journal", program)) == str(records)
-
-
-_PROGRAM: mobizo.Program | None = None
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class FloatExit(Pass):
         """The output layer, as a rule."""
         for node in edit.calls(aten.linear.default):
             if rounded_input(node) is not None and _leaves(node):
-                one = edit.constant(ONE) or edit.add_constant(ONE, torch.ones(1))
+                one = edit.shared_constant(ONE, torch.ones(1))
                 with edit.graph.inserting_before(node.next):
                     product = edit.call(aten.mul.Tensor, node, one)
                 edit.replace(node, product, keep=product)

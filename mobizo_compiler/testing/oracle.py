@@ -68,7 +68,7 @@ class Oracle:
         for site in self.sites:
             name = f"{site.fqn}.weight" if f"{site.fqn}.weight" in parameters else site.fqn
             weight = parameters[name].detach()
-            b_RO = state[site.offset : site.offset + site.size].reshape(site.r, site.out_features)
+            b_RO = site.lora_b(state)
             delta_OI = site.scaling * (b_RO.T @ self.lora_a[site.fqn].reshape(site.r, -1))
             inputs_first = type(modules.get(site.fqn)).__name__ == "Conv1D" or (
                 site.fqn not in modules and tuple(weight.shape) == (site.in_features, site.out_features)
