@@ -19,6 +19,7 @@ from mobizo_compiler.losses import (
 from mobizo_compiler.noise import noise
 from mobizo_compiler.program import Site
 from mobizo_compiler.quantization import QuantizationConfig
+from mobizo_compiler.schedules import schedule
 from mobizo_compiler.session import Session
 
 __version__ = "0.1.0"
@@ -45,4 +46,5 @@ __all__ = [
     "compile",
     "load",
     "noise",
+    "schedule",
 ]
