@@ -301,7 +301,7 @@ class ExecuTorchRunner:
     def __init__(self, artifact: ExecuTorchArtifact) -> None:
         self._artifact = artifact  # keeps a temporary file on disk
         self._program = _load(artifact.path)
-        self._passed = torch.zeros(artifact.manifest.parameters) if artifact.manifest.state == "io" else None
+        self._passed = torch.zeros(artifact.manifest.state_size) if artifact.manifest.state == "io" else None
         # Every load resets the shared state, so all methods are loaded before any of them runs.
         with shared_packed_weights():
             self._methods = {name: self._load_method(name) for name in ("train_step", "evaluate", "replay")}

@@ -45,6 +45,8 @@ from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram, raw_bytes
 from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
+from mobizo_compiler.rules import PLAIN, UpdateRule, get_rule
+from mobizo_compiler.rules import described as described_as
 from mobizo_compiler.smoothing import smoothing_of
 from mobizo_compiler.targets import heads, resolve_targets, short_names
 from mobizo_compiler.verify import check_program
@@ -83,6 +85,7 @@ def compile(
     state: str = "shared",
     row_axes: RowAxes | None = None,
     adapter: str | PathLike[str] | None = None,
+    rule: str | UpdateRule = "sgd",
     example_labels: Tensor | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
@@ -113,6 +116,7 @@ def compile(
             input has more rows, has none anyway.
         adapter: Folder of a LoRA that peft saved, in place of `lora`: its layers are adapted, with its A.
             `Session.import_adapter` starts from its B.
+        rule: What a step does with the estimate: "sgd", "momentum", "sign", "adam", "scalar-adam", or an `UpdateRule`.
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
@@ -136,6 +140,8 @@ def compile(
     lora, zo = lora or LoraConfig(), zo or ZOConfig()
     row_loss = _loss(loss, example_labels)
     recipe = _quantization(quantization)
+    update_rule = get_rule(rule)
+    described_rule = described_as(update_rule)
     _check_options(lora, zo, row_loss, state)
     target = get_backend(backend)
     if reason := target.unavailable():
@@ -153,10 +159,12 @@ def compile(
             captured = passes.capture(model, example, symbolic=symbolic)
         say("rewrite")
         store = _store(captured, recipe, example)
-        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, store, given, observer)
+        return captured, rewrite(
+            captured, example.rows, lora, zo, row_loss, target, update_rule, state, store, given, observer
+        )
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state, recipe)
+    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, described_rule, state, recipe)
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
@@ -211,6 +219,7 @@ def rewrite(
     zo: ZOConfig,
     loss: Loss,
     backend: Backend,
+    rule: UpdateRule = PLAIN,
     state: str = "shared",
     store: Sequence[Pass] = (),
     given: Mapping[str, Tensor] = MappingProxyType({}),
@@ -224,22 +233,22 @@ def rewrite(
     with_loss = Pipeline(front, observe).run(captured)
     lora = resolve_targets(with_loss, lora)
     train: list[Pass] = [
-        passes.InsertMPLoRA(lora, given=given),
+        passes.InsertMPLoRA(lora, given=given, rule=rule),
         passes.MergeSiblings(),
         passes.DuplicateLanes(zo.lanes),
-        passes.Perturb(zo.noise),
-        passes.DifferenceLosses(),
-        passes.UpdateState(),
+        passes.Perturb(zo),
+        passes.DifferenceLosses(zo),
+        passes.UpdateState(rule),
     ]
     train_step = Pipeline([*train, *finish], observe).run(with_loss)
     adapted: list[Pass] = [
         passes.Canonicalize(),
         passes.SliceLabels(),
-        passes.InsertMPLoRA(lora, train_step.sites, given),
+        passes.InsertMPLoRA(lora, train_step.sites, given, rule),
         passes.MergeSiblings(),
     ]
     evaluate = Pipeline([*adapted, *finish], observer("evaluate")).run(captured)
-    replay = passes.Replay(train_step.sites, zo.queries, zo.noise)
+    replay = passes.Replay(train_step.sites, zo, rule, train_step.lora_a)
     return {
         "train_step": train_step,
         "evaluate": evaluate,
@@ -338,6 +347,7 @@ def _manifest(
     zo: ZOConfig,
     loss: Loss,
     backend: Backend,
+    rule: Mapping[str, Any],
     state: str,
     quantization: Any,
 ) -> Manifest:
@@ -374,6 +384,7 @@ def _manifest(
         lora=dataclasses.replace(lora, target_modules=names),
         zo=zo,
         loss=repr(loss),
+        rule=rule,
         model=_digest(captured),
         state=state,
         quantization=described(quantization),

@@ -141,9 +141,9 @@ class Editor:
         known = (node for node in self._placeholders() if self._input_specs[node.name].target == name)
         return next(known, None) or self.add_constant(name, tensor)
 
-    def add_state(self, size: int) -> fx.Node:
-        """Add the flat state, float32 [size], zero at the start."""
-        return self.add_constant(STATE, torch.zeros(size))
+    def add_state(self, initial: Tensor) -> fx.Node:
+        """Add the flat state, float32 [S], with what it is at the start."""
+        return self.add_constant(STATE, initial)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call at the insertion point."""

@@ -104,10 +104,10 @@ def finetune(
             rate = learning_rate(step) if callable(learning_rate) else learning_rate
             size = session.program.manifest.eps if eps is None else eps
             result = session.train_step(inputs, labels, seed=step_seed(seed, step), learning_rate=rate, eps=size)
-            gradient = tuple(result.projected_gradient.tolist())
+            gradient, loss = tuple(result.projected_gradient.tolist()), result.loss
             if not all(math.isfinite(g) for g in gradient):
-                gradient = (0.0,) * len(gradient)
-            journal.append(Record(step, step_seed(seed, step), rate, size, result.loss, gradient))
+                gradient, loss = (0.0,) * len(gradient), math.nan if math.isfinite(loss) else loss
+            journal.append(Record(step, step_seed(seed, step), rate, size, loss, gradient))
             if (step + 1) % snapshot_every == 0 and step + 1 < steps:
                 write_state(folder / SNAPSHOT, session, step + 1)
             if on_step is not None:
@@ -181,7 +181,7 @@ def read_state(path: Path, session: Session) -> tuple[Tensor, int]:
         raise JournalError(f"the saved state cannot be read: {error!r}", where=str(path)) from None
     if checksum != hashlib.sha256(raw_bytes(state)).hexdigest() or state.dtype != torch.float32:
         raise JournalError("the saved state is damaged: its checksum is another", where=str(path))
-    if program != fingerprint(session.program).hex() or state.shape != (session.program.parameters,):
+    if program != fingerprint(session.program).hex() or state.shape != (session.program.manifest.state_size,):
         raise JournalError("the saved state is of another program", where=str(path))
     return state, step
 

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
 from mobizo_compiler.program import DynamicSize, Nesting, Site
+from mobizo_compiler.rules import get_rule, memory_size
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Manifest:
         sites: Adapter sites.
         lora: Adapter options.
         zo: Estimator options.
+        rule: Update rule, as `rules.described` writes it.
         loss: The loss, as text.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
         state: "shared", a buffer that all methods share, or "io", the last input and output of every method.
@@ -131,6 +133,7 @@ class Manifest:
     lora: LoraConfig
     zo: ZOConfig
     loss: str
+    rule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rule": "sgd"})
     model: str = ""
     state: str = "shared"
     quantization: str | None = None
@@ -142,7 +145,12 @@ class Manifest:
     @property
     def parameters(self) -> int:
         """Number P of trained parameters."""
-        return sum(site.size for site in self.sites)
+        return sum(site.trained for site in self.sites)
+
+    @property
+    def state_size(self) -> int:
+        """Length S of the flat state: the trained parameters, then what the update rule remembers."""
+        return self.parameters + memory_size(get_rule(self.rule), self.parameters)
 
     def to_json(self) -> str:
         """JSON text with sorted keys: the same manifest gives the same bytes."""

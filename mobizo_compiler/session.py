@@ -16,7 +16,8 @@ import mobizo_compiler.finetune as runs
 from mobizo_compiler.adapters import merge_into, read_peft, state_of, write_peft
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import MAX_SEED
-from mobizo_compiler.errors import InputError, LabelError, StateError
+from mobizo_compiler.errors import ConfigError, InputError, LabelError, StateError
+from mobizo_compiler.estimators import get_estimator
 from mobizo_compiler.example import flat_names
 from mobizo_compiler.journal import read_journal, replayed
 from mobizo_compiler.manifest import TensorSpec, nesting_from_json
@@ -43,13 +44,15 @@ class Session:
             program = load(program)
         self.program = program
         self._runner = program.artifact.runner()
+        if program.manifest.lora.train_a and not bool(self._runner.state().any()):
+            self._runner.state().copy_(program.initial_state())  # a state that is passed in and out begins with zeros
         self._nesting = _nesting(program.manifest.nesting)
         self._sizes = {size.name: size for size in program.manifest.sizes}
 
     def train_step(
         self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float | None = None
     ) -> StepResult:
-        """One step: 2q perturbed forwards, their losses, the projected gradient and the update, in one call.
+        """One step: a forward of all perturbed copies, losses, projected gradient and update, in one call.
 
         Args:
             inputs: As `example_inputs` of `compile`.
@@ -107,10 +110,17 @@ class Session:
 
         Raises:
             JournalError: A journal is damaged or of another program; then the state is as it was.
+            ConfigError: The update rule remembers its steps, so that steps of others cannot be put between them.
         """
         paths = [journals] if isinstance(journals, (str, PathLike)) else list(journals)
         if not paths:
             raise InputError("journals is empty")
+        if self.program.manifest.state_size > self.program.parameters:
+            raise ConfigError(
+                f"steps of several devices cannot be merged under the rule {self.program.manifest.rule['rule']!r}, "
+                "which remembers its own steps",
+                hint='compile with rule="sgd"',
+            )
         factor = 1 / len(paths) if weight is None else float(_number("weight", weight))
         steps = [step for path in paths for step in replayed(read_journal(path, self.program))]
         for seed, gradient, learning_rate in steps:
@@ -122,10 +132,11 @@ class Session:
         """Within the block, `evaluate` runs with the B of one lane of a step; afterwards the state is what it was.
 
         For rewards that no graph can express: run the model in each lane as often as it takes (to generate text, say),
-        score what came out, and hand the differences to `replay`. Lanes 0..q-1 have B + eps z, lanes q..2q-1 B - eps z.
+        score what came out, and hand the differences to `replay`. For the two-sided estimator, lanes 0..q-1 have
+        B + eps z and lanes q..2q-1 B - eps z; for the one-sided one, lane 0 has B and lanes 1..q B + eps z.
 
         Args:
-            index: 0..2q-1.
+            index: 0..lanes-1.
             seed: Seed of the step.
             eps: Size of the perturbation, above 0.
         """
@@ -138,19 +149,20 @@ class Session:
             raise InputError(f"eps is {eps}; it must be above 0")
         alias = self._runner.state()
         before = alias.clone()
-        z = noise(seed, zo.queries, before.numel(), zo.noise)[index % zo.queries]
-        alias.copy_(before + z * size if index < zo.queries else before - z * size)
+        parameters = self.program.parameters
+        step = noise(seed, zo.queries, parameters, zo.noise) * size
+        alias[:parameters] = get_estimator(zo.estimator).perturbed(before[:parameters], step)[index]
         try:
             yield
         finally:
             self._runner.state().copy_(before)
 
     def state(self) -> Tensor:
-        """A copy of the flat state, float32 [P]."""
+        """A copy of the flat state, float32 [S]: the trained parameters, then what the update rule remembers."""
         return self._runner.state().clone()
 
     def load_state(self, flat: Tensor) -> None:
-        """Set the flat state from float32 [P], finite."""
+        """Set the flat state from float32 [S], finite."""
         alias = self._runner.state()
         if not isinstance(flat, Tensor) or flat.shape != alias.shape or flat.dtype != torch.float32:
             found = f"{flat.dtype}{list(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
@@ -162,6 +174,12 @@ class Session:
     def lora_b(self, fqn: str) -> Tensor:
         """A copy of B of one site, float32 [r, out_features]."""
         return self.program.site(fqn).lora_b(self._runner.state()).clone()
+
+    def lora_a(self, fqn: str) -> Tensor:
+        """A copy of A of one site, float32 [r, in_features], as it is now."""
+        site = self.program.site(fqn)
+        frozen = site.a_offset is None
+        return self.program.lora_a(fqn) if frozen else site.lora_a(self._runner.state()).contiguous().clone()
 
     def export_adapter(self, folder: str | PathLike[str], base_model: str | None = None) -> Path:
         """Write the adapter in peft's format and return the folder; `PeftModel.from_pretrained` loads it.

@@ -40,7 +40,7 @@ def test_fifty_steps_agree_with_the_reference(name: str, tmp_path: Path) -> None
     if name != "eager":
         program = mobizo.load(program.save(tmp_path / "tiny.pte"))
     session = Session(program)
-    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=2)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(3)) * 0.1
     session.load_state(start)
     reference.state.copy_(start)

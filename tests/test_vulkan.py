@@ -164,7 +164,7 @@ def compare_steps(
     program: mobizo.Program, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, loss_error: float
 ) -> None:
     session = Session(program)
-    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=2)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(3)) * 0.1
     session.load_state(start)
     reference.state.copy_(start)
