@@ -43,7 +43,7 @@ from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAx
 from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
 from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
-from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram, raw_bytes
+from mobizo_compiler.program import LABELS, PREFIX, STATE_INPUT, GraphProgram, raw_bytes
 from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
 from mobizo_compiler.rules import PLAIN, UpdateRule, get_rule
 from mobizo_compiler.rules import described as described_as
@@ -86,6 +86,7 @@ def compile(
     row_axes: RowAxes | None = None,
     adapter: str | PathLike[str] | None = None,
     rule: str | UpdateRule = "sgd",
+    split_prefix: bool = False,
     example_labels: Tensor | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
@@ -117,6 +118,8 @@ def compile(
         adapter: Folder of a LoRA that peft saved, in place of `lora`: its layers are adapted, with its A.
             `Session.import_adapter` starts from its B.
         rule: What a step does with the estimate: "sgd", "momentum", "sign", "adam", "scalar-adam", or an `UpdateRule`.
+        split_prefix: Make what no adapter reaches a method of its own, whose results a `Session` can keep on disk; for
+            adapters in the last blocks (`LoraConfig.layers_to_transform`).
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
@@ -149,6 +152,8 @@ def compile(
     if cache_dir is not None and isinstance(target, EagerBackend):
         raise ConfigError("programs of the eager backend cannot be cached: they have no file format")
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
+    if split_prefix and dynamic_shapes:
+        raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
 
     observer = functools.partial(_observer, dump_dir)
 
@@ -160,7 +165,7 @@ def compile(
         say("rewrite")
         store = _store(captured, recipe, example)
         return captured, rewrite(
-            captured, example.rows, lora, zo, row_loss, target, update_rule, state, store, given, observer
+            captured, example.rows, lora, zo, row_loss, target, update_rule, split_prefix, state, store, given, observer
         )
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
@@ -220,27 +225,28 @@ def rewrite(
     loss: Loss,
     backend: Backend,
     rule: UpdateRule = PLAIN,
+    split_prefix: bool = False,
     state: str = "shared",
     store: Sequence[Pass] = (),
     given: Mapping[str, Tensor] = MappingProxyType({}),
     observer: Callable[[str], Observer | None] = lambda method: None,
 ) -> dict[str, GraphProgram]:
-    """The three methods of a program: static graphs that share one state, ready for the backend to lower."""
+    """The methods of a program: static graphs that share one state, ready for the backend to lower."""
     carry: list[Pass] = [passes.PassState()] if state == "io" else []
     finish: list[Pass] = [passes.Specialize(rows), *store, passes.Canonicalize(), *carry, *backend.passes()]
     front: list[Pass] = [passes.AttachLoss(loss), passes.Canonicalize(), passes.FreeRows(), passes.SliceLabels()]
     observe = observer("train_step")
     with_loss = Pipeline(front, observe).run(captured)
     lora = resolve_targets(with_loss, lora)
-    train: list[Pass] = [
+    lanes: list[Pass] = [
         passes.InsertMPLoRA(lora, given=given, rule=rule),
         passes.MergeSiblings(),
         passes.DuplicateLanes(zo.lanes),
-        passes.Perturb(zo),
-        passes.DifferenceLosses(zo),
-        passes.UpdateState(rule),
     ]
-    train_step = Pipeline([*train, *finish], observe).run(with_loss)
+    step: list[Pass] = [passes.Perturb(zo), passes.DifferenceLosses(zo), passes.UpdateState(rule)]
+    with_lanes = Pipeline(lanes, observe).run(with_loss)
+    split: list[Pass] = [passes.AfterPrefix()] if split_prefix else []
+    train_step = Pipeline([*split, *step, *finish], observe).run(with_lanes)
     adapted: list[Pass] = [
         passes.Canonicalize(),
         passes.SliceLabels(),
@@ -249,11 +255,15 @@ def rewrite(
     ]
     evaluate = Pipeline([*adapted, *finish], observer("evaluate")).run(captured)
     replay = passes.Replay(train_step.sites, zo, rule, train_step.lora_a)
-    return {
+    methods = {
         "train_step": train_step,
         "evaluate": evaluate,
         "replay": Pipeline([replay, *carry], observer("replay")).run(passes.empty_program()),
     }
+    if split_prefix:
+        whole = [step for step in finish if step not in carry]
+        methods["prefix"] = Pipeline([passes.Prefix(), *whole], observer("prefix")).run(with_lanes)
+    return methods
 
 
 def _store(captured: GraphProgram, quantization: Any, example: Example) -> list[Pass]:
@@ -354,7 +364,7 @@ def _manifest(
     train_step, evaluate = methods["train_step"], methods["evaluate"]
     sites = [site.fqn for site in train_step.sites]
     names = short_names(sites, sites) if lora.target_modules in (None, ALL_LINEAR) else lora.target_modules
-    inputs = {n: v for n, v in train_step.inputs.items() if n not in (LABELS, SEED, EPS, LEARNING_RATE, STATE_INPUT)}
+    inputs = {n: v for n, v in evaluate.inputs.items() if n != STATE_INPUT}
     public = [leaf.name for leaf in example.leaves] if example.keywords else list(inputs)
     assert captured.nesting is not None
     labels = loss.label_spec(captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()]))
@@ -384,6 +394,11 @@ def _manifest(
         lora=dataclasses.replace(lora, target_modules=names),
         zo=zo,
         loss=repr(loss),
+        prefix=tuple(
+            tensor_spec(name.removeprefix("mobizo_"), value, dynamic)
+            for name, value in train_step.inputs.items()
+            if name.startswith(PREFIX)
+        ),
         rule=rule,
         model=_digest(captured),
         state=state,

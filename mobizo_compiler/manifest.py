@@ -109,6 +109,7 @@ class Manifest:
         sites: Adapter sites.
         lora: Adapter options.
         zo: Estimator options.
+        prefix: What `prefix` returns and `train_step` takes in place of the model's inputs; empty without `prefix`.
         rule: Update rule, as `rules.described` writes it.
         loss: The loss, as text.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
@@ -133,6 +134,7 @@ class Manifest:
     lora: LoraConfig
     zo: ZOConfig
     loss: str
+    prefix: tuple[TensorSpec, ...] = ()
     rule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rule": "sgd"})
     model: str = ""
     state: str = "shared"
@@ -146,6 +148,11 @@ class Manifest:
     def parameters(self) -> int:
         """Number P of trained parameters."""
         return sum(site.trained for site in self.sites)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that a session calls."""
+        return ("train_step", "evaluate", "replay", *(["prefix"] if self.prefix else []))
 
     @property
     def state_size(self) -> int:
@@ -172,7 +179,9 @@ class Manifest:
                 + str(values.get("versions")),
             )
         try:
-            specs: dict[str, Any] = {n: tuple(_spec(item) for item in values.pop(n)) for n in ("inputs", "outputs")}
+            specs: dict[str, Any] = {
+                n: tuple(_spec(item) for item in values.pop(n)) for n in ("inputs", "outputs", "prefix")
+            }
             sites = tuple(Site(**{**item, "kernel": tuple(item["kernel"])}) for item in values.pop("sites"))
             sizes = tuple(DynamicSize(**item) for item in values.pop("sizes"))
             labels = _spec(values.pop("labels"))

@@ -22,6 +22,7 @@ from mobizo_compiler.example import flat_names
 from mobizo_compiler.journal import read_journal, replayed
 from mobizo_compiler.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.noise import noise
+from mobizo_compiler.prefix_cache import PrefixCache
 from mobizo_compiler.program import Nesting
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -32,12 +33,23 @@ class Session:
 
     Args:
         program: A compiled program, or the path of a program file.
+        prefix_cache: A file that keeps what comes before the first adapter for every row that was trained on, so that
+            later steps on the same rows start from there; for programs compiled with `split_prefix=True`.
+        prefix_cache_bytes: How large it may become; None for no limit.
 
     Raises:
         ArtifactError: The file is not a program of this compiler.
+        InputError: The program has no prefix.
+        JournalLockedError: Another session has the prefix cache open.
     """
 
-    def __init__(self, program: Program | str | PathLike[str]) -> None:
+    def __init__(
+        self,
+        program: Program | str | PathLike[str],
+        *,
+        prefix_cache: str | PathLike[str] | None = None,
+        prefix_cache_bytes: int | None = None,
+    ) -> None:
         if not isinstance(program, Program):
             from mobizo_compiler.api import load
 
@@ -46,6 +58,9 @@ class Session:
         self._runner = program.artifact.runner()
         if program.manifest.lora.train_a and not bool(self._runner.state().any()):
             self._runner.state().copy_(program.initial_state())  # a state that is passed in and out begins with zeros
+        self._prefix_cache = None
+        if prefix_cache is not None:
+            self._prefix_cache = PrefixCache(prefix_cache, program, prefix_cache_bytes)
         self._nesting = _nesting(program.manifest.nesting)
         self._sizes = {size.name: size for size in program.manifest.sizes}
 
@@ -66,12 +81,13 @@ class Session:
         """
         eps = self.program.manifest.eps if eps is None else eps
         sizes: dict[str, int] = {}
-        arguments = self._flat(inputs, sizes)
-        arguments.append(self._labels(labels, sizes))
-        arguments += [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
-        if not arguments[-1] > 0:
+        given = self._flat(inputs, sizes)
+        checked = self._labels(labels, sizes)
+        scalars = [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
+        if not scalars[-1] > 0:
             raise InputError(f"eps is {eps}; it must be above 0")
-        loss, lane_losses, projected_gradient = self._runner.call("train_step", arguments)
+        start = self._prefix(given, checked) if self.program.manifest.prefix else given
+        loss, lane_losses, projected_gradient = self._runner.call("train_step", [*start, checked, *scalars])
         return StepResult(float(loss), lane_losses, projected_gradient)
 
     def evaluate(self, inputs: Inputs) -> Any:
@@ -212,6 +228,12 @@ class Session:
         """
         merge_into(self.program, self.state(), model)
 
+    def close(self) -> None:
+        """Close the prefix cache, so that another session can open it; the session works on without it."""
+        if self._prefix_cache is not None:
+            self._prefix_cache.close()
+            self._prefix_cache = None
+
     def _flat(self, inputs: Inputs, sizes: dict[str, int]) -> list[Tensor]:
         """The tensors in flat order, checked; the dynamic sizes of this call go to `sizes`."""
         manifest = self.program.manifest
@@ -227,6 +249,19 @@ class Session:
             if len(values) != len(specs):
                 raise InputError(f"the model takes {len(specs)} inputs, {len(values)} were given")
         return [spec.check(value, self._sizes, sizes) for spec, value in zip(specs, values, strict=True)]
+
+    def _prefix(self, inputs: list[Tensor], labels: Tensor) -> list[Tensor]:
+        """What a step starts from: the values before the first adapter."""
+        arguments = [*inputs, labels]
+
+        def compute() -> list[Tensor]:
+            return self._runner.call("prefix", arguments)
+
+        if self._prefix_cache is None:
+            return compute()
+        return self._prefix_cache.values(
+            arguments, [value.shape[:1] == labels.shape[:1] for value in arguments], compute
+        )
 
     def _labels(self, labels: Tensor, sizes: dict[str, int]) -> Tensor:
         manifest = self.program.manifest

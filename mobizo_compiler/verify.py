@@ -53,7 +53,8 @@ def check_program(program: Program, loss: Loss, example_inputs: Sequence[Tensor]
     inputs = [value.contiguous() for value in example_inputs]
     labels = random_labels(program.manifest, inputs, generator)
     scalars = torch.tensor([SEED], dtype=torch.int32), torch.tensor([LEARNING_RATE]), torch.tensor([EPS])
-    step = _ordered(program, inputs, labels, *scalars)
+    starts = graphs.call("prefix", [*inputs, labels]) if program.manifest.prefix else inputs
+    step = _ordered(program, starts, labels, *scalars)
 
     def run(runner: Runner, method: str, arguments: list[Tensor], state: Tensor) -> tuple[list[Tensor], Tensor]:
         runner.state().copy_(state)
@@ -82,6 +83,11 @@ def check_program(program: Program, loss: Loss, example_inputs: Sequence[Tensor]
 
     compare = functools.partial(_compare, program.manifest.backend)
     lowered = program.artifact.runner()
+    if program.manifest.prefix:
+        for position, (a, b) in enumerate(zip(lowered.call("prefix", [*inputs, labels]), starts, strict=True)):
+            a, b = a.float(), b.float()
+            tolerance = OUTPUT_TOLERANCE * max(1.0, float(b.abs().max())) + max(rounding)
+            compare("prefix", f"value {position}", a, b, tolerance)
     (_, found_losses, found_gradient), found_state = run(lowered, "train_step", step, start)
     allowed = LOSS_TOLERANCE * size + rounding[0]
     compare("train_step", "lane losses", found_losses, losses, allowed)
