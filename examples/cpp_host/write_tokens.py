@@ -1,8 +1,8 @@
 """Write the token file of the C++ host; the format is described in `tokens.h`.
 
-    from examples.cpp_host.write_tokens import write_tokens
+from examples.cpp_host.write_tokens import write_tokens
 
-    write_tokens("train.tokens", program.manifest, batches)   # batches: a sequence of (inputs, labels)
+write_tokens("train.tokens", program.manifest, batches)   # batches: a sequence of (inputs, labels)
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from mobizo_compiler.manifest import Manifest
 
 
 def write_tokens(
-    path: str | PathLike[str], manifest: Manifest, batches: Sequence[tuple[Sequence[Tensor] | Mapping[str, Any], Tensor]]
+    path: str | PathLike[str],
+    manifest: Manifest,
+    batches: Sequence[tuple[Sequence[Tensor] | Mapping[str, Any], Tensor]],
 ) -> None:
     """Write batches, each as `Session.train_step` takes it, one row a line.
 
