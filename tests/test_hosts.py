@@ -256,7 +256,7 @@ def test_kills_at_random_instants(case: Case, tmp_path: Path) -> None:
     run, rng, steps = tmp_path / "run", random.Random(0), 400
     case.train(tmp_path / "whole", steps)
     whole = (tmp_path / "whole" / "journal").read_bytes()
-    found = []
+    found: list[int] = []
     while len(found) < 25:
         process = subprocess.Popen(case.command(run, steps), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdout is not None
@@ -374,7 +374,7 @@ def test_a_run_starts_from_a_state(case: Case, tmp_path: Path) -> None:
     from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
     state = torch.randn(case.program.parameters, generator=torch.Generator().manual_seed(0)) * 0.1
-    layout = TensorLayout(scalar_type=ScalarType.FLOAT, sizes=[len(state)], dim_order=[0])  # type: ignore[list-item]
+    layout = TensorLayout(scalar_type=ScalarType.FLOAT, sizes=[len(state)], dim_order=[0])
 
     def write(data: bytes) -> Path:
         payload = DataPayload([data], {"mobizo_lora_b": DataEntry(0, 16, layout)})
@@ -585,6 +585,22 @@ def test_the_sources_for_phones_name_what_there_is(passed: Case) -> None:
     assert len(named) > 10 and {re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name) for name in named} <= fields
     for source in (kotlin, swift):
         assert re.findall(r'(?:"format_version"\)|formatVersion) == (\d+)', source) == [str(FORMAT_VERSION)]
+
+
+def test_the_documented_commands(host: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The code of docs/hosts.md from top to bottom; the host is built already."""
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "hosts.md").read_text(), re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "python"] and "cmake" in blocks[0][1]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for kind, code in blocks[1:]:
+        if kind == "python":
+            exec(compile(code, "hosts.md", "exec"), names)
+        else:
+            command = code.replace("build/cpp_host/mobizo_host", str(host)).split()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    session = names["session"]
+    assert isinstance(session, Session) and session.state().any() and Path("state.ptd").exists()
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ class Trainer(programPath: String, stateFile: File, private val seed: Int = 0) :
   private fun batch(rows: Map<String, LongArray>): Array<EValue> =
       inputs.map { EValue.from(tensor(it, rows.getValue(it.getString("name")))) }.toTypedArray()
 
-  /** Kernels do not check token ids: one that is out of range reads foreign memory. */
+  /** Not every kernel checks token ids: one that is out of range may read foreign memory. */
   private fun tensor(spec: JSONObject, values: LongArray): Tensor {
     val name = spec.getString("name")
     check(spec.getString("dtype") == "int64") { "$name is ${spec.getString("dtype")}; this host passes int64" }

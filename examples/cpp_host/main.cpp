@@ -1,6 +1,4 @@
 // Fine-tune a program on the ExecuTorch runtime, with forward passes only, in a folder that survives kills.
-#include <fcntl.h>
-
 #include <charconv>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +7,8 @@
 #include <fstream>
 #include <optional>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "errors.h"
 #include "journal.h"
@@ -154,7 +154,7 @@ void train(const Options& options) {
 
   std::error_code problem;
   std::filesystem::create_directories(options.run, problem);
-  if (!std::filesystem::is_directory(options.run)) {
+  if (std::error_code unknown; !std::filesystem::is_directory(options.run, unknown)) {
     throw Failure(Exit::bad_run, options.run.string() + ": " + (problem ? problem.message() : "this is no folder"));
   }
   host::Journal journal(options.run / host::kJournal, program.fingerprint(), manifest.queries, manifest.parameters);

@@ -52,8 +52,8 @@ class Program {
   executorch::extension::Module module_;
   Manifest manifest_;
   Sha256::Digest fingerprint_{};
-  State passed_;            // the state, where it goes in and out of every method
-  float* shared_ = nullptr; // the state, where the methods share it
+  State passed_;             // the state, where it goes in and out of every method
+  float* shared_ = nullptr;  // the state, where the methods share it
 };
 
 }  // namespace host

@@ -31,8 +31,8 @@ struct Batch {
   Value labels;
 };
 
-// All batches of a file, checked against the manifest as the kernels do not: a token out of range reads foreign memory.
-// Throws `Failure` with the line and the column.
+// All batches of a file, checked against the manifest, because not every kernel checks: a token or a label out of range
+// may read foreign memory. Throws `Failure` with the line and the column.
 std::vector<Batch> read_batches(const std::filesystem::path& path, const Manifest& manifest);
 
 }  // namespace host

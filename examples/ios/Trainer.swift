@@ -126,7 +126,7 @@ public final class Trainer {
     }
   }
 
-  /// Kernels do not check token ids: one that is out of range reads foreign memory.
+  /// Not every kernel checks token ids: one that is out of range may read foreign memory.
   private func tensor(_ spec: TensorSpec, _ values: [Int64]) throws -> Tensor<Int64> {
     guard spec.dtype == "int64", values.count == spec.shape.reduce(1, *) else {
       throw Failure.input("\(spec.name) is \(spec.dtype) \(spec.shape), not \(values.count) int64")
