@@ -11,7 +11,7 @@
 #include "errors.h"
 #include "files.h"
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the journal is little-endian, and this writes numbers as they are");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the journal is little-endian, and numbers are written as they are");
 
 namespace host {
 namespace {
@@ -144,8 +144,9 @@ void Journal::read(std::string_view data) {
   }
   for (size_t later = position + record_bytes_; later < data.size(); later += record_bytes_) {
     if (is_whole(data, later)) {
-      fail("step " + std::to_string(records_.size()) + " is damaged, and steps after it are not; truncate the file to " +
-           std::to_string(position) + " bytes to go on from there");
+      fail("step " + std::to_string(records_.size()) +
+           " is damaged, and steps after it are not; truncate the file to " + std::to_string(position) +
+           " bytes to go on from there");
     }
   }
   end_ = static_cast<off_t>(position);

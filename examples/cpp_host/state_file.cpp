@@ -25,9 +25,9 @@ constexpr size_t kData = 256;   // where it ends, and the data begins
 
 // What is in front of the data. The wheel has no writer (`flat_tensor::save_ptd` is in no header and no library of it),
 // and this flatbuffer is always the same but for two numbers, so it is written here at fixed places. The schema is
-// extension/flat_tensor/serialize/flat_tensor.fbs. In a flatbuffer an offset counts from where it stands; a table begins
-// with the distance back to its vtable, which lists its own size, that of the table, and where each field is (0: it has
-// its default); and every number stands at a multiple of its size.
+// extension/flat_tensor/serialize/flat_tensor.fbs. In a flatbuffer an offset counts from where it stands; a table
+// begins with the distance back to its vtable, which lists its own size, that of the table, and where each field is (0:
+// it has its default); and every number stands at a multiple of its size.
 std::string flat_tensor_front(size_t parameters) {
   std::string front(kData, '\0');
   const auto put = [&front](size_t at, auto value) { std::memcpy(&front[at], &value, sizeof(value)); };

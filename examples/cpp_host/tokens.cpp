@@ -16,7 +16,10 @@ namespace {
 using executorch::aten::ScalarType;
 
 const std::map<std::string, ScalarType> kTypes = {
-    {"int64", ScalarType::Long}, {"int32", ScalarType::Int}, {"float32", ScalarType::Float}, {"bool", ScalarType::Bool}};
+    {"int64", ScalarType::Long},
+    {"int32", ScalarType::Int},
+    {"float32", ScalarType::Float},
+    {"bool", ScalarType::Bool}};
 
 std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
@@ -66,7 +69,8 @@ class Reader {
       const auto* rows = spec->shape.empty() ? nullptr : std::get_if<int64_t>(&spec->shape[0]);
       const auto dynamic = std::count_if(spec->shape.begin(), spec->shape.end(),
                                          [](const Axis& axis) { return std::holds_alternative<std::string>(axis); });
-      if (rows == nullptr || dynamic > 1 || (rows_ != 0 && *rows != rows_) || *rows <= 0 || !kTypes.count(spec->dtype)) {
+      const bool same = rows != nullptr && *rows > 0 && (rows_ == 0 || *rows == rows_);
+      if (!same || dynamic > 1 || !kTypes.count(spec->dtype)) {
         throw Failure(Exit::bad_program, "this host feeds rows of numbers, one or more of a fixed number of rows, and "
                                          "cannot make the input " + spec->name + " of them");
       }
