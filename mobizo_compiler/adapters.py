@@ -155,7 +155,7 @@ def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
                 hint="compile(..., adapter=folder) makes a program with this A",
             )
     b = torch.cat([adapter.b[site.fqn].flatten() for site in program.sites])
-    begin = initial_state(program.sites, adapter.a, program.manifest.state_size - program.parameters)
+    begin = initial_state(program.sites, adapter.a, program.manifest.memory)
     begin[: b.numel()] = b
     return begin
 

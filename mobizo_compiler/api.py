@@ -45,8 +45,7 @@ from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import LABELS, PREFIX, STATE_INPUT, GraphProgram, raw_bytes
 from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
-from mobizo_compiler.rules import PLAIN, UpdateRule, get_rule
-from mobizo_compiler.rules import described as described_as
+from mobizo_compiler.rules import PLAIN, UpdateRule, described_rule, get_rule, memory_size
 from mobizo_compiler.smoothing import smoothing_of
 from mobizo_compiler.targets import heads, resolve_targets, short_names
 from mobizo_compiler.verify import check_program
@@ -144,7 +143,6 @@ def compile(
     row_loss = _loss(loss, example_labels)
     recipe = _quantization(quantization)
     update_rule = get_rule(rule)
-    described_rule = described_as(update_rule)
     _check_options(lora, zo, row_loss, state)
     target = get_backend(backend)
     if reason := target.unavailable():
@@ -169,7 +167,7 @@ def compile(
         )
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, described_rule, state, recipe)
+    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe)
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
@@ -357,7 +355,7 @@ def _manifest(
     zo: ZOConfig,
     loss: Loss,
     backend: Backend,
-    rule: Mapping[str, Any],
+    rule: UpdateRule,
     state: str,
     quantization: Any,
 ) -> Manifest:
@@ -399,7 +397,8 @@ def _manifest(
             for name, value in train_step.inputs.items()
             if name.startswith(PREFIX)
         ),
-        rule=rule,
+        rule=described_rule(rule),
+        memory=memory_size(rule, sum(site.trained for site in train_step.sites)),
         model=_digest(captured),
         state=state,
         quantization=described(quantization),

@@ -58,8 +58,7 @@ class Program:
 
     def initial_state(self) -> Tensor:
         """The flat state before the first step, float32 [S]."""
-        memory = self.manifest.state_size - self.parameters
-        return initial_state(self.sites, self.lora_a_by_fqn, memory)
+        return initial_state(self.sites, self.lora_a_by_fqn, self.manifest.memory)
 
     def site(self, fqn: str) -> Site:
         """The site at that path.

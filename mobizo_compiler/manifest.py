@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
 from mobizo_compiler.program import DynamicSize, Nesting, Site
-from mobizo_compiler.rules import get_rule, memory_size
 
 FORMAT_VERSION = 5
 
@@ -110,7 +109,8 @@ class Manifest:
         lora: Adapter options.
         zo: Estimator options.
         prefix: What `prefix` returns and `train_step` takes in place of the model's inputs; empty without `prefix`.
-        rule: Update rule, as `rules.described` writes it.
+        rule: Update rule, as `rules.described_rule` writes it.
+        memory: How many numbers of the state the rule remembers.
         loss: The loss, as text.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
         state: "shared", a buffer that all methods share, or "io", the last input and output of every method.
@@ -136,6 +136,7 @@ class Manifest:
     loss: str
     prefix: tuple[TensorSpec, ...] = ()
     rule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rule": "sgd"})
+    memory: int = 0
     model: str = ""
     state: str = "shared"
     quantization: str | None = None
@@ -157,7 +158,7 @@ class Manifest:
     @property
     def state_size(self) -> int:
         """Length S of the flat state: the trained parameters, then what the update rule remembers."""
-        return self.parameters + memory_size(get_rule(self.rule), self.parameters)
+        return self.parameters + self.memory
 
     def to_json(self) -> str:
         """JSON text with sorted keys: the same manifest gives the same bytes."""

@@ -175,7 +175,7 @@ RULES: dict[str, type[UpdateRule]] = {
 
 
 def get_rule(rule: str | UpdateRule | Mapping[str, Any]) -> UpdateRule:
-    """A rule from its name, from what `described` returned, or itself.
+    """A rule from its name, from what `described_rule` returned, or itself.
 
     Raises:
         ConfigError: There is no such rule, or an option of it is out of range.
@@ -205,7 +205,7 @@ def register_rule(name: str, rule: type[UpdateRule]) -> None:
     RULES[name] = rule
 
 
-def described(rule: UpdateRule) -> dict[str, Any]:
+def described_rule(rule: UpdateRule) -> dict[str, Any]:
     """The rule as JSON values.
 
     Raises:

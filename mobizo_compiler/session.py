@@ -131,7 +131,7 @@ class Session:
         paths = [journals] if isinstance(journals, (str, PathLike)) else list(journals)
         if not paths:
             raise InputError("journals is empty")
-        if self.program.manifest.state_size > self.program.parameters:
+        if self.program.manifest.memory:
             raise ConfigError(
                 f"steps of several devices cannot be merged under the rule {self.program.manifest.rule['rule']!r}, "
                 "which remembers its own steps",

@@ -103,7 +103,7 @@ def check_program(program: Program, loss: Loss, example_inputs: Sequence[Tensor]
         raise LoweringError("train_step does not change the state", where=f"backend {program.manifest.backend!r}")
     _, replayed = run(lowered, "replay", [scalars[0], found_gradient.clone(), scalars[1]], start)
     compare("replay", "state", replayed, found_state, 0.0)
-    if program.manifest.state_size > parameters:  # what the rule remembers counts from the second step on
+    if program.manifest.memory:  # what the rule remembers counts from the second step on
         again = [scalars[0] + 1, found_gradient.clone(), scalars[1]]
         (_, wanted), (_, found) = run(graphs, "replay", again, found_state), run(lowered, "replay", again, found_state)
         moved = UPDATE_TOLERANCE * float((wanted - found_state).norm())
