@@ -113,7 +113,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=99), "has format 99, this version reads format 4"),
+        (lambda m: m.update(format_version=99), "has format 99, this version reads format 5"),
         (lambda m: m.pop("sites"), "lacks or has unknown fields"),
         (lambda m: m.update(colour="red"), "lacks or has unknown fields"),
         (lambda m: m["lora"].update(r=0), "LoraConfig.r is 0"),

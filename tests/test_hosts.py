@@ -512,7 +512,7 @@ def edited(case: Case, folder: Path, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"format_version": 4', '"format_version": 5', "the program has format 5, this host reads format 4"),
+        ('"format_version": 5', '"format_version": 9', "the program has format 9, this host reads format 5"),
         ('"format_version"', '"format_versi0n"', "the field format_version is missing"),
         ('"labels": {', '"labels": [', "no JSON"),
         ('"state": "shared"', '"state": "sharem"', "the state is sharem, not shared or io"),
