@@ -16,7 +16,7 @@ from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
 from mobizo_compiler.program import DynamicSize, Nesting, Site
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,8 @@ class Manifest:
         zo: Estimator options.
         loss: The loss, as text.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
-        state: "shared", a buffer that all methods share, or "io", the last input and output of every method.
+        state: "shared", a buffer that all methods share; "data", the same, with its initial value in a data file; or
+            "io", the last input and output of every method.
         quantization: How the base weights were quantized when the program was compiled, as JSON; None if they were not.
         eps: Size of the perturbation that suits this program.
         first_label: Labels before this position of a row never count.

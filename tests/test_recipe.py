@@ -210,7 +210,7 @@ def compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(captured: Any, inputs: Any, **options: Any) -> Any:
         listener = lowering._listener.get()
         assert listener is not None
-        listener(lowering.EdgePrograms({}, {}))
+        listener(lowering.EdgePrograms({}, {}, "shared"))
         return SimpleNamespace(methods={"replay": SimpleNamespace(exported=captured)})
 
     monkeypatch.setattr(recipes, "compile", compile)
