@@ -46,7 +46,11 @@ class Artifact(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A way to run programs. Instances hold no state."""
+    """A way to run programs. Instances hold no state.
+
+    One whose programs can look up their initial state in a data file (`state="data"`), as those of
+    `lower_to_executorch` can, has `data_files = True`.
+    """
 
     @property
     def name(self) -> str:

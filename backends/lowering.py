@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from executorch.exir import (
     EdgeCompileConfig,
+    EdgeProgramManager,
     ExecutorchBackendConfig,
     ExecutorchProgramManager,
     schema,
@@ -32,12 +33,14 @@ from executorch.exir import (
 )
 from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.backend.partitioner import Partitioner
+from executorch.exir.emit import EmitterOutput
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.runtime import Runtime
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
+from mobizo_compiler import checksum, data_file
 from mobizo_compiler.backends.atomic_copy import copy_whole
 from mobizo_compiler.backends.delegates import missing_delegates
 from mobizo_compiler.backends.one_copy import HEADER, share_equal_data
@@ -60,10 +63,12 @@ class EdgePrograms:
     Args:
         methods: The methods in the edge dialect, with their delegates.
         constant_methods: What the methods without a graph return.
+        state: Where the state is, as in `compile`.
     """
 
     methods: Mapping[str, ExportedProgram]
     constant_methods: Mapping[str, Any]
+    state: str
 
 
 _listener: contextvars.ContextVar[Callable[[EdgePrograms], None] | None] = contextvars.ContextVar(
@@ -166,11 +171,8 @@ def _lower(
         _sizes_for_strides(program)
     if (listener := _listener.get()) is not None:
         copies = {name: _with_own_graph(program) for name, program in lowered.items()}
-        listener(EdgePrograms(copies, constant_methods))
-    config = emission_config()
-    executable = edge.to_executorch(config)
-    _write_state_once(executable, config)
-    return executable, delegation
+        listener(EdgePrograms(copies, constant_methods, manifest.state))
+    return emit(edge, emission_config(), manifest.state), delegation
 
 
 def _with_own_graph(program: ExportedProgram) -> ExportedProgram:
@@ -192,28 +194,65 @@ def _with_own_graph(program: ExportedProgram) -> ExportedProgram:
     )
 
 
-def _write_state_once(executable: ExecutorchProgramManager, config: ExecutorchBackendConfig) -> None:
-    """Let all methods start from one copy of the initial state; ExecuTorch writes one for each that names buffers."""
+def emit(edge: EdgeProgramManager, config: ExecutorchBackendConfig, state: str) -> ExecutorchProgramManager:
+    """Let ExecuTorch emit a program; then put its initial state where it belongs, and a checksum at the end.
+
+    Args:
+        edge: The methods.
+        config: `emission_config()`.
+        state: "shared": in the program, once, where ExecuTorch writes a copy for each method. "data": in a data file,
+            under the name of the buffer. "io": nowhere.
+    """
+    executable = EdgeProgramManager.to_executorch(edge, config)
     emitted = executable._emitter_output
-    if not emitted.mutable_data:  # the state is passed in and out
-        return
+    if state == "data":
+        _look_up_state(emitted)
+    if state == "shared":
+        _write_state_once(emitted)
+    if state != "io":
+        executable._pte_data, executable._tensor_data = serialize_for_executorch(
+            emitted, config, executable._data_serializer, executable._named_data
+        )
+    digest = checksum.Digest()
+    executable._pte_data.write_to_file(digest)
+    executable._pte_data.append(digest.trailer())
+    return executable
+
+
+def _look_up_state(emitted: EmitterOutput) -> None:
+    """Take the initial state from a data file. Views of it have its memory, and nothing to be looked up."""
+    emitted.mutable_data = None
+    for tensor in _planned_tensors(emitted.program):
+        extra = tensor.extra_tensor_info
+        if extra is not None and extra.fully_qualified_name == STATE:
+            tensor.data_buffer_idx = 0
+            if len(tensor.sizes) == 1:
+                extra.location = schema.TensorDataLocation.EXTERNAL
+            else:
+                tensor.extra_tensor_info = None
+
+
+def _write_state_once(emitted: EmitterOutput) -> None:
+    """Let all methods start from one copy of the initial state."""
     first: dict[bytes, int] = {}
     kept: list[schema.Buffer] = []
     position: dict[int, int] = {}
-    for index, buffer in enumerate(emitted.mutable_data):
+    for index, buffer in enumerate(emitted.mutable_data or ()):
         if buffer.storage not in first:
             first[buffer.storage] = len(kept)
             kept.append(buffer)
         position[index] = first[buffer.storage]
-    for plan in emitted.program.execution_plan:
+    for tensor in _planned_tensors(emitted.program):
+        if tensor.data_buffer_idx:
+            tensor.data_buffer_idx = position[tensor.data_buffer_idx]
+    emitted.mutable_data = kept
+
+
+def _planned_tensors(program: schema.Program) -> Iterator[schema.Tensor]:
+    for plan in program.execution_plan:
         for value in plan.values:
-            tensor = value.val
-            if isinstance(tensor, schema.Tensor) and tensor.allocation_info and tensor.data_buffer_idx:
-                tensor.data_buffer_idx = position[tensor.data_buffer_idx]
-    emitted.mutable_data[:] = kept
-    executable._pte_data, _ = serialize_for_executorch(
-        emitted, config, executable._data_serializer, executable._named_data
-    )
+            if isinstance(value.val, schema.Tensor) and value.val.allocation_info:
+                yield value.val
 
 
 def _without_copies(graph_module: fx.GraphModule) -> PassResult:
@@ -300,11 +339,23 @@ class ExecuTorchRunner:
 
     def __init__(self, artifact: ExecuTorchArtifact) -> None:
         self._artifact = artifact  # keeps a temporary file on disk
-        self._program = _load(artifact.path)
         self._passed = torch.zeros(artifact.manifest.state_size) if artifact.manifest.state == "io" else None
-        # Every load resets the shared state, so all methods are loaded before any of them runs.
-        with shared_packed_weights():
+        with self._data_path() as data_path, shared_packed_weights():
+            self._program = _load(artifact.path, data_path)
+            # Every load resets the shared state, so all methods are loaded before any of them runs.
             self._methods = {name: self._load_method(name) for name in artifact.manifest.methods}
+
+    @contextlib.contextmanager
+    def _data_path(self) -> Iterator[Path | None]:
+        """Where methods look up the initial state while they load: a file of zeros, for a session sets it itself."""
+        if self._artifact.manifest.state != "data":
+            yield None
+            return
+        (size,) = _load(self._artifact.path).metadata("train_step").attribute_tensor_meta(0).sizes()
+        with tempfile.TemporaryDirectory(prefix="mobizo-") as folder:
+            path = Path(folder) / "state.ptd"
+            path.write_bytes(data_file.packed(torch.zeros(size)))
+            yield path
 
     def _load_method(self, name: str) -> Any:
         try:
@@ -336,13 +387,15 @@ class ExecuTorchRunner:
         return alias
 
 
-def load_program_file(path: Path) -> tuple[ExecuTorchArtifact, Manifest, dict[str, Tensor]]:
+def load_program_file(path: Path, verify: bool) -> tuple[ExecuTorchArtifact, Manifest, dict[str, Tensor]]:
     """The artifact, manifest and A of a program file, without loading the network.
 
     Raises:
         ArtifactError: There is no such file, or it is truncated, damaged or foreign.
     """
     _check_file(path)
+    if verify:
+        checksum.check(path)
     program = _load(path)
     if MANIFEST_METHOD not in program.method_names:
         raise ArtifactError(
@@ -365,10 +418,10 @@ def _split_lora_a(sites: Sequence[Site], flat: Tensor) -> dict[str, Tensor]:
     return {site.fqn: part.reshape(site.a_shape) for site, part in zip(sites, parts, strict=True)}
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, data_path: Path | None = None) -> Any:
     try:
         with _quiet():
-            return Runtime.get().load_program(path)
+            return Runtime.get().load_program(path, data_path=data_path)
     except Exception as error:
         raise ArtifactError(f"the ExecuTorch runtime cannot load this file: {error}", where=str(path)) from error
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from flatbuffers.table import Table
 
+from mobizo_compiler import checksum
+
 SMALLEST_BYTES = 1 << 16
 HEADER = struct.Struct("<4s4s4sIQQQ")  # root offset, file identifier, then ExecuTorch's extended header
 _SEGMENTS_SIZE_AT = HEADER.size - 8
@@ -40,6 +42,7 @@ def share_equal_data(path: Path) -> int:
     Returns:
         How many bytes smaller the file is. It is replaced by a smaller one, or left as it is.
     """
+    sealed = checksum.is_sealed(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         _, _, _, _, program_size, base, segments_size = HEADER.unpack(data[: HEADER.size])
         segments, constant, offsets, named = _parse(bytes(data[:program_size]))
@@ -67,6 +70,8 @@ def share_equal_data(path: Path) -> int:
             struct.pack_into("<Q", head, _SEGMENTS_SIZE_AT, end)
             out.seek(0)
             out.write(head)
+    if sealed:
+        checksum.seal(smaller)
     os.replace(smaller, path)
     return int(segments_size) - end
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import executorch
 _LIBRARY = "lib/libexecutorch.so"
 _SET_OPTION = "_ZN10executorch7runtime10set_optionEPKcNS0_4SpanINS0_13BackendOptionEEE"
 _log = logging.getLogger(__name__)
+_loading = threading.Lock()
 
 
 class _BackendOption(ctypes.Structure):
@@ -52,12 +54,16 @@ def set_backend_option(backend: str, key: str, value: bool) -> bool:
 
 @contextlib.contextmanager
 def shared_packed_weights() -> Iterator[None]:
-    """Methods loaded within the block share the weights that XNNPACK packs; outside of it each has its own copy."""
-    shared = set_backend_option("XnnpackBackend", "weight_cache_enabled", True)
-    if not shared:
-        _log.info("this ExecuTorch runtime keeps one copy of packed weights for each method")
-    try:
-        yield
-    finally:
-        if shared:
-            set_backend_option("XnnpackBackend", "weight_cache_enabled", False)
+    """Methods loaded within the block share the weights that XNNPACK packs; outside of it each has its own copy.
+
+    The option is one for the process, so one thread at a time loads.
+    """
+    with _loading:
+        shared = set_backend_option("XnnpackBackend", "weight_cache_enabled", True)
+        if not shared:
+            _log.info("this ExecuTorch runtime keeps one copy of packed weights for each method")
+        try:
+            yield
+        finally:
+            if shared:
+                set_backend_option("XnnpackBackend", "weight_cache_enabled", False)

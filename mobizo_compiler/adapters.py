@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from mobizo_compiler import checksum
 from mobizo_compiler.artifact import Program
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.errors import AdapterError, MobizoError
@@ -25,6 +26,7 @@ from mobizo_compiler.program import Site, initial_state
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+MADE_BY = "mobizo_compiler"
 # Options of peft that change what an adapter computes, and the value that this compiler can do.
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
@@ -79,11 +81,12 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
         "init_lora_weights": True,
         "task_type": None,
     }
+    described = {"made_by": MADE_BY, "sha256": _checksum(config, tensors)}
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / WEIGHTS) as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
+        file.write(save(tensors, metadata={"format": "pt", **described}))
     with whole_file(folder / CONFIG) as file:
-        file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        file.write(json.dumps(config, indent=2, sort_keys=True).encode())
 
 
 def read_peft(folder: Path) -> PeftAdapter:
@@ -101,10 +104,19 @@ def read_peft(folder: Path) -> PeftAdapter:
         )
     try:
         config = json.loads((folder / CONFIG).read_text())
-        tensors = {name: t.to(torch.float32) for name, t in load_file(folder / WEIGHTS).items()}
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            stored, described = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         r, alpha = config["r"], config["lora_alpha"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise AdapterError(f"the adapter cannot be read: {error!r}", where=str(folder)) from None
+    ours = "sha256" in described or "made_by" in described  # what peft saves has neither
+    if ours and described.get("sha256") != _checksum(config, stored):
+        raise AdapterError(
+            "the adapter is damaged: its checksum is not that of its two files",
+            where=str(folder),
+            hint="export it again; an adapter that was changed on purpose is to be saved with peft",
+        )
+    tensors = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
     for option, plain in _PLAIN.items():
         if config.get(option, plain) not in (plain, None) and (config[option] or plain):
             raise AdapterError(
@@ -190,6 +202,14 @@ def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
     with torch.no_grad():
         for weight, delta in sums:
             weight += delta
+
+
+def _checksum(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Of both files; the name of the base model may be changed."""
+    options = {
+        name: json.dumps(value, sort_keys=True) for name, value in config.items() if name != "base_model_name_or_path"
+    }
+    return checksum.of_tensors(options, tensors)
 
 
 def _pairs(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -109,8 +109,10 @@ def compile(
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
-        state: "shared": a buffer that all methods share, which the Python and C++ runtimes do. "io": the last input of
-            every method and the last output of those that change it, for Android and iOS.
+        state: "shared": a buffer that all methods share, which the Python and C++ runtimes do; it starts at zero.
+            "data": the same, but it starts from a data file (`.ptd`) that the runtime is given beside the program;
+            sessions write such files, and need none. "io": the last input of every method and the last output of
+            those that change it, for Android and iOS.
         row_axes: The axis of the rows of an input, by name or position, where it is not axis 0; None for an input
             without rows, which all lanes share. An input without axes, or with a first axis of 1 where the first
             input has more rows, has none anyway.
@@ -168,6 +170,11 @@ def compile(
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
     manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe)
+    if state == "data" and not getattr(target, "data_files", False):
+        raise BackendRefusedError(
+            f"programs of backend {target.name!r} cannot look up their state in a data file",
+            hint='state="shared", and Session.import_ptd',
+        )
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
@@ -275,8 +282,12 @@ def _store(captured: GraphProgram, quantization: Any, example: Example) -> list[
     return [passes.Quantize(quantization, output_layers, smoothing)]
 
 
-def load(path: str | PathLike[str]) -> Program:
+def load(path: str | PathLike[str], *, verify: bool = True) -> Program:
     """Load a program file.
+
+    Args:
+        path: The file.
+        verify: Read the whole file once and compare it with its checksum; False where that was done before.
 
     Raises:
         ArtifactError: There is no such file, or it is truncated, damaged, or not a program of this compiler.
@@ -285,11 +296,13 @@ def load(path: str | PathLike[str]) -> Program:
     from mobizo_compiler.backends.lowering import load_program_file
 
     read = load_package_file if is_package(Path(path)) else load_program_file
-    artifact, manifest, lora_a = read(Path(path))
+    artifact, manifest, lora_a = read(Path(path), verify)
     if manifest.backend == "cuda":
         from mobizo_compiler.backends.cuda.artifact import CudaArtifact
 
         artifact = CudaArtifact(Path(path), manifest)
+        if verify:
+            artifact.check_weights()
     return Program(manifest, artifact, lora_a)
 
 
@@ -343,8 +356,8 @@ def _check_options(lora: object, zo: object, loss: object, state: object) -> Non
             raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
     if not dataclasses.is_dataclass(loss):
         raise ConfigError(f"loss must be a frozen dataclass, so that it can be named in the program; got {loss!r}")
-    if state not in ("shared", "io"):
-        raise ConfigError(f"state is {state!r}", hint='use state="shared" or state="io"')
+    if state not in ("shared", "data", "io"):
+        raise ConfigError(f"state is {state!r}", hint='use state="shared", state="data" or state="io"')
 
 
 def _manifest(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mobizo_compiler.artifact import Program
+from mobizo_compiler.errors import ArtifactError
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.printer import program_text
 from mobizo_compiler.program import GraphProgram, raw_bytes
@@ -28,8 +29,13 @@ def cached(
     key = content_key(methods, manifest)
     for path in (folder / f"{key}{suffix}" for suffix in SUFFIXES):
         if path.exists():
+            try:
+                program = load(path)
+            except ArtifactError as error:
+                say(f"cached, but not usable: {error.problem}: {path}")
+                continue
             say(f"cached: {path}")
-            return load(path)
+            return program
     program = compile_anew()
     folder.mkdir(parents=True, exist_ok=True)
     program.save(folder / f"{key}{getattr(program.artifact, 'suffix', SUFFIXES[0])}")

@@ -134,7 +134,7 @@ class LoweringError(MobizoError):
 
 
 class ArtifactError(MobizoError):
-    """A file is truncated, damaged, or not a program of this compiler."""
+    """A file is truncated, damaged, or not one of this compiler."""
 
     code = "MBZ501"
 
@@ -161,6 +161,12 @@ class StateError(MobizoError, ValueError):
     """A state of the wrong length, or one with values that are not finite."""
 
     code = "MBZ604"
+
+
+class SessionBusyError(MobizoError, RuntimeError):
+    """Two threads use one session at once."""
+
+    code = "MBZ605"
 
 
 class JournalError(MobizoError):

@@ -19,17 +19,16 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mobizo_compiler import checksum
 from mobizo_compiler.artifact import StepResult
 from mobizo_compiler.config import MAX_SEED
 from mobizo_compiler.errors import InputError, JournalError
 from mobizo_compiler.files import sync_folder, whole_file
 from mobizo_compiler.journal import Journal, JournalWarning, Record, fingerprint, replayed
-from mobizo_compiler.program import raw_bytes
 
 if TYPE_CHECKING:
     from mobizo_compiler.session import Session
@@ -150,14 +149,11 @@ def write_state(path: Path, session: Session, step: int) -> None:
         JournalError: It could not be written; what was there before is still there.
     """
     state = session.state()
-    described = {
-        "step": str(step),
-        "program": fingerprint(session.program).hex(),
-        "sha256": hashlib.sha256(raw_bytes(state)).hexdigest(),
-    }
+    tensors = {"lora_b": state}
+    described = {"step": str(step), "program": fingerprint(session.program).hex()}
     try:
         with whole_file(path, mode=0o600) as file:
-            file.write(save({"lora_b": state}, metadata=described))
+            file.write(save(tensors, metadata=described | {"sha256": checksum.of_tensors(described, tensors)}))
     except OSError as error:
         raise JournalError(
             f"the state could not be written: {error}",
@@ -176,12 +172,12 @@ def read_state(path: Path, session: Session) -> tuple[Tensor, int]:
     try:
         with safe_open(path, framework="pt") as file:
             described, state = file.metadata() or {}, file.get_tensor("lora_b")
-        step, program, checksum = int(described["step"]), described["program"], described["sha256"]
+        step, program, wanted = int(described["step"]), described["program"], described.pop("sha256")
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise JournalError(f"the saved state cannot be read: {error!r}", where=str(path)) from None
-    if checksum != hashlib.sha256(raw_bytes(state)).hexdigest() or state.dtype != torch.float32:
+    if wanted != checksum.of_tensors(described, {"lora_b": state}):
         raise JournalError("the saved state is damaged: its checksum is another", where=str(path))
-    if program != fingerprint(session.program).hex() or state.shape != (session.program.manifest.state_size,):
+    if program != fingerprint(session.program).hex() or state.shape != session.state().shape:
         raise JournalError("the saved state is of another program", where=str(path))
     return state, step
 

@@ -113,7 +113,8 @@ class Manifest:
         memory: How many numbers of the state the rule remembers.
         loss: The loss, as text.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
-        state: "shared", a buffer that all methods share, or "io", the last input and output of every method.
+        state: "shared", a buffer that all methods share; "data", the same, with its initial value in a data file; or
+            "io", the last input and output of every method.
         quantization: How the base weights were quantized when the program was compiled, as JSON; None if they were not.
         eps: Size of the perturbation that suits this program.
         first_label: Labels before this position of a row never count.

@@ -13,6 +13,7 @@ manager of the edge programs, that manager is filled with the methods that were 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from torch.export import ExportedProgram
 
 from mobizo_compiler.api import compile
 from mobizo_compiler.backends import Backend, get_backend
-from mobizo_compiler.backends.lowering import EdgePrograms, edge_programs_to, emission_config
+from mobizo_compiler.backends.lowering import EdgePrograms, edge_programs_to, emission_config, emit
 from mobizo_compiler.errors import CaptureError, ConfigError, NotSupportedYetError
 
 # Inputs are given to `export`, the backend by the name of the recipe; a program of the cache has no edge programs.
@@ -176,6 +177,8 @@ class _Compilation:
             constant_methods=dict(lowered.constant_methods),
             compile_config=self.recipe.lowering_recipe.edge_compile_config,
         )
+        # The last stage calls this with `self.emission`; what is emitted gets its initial state and its checksum.
+        manager.to_executorch = functools.partial(emit, manager, state=lowered.state)
         return []
 
     def _check_sizes(self, captured: ExportedProgram) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +18,37 @@ import mobizo_compiler.finetune as runs
 from mobizo_compiler.adapters import merge_into, read_peft, state_of, write_peft
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import MAX_SEED
-from mobizo_compiler.errors import ConfigError, InputError, LabelError, StateError
+from mobizo_compiler.errors import ConfigError, InputError, LabelError, SessionBusyError, StateError
 from mobizo_compiler.estimators import get_estimator
 from mobizo_compiler.example import flat_names
-from mobizo_compiler.journal import read_journal, replayed
+from mobizo_compiler.files import whole_file
+from mobizo_compiler.journal import fingerprint, read_journal, replayed
 from mobizo_compiler.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.noise import noise
 from mobizo_compiler.prefix_cache import PrefixCache
 from mobizo_compiler.program import Nesting
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _by_one_thread(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """Refuse a call while another thread is in one; a thread may call again from inside, in a lane or a callback."""
+
+    @functools.wraps(method)
+    def guarded(session: Session, /, *args: P.args, **options: P.kwargs) -> R:
+        with session._held():
+            return method(session, *args, **options)
+
+    return guarded
 
 
 class Session:
     """A loaded program with a state of its own.
+
+    Sessions do not disturb each other, also where they share a program, a file, or XNNPACK's packed weights. One
+    session is for one thread at a time: a call from a second one meanwhile is a `SessionBusyError`.
 
     Args:
         program: A compiled program, or the path of a program file.
@@ -38,7 +57,7 @@ class Session:
         prefix_cache_bytes: How large it may become; None for no limit.
 
     Raises:
-        ArtifactError: The file is not a program of this compiler.
+        ArtifactError: The file is damaged, or not a program of this compiler.
         InputError: The program has no prefix.
         JournalLockedError: Another session has the prefix cache open.
     """
@@ -63,7 +82,21 @@ class Session:
             self._prefix_cache = PrefixCache(prefix_cache, program, prefix_cache_bytes)
         self._nesting = _nesting(program.manifest.nesting)
         self._sizes = {size.name: size for size in program.manifest.sizes}
+        self._lock = threading.RLock()
 
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise SessionBusyError(
+                "another thread is in a call of this session",
+                hint="give every thread a session of its own: Session(session.program)",
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @_by_one_thread
     def train_step(
         self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float | None = None
     ) -> StepResult:
@@ -90,6 +123,7 @@ class Session:
         loss, lane_losses, projected_gradient = self._runner.call("train_step", [*start, checked, *scalars])
         return StepResult(float(loss), lane_losses, projected_gradient)
 
+    @_by_one_thread
     def evaluate(self, inputs: Inputs) -> Any:
         """What the model returns for these inputs, with the adapter on and nothing perturbed."""
         outputs = self._runner.call("evaluate", self._flat(inputs, {}))
@@ -97,6 +131,7 @@ class Session:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         return self._nesting.unflatten(outputs)
 
+    @_by_one_thread
     def replay(self, seed: int, projected_gradient: Tensor | Sequence[float], learning_rate: float) -> None:
         """Repeat the update of a step from its seed and projected gradient, without a forward pass.
 
@@ -111,9 +146,10 @@ class Session:
             raise InputError(f"projected_gradient must be {queries} finite numbers, not {gradient.tolist()}")
         self._runner.call("replay", [_seed(seed), gradient, _number("learning_rate", learning_rate)])
 
-    finetune = runs.finetune
-    restore = runs.restore
+    finetune = _by_one_thread(runs.finetune)
+    restore = _by_one_thread(runs.restore)
 
+    @_by_one_thread
     def merge(self, journals: Sequence[str | PathLike[str]], weight: float | None = None) -> int:
         """Add the steps that several devices made from the state that this session has now (federated ZO).
 
@@ -163,20 +199,23 @@ class Session:
         size = float(_number("eps", eps))
         if not size > 0:
             raise InputError(f"eps is {eps}; it must be above 0")
-        alias = self._runner.state()
-        before = alias.clone()
         parameters = self.program.parameters
-        step = noise(seed, zo.queries, parameters, zo.noise) * size
-        alias[:parameters] = get_estimator(zo.estimator).perturbed(before[:parameters], step)[index]
-        try:
-            yield
-        finally:
-            self._runner.state().copy_(before)
+        with self._held():
+            alias = self._runner.state()
+            before = alias.clone()
+            step = noise(seed, zo.queries, parameters, zo.noise) * size
+            alias[:parameters] = get_estimator(zo.estimator).perturbed(before[:parameters], step)[index]
+            try:
+                yield
+            finally:
+                self._runner.state().copy_(before)
 
+    @_by_one_thread
     def state(self) -> Tensor:
         """A copy of the flat state, float32 [S]: the trained parameters, then what the update rule remembers."""
         return self._runner.state().clone()
 
+    @_by_one_thread
     def load_state(self, flat: Tensor) -> None:
         """Set the flat state from float32 [S], finite."""
         alias = self._runner.state()
@@ -187,6 +226,35 @@ class Session:
             raise StateError("the state has values that are not finite")
         alias.copy_(flat)
 
+    def export_ptd(self, path: str | PathLike[str]) -> Path:
+        """Write the state as a data file of ExecuTorch, whole or not at all, and return its path.
+
+        The stock runtime starts a program that was compiled with `state="data"` from it:
+        `Runtime.get().load_program(program, data_path=path)`, in C++ `Module(program, path)`.
+        """
+        from mobizo_compiler import data_file  # it imports ExecuTorch, which other sessions need not have
+
+        target = Path(path)
+        with whole_file(target) as file:
+            file.write(data_file.packed(self.state(), fingerprint(self.program)))
+        return target
+
+    def import_ptd(self, path: str | PathLike[str], *, verify: bool = True) -> None:
+        """Set the state from a data file, of any backend's program of the same model, sites, A and noise.
+
+        Args:
+            path: What `export_ptd` wrote.
+            verify: False for a file without our checksum, as ExecuTorch's `save_ptd` writes it in C++.
+
+        Raises:
+            ArtifactError: The file is damaged, or has no state, or that of another program.
+            StateError: The state has another length, or values that are not finite.
+        """
+        from mobizo_compiler import data_file
+
+        self.load_state(data_file.read(Path(path), fingerprint(self.program), verify))
+
+    @_by_one_thread
     def lora_b(self, fqn: str) -> Tensor:
         """A copy of B of one site, float32 [r, out_features]."""
         return self.program.site(fqn).lora_b(self._runner.state()).clone()

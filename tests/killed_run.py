@@ -1,6 +1,6 @@
 """Train, be killed, go on: run by `test_journal.py` as a process of its own, because it forks.
 
-    python killed_run.py PROGRAM FOLDER KILLS STEPS
+    python -m tests.killed_run PROGRAM FOLDER KILLS STEPS
 
 A child trains in FOLDER and is killed at a random instant; the next one goes on; after each, the restored state must be
 that of an uninterrupted run with as many steps, and no step that the child reported may be missing.

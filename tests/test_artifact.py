@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, Session, ZOConfig
+from mobizo_compiler import LoraConfig, Session, ZOConfig, checksum
 from mobizo_compiler.api import installed_versions
 from mobizo_compiler.errors import ArtifactError, NotSupportedYetError
 from mobizo_compiler.manifest import Manifest
@@ -89,7 +90,7 @@ def test_a_truncated_file_is_refused(saved: tuple[mobizo.Program, Path], tmp_pat
     whole = saved[1].read_bytes()
     path = tmp_path / "cut.pte"
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ArtifactError, match=r"truncated|not an ExecuTorch program"):
+    with pytest.raises(ArtifactError, match=r"truncated|not an ExecuTorch program|no checksum"):
         mobizo.load(path)
 
 
@@ -102,12 +103,51 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         mobizo.load(text)
     stock = tmp_path / "stock.pte"
     stock.write_bytes(to_edge(torch.export.export(TokenWise().eval(), (IDS,))).to_executorch().buffer)
-    with pytest.raises(ArtifactError, match=r"not one of this compiler: its methods are \['forward'\]"):
+    with pytest.raises(ArtifactError, match="no checksum at its end"):
         mobizo.load(stock)
+    with pytest.raises(ArtifactError, match=r"not one of this compiler: its methods are \['forward'\]"):
+        mobizo.load(stock, verify=False)
     header = tmp_path / "header.pte"
     header.write_bytes(stock.read_bytes()[:64] + b"\xff" * (len(stock.read_bytes()) - 64))
     with pytest.raises(ArtifactError, match="cannot load this file"):
-        mobizo.load(header)
+        mobizo.load(header, verify=False)
+
+
+def test_the_checksum_is_of_everything_before_it(saved: tuple[mobizo.Program, Path], tmp_path: Path) -> None:
+    """As docs/program_format.md says it, for those who write other hosts."""
+    data = saved[1].read_bytes()
+    assert data[-40:-32] == b"MBZSHA2\n" and data[-32:] == hashlib.sha256(data[:-40]).digest()
+    path = tmp_path / "program.pte"
+    path.write_bytes(data[:-40])
+    with pytest.raises(ArtifactError, match="no checksum at its end"):
+        mobizo.load(path)
+    assert mobizo.load(path, verify=False).manifest == saved[0].manifest
+    checksum.seal(path)
+    assert path.read_bytes() == data
+    checksum.seal(path)
+    assert path.read_bytes() == data, "a second time the trailer is replaced"
+    path.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    with pytest.raises(ArtifactError, match="its checksum is not that of its contents"):
+        mobizo.load(path)
+
+
+def test_a_damaged_file_in_the_cache_is_made_again(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def compiled() -> mobizo.Program:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=("up",))
+        options = {"backend": "portable", "cache_dir": tmp_path, "progress": said.append}
+        return mobizo.compile(TokenWise().eval(), (IDS,), lora, ZOConfig(queries=1), **options)  # type: ignore[arg-type]
+
+    compiled()
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:3000] + b"?" + whole[3001:])
+    said.clear()
+    compiled()
+    assert path.read_bytes() == whole
+    assert any("cached, but not usable: the file is damaged" in line for line in said), said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from examples import demo, reward
+from examples import demo, federated, reward
 from examples.rotten_tomatoes import Prompter, accuracy_and_auc, balanced, load_sentences, split_by_movie
 
 
@@ -80,3 +80,18 @@ def test_the_demo_from_end_to_end(
 def test_a_reward_on_generated_text_is_learnt() -> None:
     before, after = reward.main(["--steps", "100"])
     assert after > before + 0.2
+
+
+def test_devices_learn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--rounds", "2", "--steps", "3", "--rows", "16", "--layers", "1", "--output", str(tmp_path / "run")]
+    before, after = federated.main(arguments)
+    said = capsys.readouterr().out
+    assert before != after
+    journals = sorted((tmp_path / "run").glob("round*/device*/journal"))
+    assert len(journals) == 6
+    size = sum(path.stat().st_size for path in journals)
+    assert size == 6 * (64 + 3 * (24 + 4 * 4)), "a header, and 24 + 4q bytes for each step"
+    assert f"{3 * size:,} bytes of journals went" in " ".join(said.split())
+    shards = federated.by_movie(split_by_movie(load_sentences())["train"], 3)
+    movies = [{sentence.movie for sentence in shard} for shard in shards]
+    assert not movies[0] & movies[1] and not movies[1] & movies[2] and not movies[0] & movies[2]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import mobizo_compiler as mobizo
 from mobizo_compiler import JournalWarning, LoraConfig, Session, ZOConfig
 from mobizo_compiler.errors import InputError, JournalError, JournalLockedError
-from mobizo_compiler.finetune import SNAPSHOT, START, step_seed
+from mobizo_compiler.finetune import SNAPSHOT, START, read_state, step_seed, write_state
 from mobizo_compiler.journal import Journal, Record, read_journal
 
 TRAINING: dict[str, Any] = {"learning_rate": 0.05, "eps": 0.01}
@@ -102,9 +102,8 @@ def test_kills_at_random_instants(kills: int, steps: int, tmp_path: Path) -> Non
     """In the stock runtime: during steps, journal writes and snapshots."""
     file = compiled("portable").save(tmp_path / "program.pte")
     (tmp_path / "run").mkdir()
-    host = Path(__file__).parent / "killed_run.py"
-    command = [sys.executable, str(host), str(file), str(tmp_path / "run"), str(kills), str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "tests.killed_run", str(file), str(tmp_path / "run"), str(kills), str(steps)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{kills} kills" in done.stdout
 
@@ -165,6 +164,24 @@ def test_corrupted_files(program: mobizo.Program, tmp_path: Path) -> None:
         outcomes["right"] += 1
         assert torch.equal(session.state(), states[steps]), (turn, victim.name, kind)
     assert min(outcomes.values()) > 50, outcomes
+
+
+def test_every_bit_of_what_a_saved_state_says_counts(program: mobizo.Program, tmp_path: Path) -> None:
+    """The number of its step above all: with another one, steps would be replayed twice or not at all."""
+    session = uninterrupted(program, 6)
+    path = tmp_path / SNAPSHOT
+    write_state(path, session, 6)
+    whole = path.read_bytes()
+    described = 8 + int.from_bytes(whole[:8], "little")
+    for bit in range(8 * described):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            state, step = read_state(path, session)
+        except JournalError:
+            continue
+        assert step == 6 and torch.equal(state, session.state()), f"bit {bit}"
 
 
 def test_damage_in_the_middle_is_not_skipped(program: mobizo.Program, tmp_path: Path) -> None:

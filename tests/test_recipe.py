@@ -19,6 +19,7 @@ from executorch.export import (
     export,
     recipe_registry,
 )
+from executorch.runtime import Runtime
 from torch import Tensor
 from torch.export import Dim
 
@@ -75,6 +76,8 @@ def test_a_recipe_gives_the_program_of_compile(tiny: tuple[TinyCausalLM, str, Ex
     assert (tmp_path / "saved.pte").read_bytes() == path.read_bytes()
     loaded, compiled = mobizo.load(path), mobizo.compile(model, inputs, backend=backend, **OPTIONS)
     assert loaded.manifest == compiled.manifest
+    larger = path.stat().st_size - compiled.artifact.path.stat().st_size  # type: ignore[attr-defined]
+    assert larger < 4 * compiled.parameters, "the initial state is in the file once"
     assert all(torch.equal(loaded.lora_a(s.fqn), compiled.lora_a(s.fqn)) for s in compiled.sites)
     start = torch.randn(compiled.parameters, generator=torch.Generator().manual_seed(3)) * 0.1
     found, wanted = Session(loaded), Session(compiled)
@@ -134,6 +137,15 @@ def test_a_captured_model_goes_in_as_its_module(tmp_path: Path) -> None:
     path = tmp_path / "module.pte"
     path.write_bytes(exported(portable(), program.module()).get_pte_buffer())
     assert [site.fqn for site in mobizo.load(path).sites] == ["up"]
+
+
+def test_a_state_in_a_data_file(tmp_path: Path) -> None:
+    path = tmp_path / "program.pte"
+    path.write_bytes(exported(portable(state="data")).get_pte_buffer())
+    session = Session(path)
+    session.load_state(torch.ones(session.program.parameters))
+    again = Runtime.get().load_program(path, data_path=session.export_ptd(tmp_path / "ones.ptd"))
+    assert bool((again.load_method("evaluate")._method.get_attribute("mobizo_lora_b") == 1).all())
 
 
 @pytest.mark.slow
@@ -210,7 +222,7 @@ def compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(captured: Any, inputs: Any, **options: Any) -> Any:
         listener = lowering._listener.get()
         assert listener is not None
-        listener(lowering.EdgePrograms({}, {}))
+        listener(lowering.EdgePrograms({}, {}, "shared"))
         return SimpleNamespace(methods={"replay": SimpleNamespace(exported=captured)})
 
     monkeypatch.setattr(recipes, "compile", compile)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import mobizo_compiler as mobizo
@@ -73,3 +75,37 @@ def test_the_whole_model() -> None:
 
     tokenizer, model = load_smollm2()
     agree_over_five_steps(tokenizer, model, LoraConfig(), queries=4, rows=2, tokens=32)
+
+
+@pytest.mark.slow
+def test_the_whole_model_to_peft_and_back(tmp_path: Path) -> None:
+    """20 steps on XNNPACK; peft puts the adapter on the original model; the session takes it back."""
+    from peft import PeftModel
+
+    from examples.demo import LORA, compile_program, example_inputs
+    from examples.rotten_tomatoes import Prompter, load_sentences, split_by_movie
+    from examples.smollm2 import load_smollm2
+
+    tokenizer, program, _ = compile_program(Console(), "xnnpack", "choice")
+    prompter, session = Prompter(tokenizer, 48), Session(program)
+    train = split_by_movie(load_sentences())["train"]
+    for seed in range(20):
+        inputs, labels, _ = prompter.encode(train[2 * seed : 2 * seed + 2])
+        session.train_step(inputs, labels, seed=seed, learning_rate=2e-2)
+    state, inputs = session.state(), example_inputs(prompter)
+    real = inputs["attention_mask"].bool()
+    found = session.evaluate(inputs).logits[real]
+
+    folder = session.export_adapter(tmp_path / "adapter")
+    with torch.no_grad():
+        model = load_smollm2()[1]
+        plain = model(**inputs).logits[real]
+        wanted = PeftModel.from_pretrained(model, str(folder)).eval()(**inputs).logits[real]
+    size = float(wanted.abs().max())
+    error, effect = float((found - wanted).abs().max()) / size, float((wanted - plain).abs().max()) / size
+    print(f"r={LORA.r}, {len(state):,} parameters: logits differ by {error:.2e}, training moved them by {effect:.2e}")
+    assert error < 1e-4 and effect > 100 * error
+
+    again = Session(program)
+    again.import_adapter(folder)
+    assert torch.equal(again.state(), state)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.backend.partitioner import Partitioner
 from executorch.runtime import Runtime
 
+from mobizo_compiler import checksum
 from mobizo_compiler.backends import lowering
 from mobizo_compiler.backends.atomic_copy import copy_whole
 from mobizo_compiler.backends.lowering import ExecuTorchArtifact, ExecuTorchRunner
@@ -41,13 +42,14 @@ def write_program(
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
         delegation = {name: lowering._delegation(edge.exported_program(name)) for name in methods}
-        executable = edge.to_executorch()
+        executable = lowering.emit(edge, ExecutorchBackendConfig(), manifest.state)
     folder = tempfile.mkdtemp(prefix="mobizo-")
     path = Path(folder) / "program.pte"
     with path.open("wb") as file:
         executable.write_to_file(file)
     executable.write_tensor_data_to_file(folder)
     (Path(folder) / BLOB).rename(data_path(path))
+    checksum.seal(data_path(path))
     artifact = CudaArtifact(path, manifest, delegation)
     weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
     return artifact
@@ -60,6 +62,15 @@ def data_path(path: Path) -> Path:
 
 class CudaArtifact(ExecuTorchArtifact):
     """A `.pte` file with a `.ptd` file beside it."""
+
+    def check_weights(self) -> None:
+        """Compare the file of the weights with its checksum; one that is missing is missed when the program runs.
+
+        Raises:
+            ArtifactError: It is damaged.
+        """
+        if data_path(self.path).is_file():
+            checksum.check(data_path(self.path))
 
     def runner(self) -> CudaRunner:
         """Load every method.

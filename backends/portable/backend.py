@@ -16,6 +16,7 @@ class PortableBackend:
     """The slowest and most general backend on a device."""
 
     name = "portable"
+    data_files = True
 
     def unavailable(self) -> None:
         """It comes with the packages that this one needs."""

@@ -36,6 +36,7 @@ class VulkanBackend:
     """For GPUs. It lowers everywhere; programs run where the runtime has ExecuTorch's `VulkanBackend`."""
 
     name = "vulkan"
+    data_files = True
 
     def unavailable(self) -> None:
         """Lowering needs no GPU, and comes with the packages that this one needs."""

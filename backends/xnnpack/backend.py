@@ -29,6 +29,7 @@ class XnnpackBackend:
     """The default on CPUs."""
 
     name = "xnnpack"
+    data_files = True
 
     def unavailable(self) -> None:
         """It comes with the packages that this one needs."""

@@ -20,6 +20,16 @@ std::string_view bytes_of(const State& state) {
   return {reinterpret_cast<const char*>(state.data()), state.size() * sizeof(float)};
 }
 
+// SHA-256 over the metadata, the name, type and shape of the tensor, and its bytes, as Python writes them as text.
+std::string checksum(const std::string& program, const std::string& step, std::string_view data) {
+  const std::string described = "[('program', '" + program + "'), ('step', '" + step + "')]" + kName +
+                                " torch.float32 [" + std::to_string(data.size() / sizeof(float)) + "]";
+  Sha256 hash;
+  hash.update(described.data(), described.size());
+  hash.update(data.data(), data.size());
+  return hexadecimal(hash.digest());
+}
+
 // A saved state, and after how many steps it was so. Throws `std::runtime_error`.
 std::pair<State, size_t> read_state(const std::filesystem::path& path, const Program& program) {
   const std::string file = read_file(path);
@@ -38,7 +48,8 @@ std::pair<State, size_t> read_state(const std::filesystem::path& path, const Pro
   const auto& span = tensor.at("data_offsets").items();
   const std::string_view data = std::string_view(file).substr(kLengthBytes + length);
   if (span.size() != 2 || span[0].integer() != 0 || span[1].integer() != static_cast<int64_t>(wanted) ||
-      data.size() != wanted || described.at("sha256").string() != hexadecimal(Sha256::of(data))) {
+      data.size() != wanted || described.at("sha256").string() !=
+                                   checksum(described.at("program").string(), described.at("step").string(), data)) {
     throw std::runtime_error("it is damaged: its checksum is another");
   }
   State state(program.manifest().state_size);
@@ -51,8 +62,9 @@ std::pair<State, size_t> read_state(const std::filesystem::path& path, const Pro
 void write_state(const std::filesystem::path& path, const Program& program, size_t step) {
   const State state = program.state();
   const std::string_view data = bytes_of(state);
-  std::string header = "{\"__metadata__\":{\"program\":\"" + hexadecimal(program.fingerprint()) + "\",\"sha256\":\"" +
-                       hexadecimal(Sha256::of(data)) + "\",\"step\":\"" + std::to_string(step) + "\"},\"" + kName +
+  const std::string fingerprint = hexadecimal(program.fingerprint()), number = std::to_string(step);
+  std::string header = "{\"__metadata__\":{\"program\":\"" + fingerprint + "\",\"sha256\":\"" +
+                       checksum(fingerprint, number, data) + "\",\"step\":\"" + number + "\"},\"" + kName +
                        "\":{\"dtype\":\"F32\",\"shape\":[" + std::to_string(state.size()) + "],\"data_offsets\":[0," +
                        std::to_string(data.size()) + "]}}";
   header.resize((header.size() + kLengthBytes - 1) / kLengthBytes * kLengthBytes, ' ');  // the data is aligned
