@@ -42,6 +42,7 @@ from mobizo_compiler.errors import (
 from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
 from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
+from mobizo_compiler.outline import outline
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram, raw_bytes
 from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
@@ -51,6 +52,7 @@ from mobizo_compiler.verify import check_program
 
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
 DUMP_VARIABLE = "MOBIZO_DUMP"
+HISTORY_WIDTH = 200
 Progress = Callable[[str], None]
 LossFunction = Callable[[Any, Tensor], Tensor]
 _Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
@@ -84,6 +86,7 @@ def compile(
     row_axes: RowAxes | None = None,
     adapter: str | PathLike[str] | None = None,
     example_labels: Tensor | None = None,
+    base_model: str | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -104,6 +107,7 @@ def compile(
         backend: Name of an installed backend, or a backend.
         dynamic_shapes: Sizes that may differ from call to call, as in `torch.export`: for each input (by name or
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
+        base_model: Name or folder of the model, kept in the program for those who load its tokenizer or the adapter.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
         state: "shared": a buffer that all methods share, which the Python and C++ runtimes do. "io": the last input of
@@ -156,7 +160,7 @@ def compile(
         return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, store, given, observer)
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state, recipe)
+    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state, recipe, base_model)
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
@@ -340,6 +344,7 @@ def _manifest(
     backend: Backend,
     state: str,
     quantization: Any,
+    base_model: str | None,
 ) -> Manifest:
     train_step, evaluate = methods["train_step"], methods["evaluate"]
     sites = [site.fqn for site in train_step.sites]
@@ -380,7 +385,15 @@ def _manifest(
         eps=default_eps(quantization),
         first_label=labels.first,
         max_labels=labels.max_labels,
+        base_model=base_model,
+        history={name: tuple(map(_shortened, method.history)) for name, method in methods.items()},
+        outline=outline(captured, methods, example.rows),
     )
+
+
+def _shortened(step: str) -> str:
+    """A step of the history; one that lists every site is cut."""
+    return step if len(step) <= HISTORY_WIDTH else step[: HISTORY_WIDTH - 3] + "..."
 
 
 def _digest(captured: GraphProgram) -> str:
