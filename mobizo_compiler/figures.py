@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mobizo_compiler.costs import short
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.files import whole_file
 from mobizo_compiler.hub import optional
@@ -14,8 +15,10 @@ from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.outline import Block, Lanes
 
 BLUE, PALE, ORANGE, GREY, INK = "#1f4e9c", "#b8c8e0", "#c8641e", "#8a8f98", "#20242c"
+GREEN, MINT, SAND = "#3a7d44", "#e3f0e3", "#f6e7da"
 _WINDOW = 20
 FORMATS = (".png", ".svg")
+_LIGHT = 1e-3  # share of the weights of the heaviest block
 
 
 def _pyplot(purpose: str) -> Any:
@@ -100,21 +103,22 @@ def draw_program(manifest: Manifest, path: Path) -> None:
 
 
 def _drawn_blocks(outline: Sequence[Block]) -> list[Block]:
-    """Blocks without weights (masks, positions, reshapes) are drawn as one, where the first of them is."""
-    light = [block for block in outline if not block.parameter_bytes and not block.multiply_adds]
-    if not light:
+    """Blocks with hardly any weights (masks, positions, reshapes) are drawn as one, where the first of them is."""
+    most = max(block.parameter_bytes for block in outline)
+    light = [b for b in outline if not b.multiply_adds and b.parameter_bytes < most * _LIGHT]
+    if len(light) < 2:
         return list(outline)
     names = ", ".join(block.name for block in light)
     calls, lanes = sum(block.calls for block in light), {block.lanes for block in light}
     together: Lanes = light[0].lanes if len(lanes) == 1 else "some"
-    merged = Block("operators without weights", names, 1, calls, 0, 0, {}, together)
+    merged = Block("masks, positions and the like", names, 1, calls, 0, 0, {}, together)
     return [merged if block is light[0] else block for block in outline if block not in light[1:]]
 
 
 class _Drawing:
     """Two columns of boxes, from the top down; the unit of both axes is the height of a row."""
 
-    LEFT, RIGHT, WIDTH, HEIGHT = 0.2, 6.9, 5.0, 0.74
+    LEFT, RIGHT, WIDTH, HEIGHT = 0.2, 6.9, 5.0, 0.66
     STATE = 13.2
 
     def __init__(self, plt: Any, rows: int) -> None:
@@ -159,17 +163,18 @@ class _Drawing:
         ]
         for offset, (name, text, wide) in enumerate(ending):
             self._arrow(self.RIGHT, row + offset - 1, row + offset, wide=offset < 2)
-            self._box(self.RIGHT, row + offset, name, text, face="#f6e7da", lanes=wide)
+            self._box(self.RIGHT, row + offset, name, text, face=SAND, lanes=wide)
         top, bottom = (min(adapted) if adapted else 1), row + 2
         middle = (top + bottom - 1) / 2
         state = f"{manifest.parameters:,} numbers, r {lora.r}"
-        self._box(self.STATE, middle - 0.9, "state: B of all adapters", state, face="#e3f0e3", width=3.0)
-        self._box(self.STATE, middle + 0.5, "noise z", f"{zo.noise}, from the seed", face="#f6e7da", width=3.0)
+        noise, kept = middle - 0.9, middle + 0.5
+        self._box(self.STATE, noise, "noise z", f"{zo.noise}, from the seed", face=SAND, width=3.0)
+        self._box(self.STATE, kept, "state: B of all adapters", state, face=MINT, width=3.0)
         for target in adapted:
-            for source in (middle - 0.9, middle + 0.5):
-                self._curve((self.STATE, source), (self.RIGHT + self.WIDTH, target))
-        self._curve((self.RIGHT + self.WIDTH, bottom), (self.STATE + 1.5, middle + 0.5 + self.HEIGHT / 2), "#3a7d44")
-        self._axes.text(self.STATE + 1.7, bottom - 0.45, "B and z in, new B out", fontsize=8, color="#3a7d44")
+            self._curve((self.STATE, noise), (self.RIGHT + self.WIDTH + 0.18, target - 0.1), ORANGE)
+            self._curve((self.STATE, kept), (self.RIGHT + self.WIDTH + 0.18, target + 0.1), GREEN)
+        self._curve((self.RIGHT + self.WIDTH, bottom), (self.STATE + 1.5, kept + self.HEIGHT / 2), GREEN)
+        self._axes.text(self.STATE + 0.6, bottom - 0.1, "new B", fontsize=8, color=GREEN)
 
     def _title(self, x: float, title: str, text: str) -> None:
         self._axes.text(x, -0.95, title, fontsize=13, fontweight="bold", color=INK)
@@ -207,7 +212,7 @@ class _Drawing:
                 arrowprops={"arrowstyle": "-|>", "color": BLUE, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0},
             )
 
-    def _curve(self, start: tuple[float, float], end: tuple[float, float], colour: str = ORANGE) -> None:
+    def _curve(self, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
         style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.0, "connectionstyle": "arc3,rad=0.08"}
         self._axes.annotate("", end, start, arrowprops=style)
 
@@ -226,19 +231,19 @@ def _named(block: Block) -> str:
 
 def _described(block: Block) -> str:
     parts = [block.kind, f"{block.calls} operators"]
-    parts += [f"{block.parameter_bytes / 1e6:.3g} MB"] * bool(block.parameter_bytes)
-    parts += [f"{block.multiply_adds / 1e6:,.0f} M multiply-adds"] * bool(block.multiply_adds)
+    parts += [f"{short(block.parameter_bytes)}B"] * bool(block.parameter_bytes)
+    parts += [f"{short(block.multiply_adds)}multiply-adds"] * bool(block.multiply_adds)
     return ", ".join(part for part in parts if part)
 
 
 def _adapted(block: Block) -> str:
     if not block.adapters:
         return ""
-    return "adapters with noise: " + ", ".join(f"{count} {name}" for name, count in block.adapters.items())
+    return f"adapters in {'each ' if block.alike else ''}" + ", ".join(block.adapter_names)
 
 
 def _times(block: Block, lanes: int) -> str:
-    return {"none": "once, for all lanes", "some": "partly in every lane", "all": f"in every of {lanes} lanes"}[
+    return {"none": "once, for all lanes", "some": "partly in every lane", "all": f"in each of {lanes} lanes"}[
         block.lanes
     ]
 

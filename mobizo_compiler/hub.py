@@ -42,9 +42,11 @@ def load_model(source: str, task: str = "causal-lm") -> Any:
     Raises:
         ModelSourceError: There is no such model, or it is not for that task.
     """
-    transformers = optional("transformers", "loading a model by name")
-    with _explained(source, "model"):
-        model = getattr(transformers, TASKS[task]).from_pretrained(_place(source), dtype=torch.float32)
+    with calm():
+        transformers = optional("transformers", "loading a model by name")
+    place = _place(source)
+    with _explained(source, "model"), _without_bar(transformers, Path(place).is_dir()):
+        model = getattr(transformers, TASKS[task]).from_pretrained(place, dtype=torch.float32)
     model.config.use_cache = False
     return model.eval()
 
@@ -55,9 +57,35 @@ def load_tokenizer(source: str) -> Any:
     Raises:
         ModelSourceError: There is none.
     """
-    transformers = optional("transformers", "loading a tokenizer")
+    with calm():
+        transformers = optional("transformers", "loading a tokenizer")
     with _explained(source, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(_place(source))
+
+
+@contextlib.contextmanager
+def calm() -> Iterator[None]:
+    """Within the block, what is logged below an error is not shown: torchao logs what it was not built with."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _without_bar(transformers: Any, wanted: bool) -> Iterator[None]:
+    """A folder is loaded at once; a bar is for downloads."""
+    logs = transformers.utils.logging
+    hidden = wanted and logs.is_progress_bar_enabled()
+    if hidden:
+        logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logs.enable_progress_bar()
 
 
 def _place(source: str) -> str:
@@ -72,10 +100,9 @@ def _place(source: str) -> str:
 
 @contextlib.contextmanager
 def _explained(source: str, what: str) -> Iterator[None]:
-    before = logging.root.manager.disable
     try:
-        logging.disable(logging.WARNING)
-        yield
+        with calm():
+            yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ModelSourceError):
             raise
@@ -85,5 +112,3 @@ def _explained(source: str, what: str) -> Iterator[None]:
             where=source,
             hint="name a folder that save_pretrained wrote, or a model of the hub",
         ) from None
-    finally:
-        logging.disable(before)

@@ -45,6 +45,16 @@ class Block:
     adapters: Mapping[str, int]
     lanes: Lanes
 
+    @property
+    def alike(self) -> bool:
+        """Whether all layers of the block have the same adapters."""
+        return set(self.adapters.values()) <= {self.count}
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapted layers, each with its number where layers are not alike."""
+        return tuple(name if self.alike else f"{count} x {name}" for name, count in self.adapters.items())
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Block:
         """Inverse of `dataclasses.asdict`."""

@@ -44,3 +44,38 @@ def smollm2():
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     return tokenizer, model
+
+
+WORDS = "<pad> </s> <unk> Message : Tone happy sad great good fine lovely awful bad poor grim day food rain work the a".split()
+
+
+def word_tokenizer():
+    """A real tokenizer of transformers that knows a few words, each a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="session")
+def words():
+    """See `word_tokenizer`."""
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of one layer, with random weights, and the tokenizer of a few words."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **ids)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from typer.core import TyperGroup
 
 from mobizo_compiler import __version__
 from mobizo_compiler.errors import MobizoError
+from mobizo_compiler.hub import calm
+from mobizo_compiler.journal import JournalWarning
 
 FAILED, INTERRUPTED = 1, 130  # 0: done; 2: wrong usage, which typer itself says; see docs/command_line.md
 
@@ -22,7 +25,9 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with calm(), warnings.catch_warnings():
+                warnings.showwarning = _remark_on_warning
+                return super().invoke(ctx)
         except MobizoError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(FAILED) from None
@@ -36,6 +41,12 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
+
+
+def _remark_on_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """What this package warns of is for the user; what libraries warn of is for us."""
+    if issubclass(category, JournalWarning):
+        typer.echo(f"warning: {message}", err=True)
 
 
 app = typer.Typer(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -42,6 +43,7 @@ LOSSES: dict[str, type[JsonConfig]] = {
     "sequence-classification": SequenceClassificationLoss,
     "mse": MSELoss,
 }
+_DRY_PHASES = ("capture", "rewrite")
 _DEFAULT_LOSS = {"causal-lm": "causal-lm", "sequence-classification": "sequence-classification"}
 
 
@@ -136,6 +138,10 @@ def compile_model(
     kind = _loss_kind(loss, task)
     target: Backend = get_backend(backend)
     started = time.monotonic()
+
+    def say(line: str) -> None:
+        remark(f"{time.monotonic() - started:6.0f} s  {line}")
+
     loaded = load_model(model, task)
     texts = _texts(examples, template)
     speller = Speller(load_tokenizer(tokenizer or model)) if texts or kind == "choice" else None
@@ -158,7 +164,7 @@ def compile_model(
         base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
         dump_dir=None if dry_run else dump_dir,
         cache_dir=None if dry_run else cache_dir,
-        progress=lambda line: remark(f"{time.monotonic() - started:6.0f} s  {line}") if "not run" not in line else None,
+        progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),
     )
     if output is not None and not dry_run:
         program.save(output)
@@ -167,8 +173,8 @@ def compile_model(
     described = _described(program, None if dry_run else output)
     if as_json:
         print_json(described)
-    else:
-        _show(program, described, Remarks(False) if dry_run else remark, dry_run)
+    elif dry_run or not quiet:
+        _show(program, described, dry_run)
 
 
 def _check(
@@ -303,10 +309,10 @@ def _described(program: Program, output: Path | None) -> dict[str, Any]:
     }
 
 
-def _show(program: Program, described: dict[str, Any], remark: Remarks, dry_run: bool) -> None:
+def _show(program: Program, described: dict[str, Any], dry_run: bool) -> None:
     manifest, needs = program.manifest, described["estimate"]
     rows = {
-        "would make" if dry_run else "made": "nothing is written in a dry run"
+        "file": "none: this was a dry run"
         if dry_run
         else f"{described['file']}, {megabytes(described['file_bytes'] or 0)}",
         "backend": manifest.backend,
@@ -330,4 +336,4 @@ def _show(program: Program, described: dict[str, Any], remark: Remarks, dry_run:
     table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(name, Text(text))
-    remark.console.print(table)
+    Console().print(table)

@@ -13,9 +13,11 @@ from rich.text import Text
 
 from mobizo_compiler.api import load
 from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, app, megabytes, print_json
+from mobizo_compiler.costs import short
 from mobizo_compiler.figures import check_format, draw_program
 from mobizo_compiler.finetune import begin
 from mobizo_compiler.inspection import inspect_file
+from mobizo_compiler.outline import Block
 from mobizo_compiler.session import Session
 from mobizo_compiler.training import restore_best
 
@@ -73,14 +75,19 @@ def show_program(
 
 
 def _show_blocks(console: Console, outline: list[dict[str, Any]]) -> None:
-    table = Table("block", "kind", "weights", "multiply-adds", "lanes", "adapters", box=box.SIMPLE_HEAD, pad_edge=False)
-    for block in outline:
-        name = block["name"] + (f" ({block['count']})" if block["count"] > 1 else "")
-        work = f"{block['multiply_adds'] / 1e6:,.1f} M" if block["multiply_adds"] else ""
-        weights = megabytes(block["parameter_bytes"]) if block["parameter_bytes"] else ""
-        adapters = ", ".join(f"{count} x {layer}" for layer, count in block["adapters"].items())
-        lanes = {"none": "rows alone", "some": "begin here", "all": "in lanes"}[block["lanes"]]
-        table.add_row(Text(name), block["kind"], weights, work, lanes, adapters)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("block", "kind", "weights", "multiply-adds", "lanes", "adapters"):
+        table.add_column(column, overflow="fold")
+    for block in map(Block.from_json, outline):
+        lanes = {"none": "rows alone", "some": "begin here", "all": "in lanes"}[block.lanes]
+        table.add_row(
+            Text(block.name + (f" x {block.count}" if block.count > 1 else "")),
+            block.kind,
+            f"{short(block.parameter_bytes)}B" if block.parameter_bytes else "",
+            short(block.multiply_adds) if block.multiply_adds else "",
+            lanes,
+            ", ".join(block.adapter_names),
+        )
     if outline:
         console.print(table)
 
