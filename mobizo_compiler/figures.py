@@ -12,13 +12,13 @@ from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.files import whole_file
 from mobizo_compiler.hub import optional
 from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.outline import Block, Lanes
+from mobizo_compiler.outline import Block
 
 BLUE, PALE, ORANGE, GREY, INK = "#1f4e9c", "#b8c8e0", "#c8641e", "#8a8f98", "#20242c"
 GREEN, MINT, SAND = "#3a7d44", "#e3f0e3", "#f6e7da"
 _WINDOW = 20
 FORMATS = (".png", ".svg")
-_LIGHT = 1e-3  # share of the weights of the heaviest block
+_LIGHT_BYTES = 1024
 
 
 def _pyplot(purpose: str) -> Any:
@@ -103,15 +103,13 @@ def draw_program(manifest: Manifest, path: Path) -> None:
 
 
 def _drawn_blocks(outline: Sequence[Block]) -> list[Block]:
-    """Blocks with hardly any weights (masks, positions, reshapes) are drawn as one, where the first of them is."""
-    most = max(block.parameter_bytes for block in outline)
-    light = [b for b in outline if not b.multiply_adds and b.parameter_bytes < most * _LIGHT]
+    """What has hardly any weights and is there once (masks, positions) is drawn as one, where the first of it is."""
+    light = [b for b in outline if not b.multiply_adds and b.parameter_bytes < _LIGHT_BYTES and b.lanes == "none"]
     if len(light) < 2:
         return list(outline)
     names = ", ".join(block.name for block in light)
-    calls, lanes = sum(block.calls for block in light), {block.lanes for block in light}
-    together: Lanes = light[0].lanes if len(lanes) == 1 else "some"
-    merged = Block("masks, positions and the like", names, 1, calls, 0, 0, {}, together)
+    calls = sum(block.calls for block in light)
+    merged = Block("masks, positions and the like", names, 1, calls, 0, 0, {}, "none")
     return [merged if block is light[0] else block for block in outline if block not in light[1:]]
 
 
@@ -129,7 +127,7 @@ class _Drawing:
 
     def inference(self, manifest: Manifest, blocks: Sequence[Block]) -> None:
         """The column of the captured graph."""
-        self._title(self.LEFT, "inference, as captured", f"one call: {_sizes(manifest)}")
+        self._title(self.LEFT, "inference, as captured", f"of {_sizes(manifest)}")
         names = ", ".join(spec.name for spec in manifest.inputs)
         self._box(self.LEFT, 0, "inputs", names, face="white")
         for row, block in enumerate(blocks, start=1):
@@ -143,7 +141,7 @@ class _Drawing:
         """The column of the training step, with its state and noise."""
         zo, lora = manifest.zo, manifest.lora
         lanes = f"{zo.lanes} lanes of every row"
-        self._title(self.RIGHT, "train_step", f"one call: {_sizes(manifest)}, {lanes}")
+        self._title(self.RIGHT, "train_step", f"of {_sizes(manifest)}, {lanes}")
         self._box(self.RIGHT, 0, "inputs", "the same, and labels", face="white")
         begun = False
         adapted = []
@@ -159,10 +157,10 @@ class _Drawing:
         ending = [
             ("loss of every lane", manifest.loss.partition("(")[0], True),
             ("projected gradient", f"{zo.queries} numbers, {zo.estimator} estimate", False),
-            ("update of B", "every lane's noise times its share of the gradient", False),
+            ("update of B", "by the noise of every lane, as the gradient says", False),
         ]
         for offset, (name, text, wide) in enumerate(ending):
-            self._arrow(self.RIGHT, row + offset - 1, row + offset, wide=offset < 2)
+            self._arrow(self.RIGHT, row + offset - 1, row + offset, wide=offset < 2, shadow=offset < 1)
             self._box(self.RIGHT, row + offset, name, text, face=SAND, lanes=wide)
         top, bottom = (min(adapted) if adapted else 1), row + 2
         middle = (top + bottom - 1) / 2
@@ -202,12 +200,12 @@ class _Drawing:
         )
         self._axes.add_patch(box)
 
-    def _arrow(self, x: float, above: int, below: int, wide: bool = False) -> None:
+    def _arrow(self, x: float, above: int, below: int, wide: bool = False, shadow: bool = True) -> None:
         for shift in (-0.25, 0.0, 0.25) if wide else (0.0,):
             middle = x + self.WIDTH / 2 + shift
             self._axes.annotate(
                 "",
-                (middle, below - self.HEIGHT / 2 - (0.16 if wide else 0)),
+                (middle, below - self.HEIGHT / 2 - (0.16 if wide and shadow else 0)),
                 (middle, above + self.HEIGHT / 2),
                 arrowprops={"arrowstyle": "-|>", "color": BLUE, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0},
             )
@@ -232,14 +230,14 @@ def _named(block: Block) -> str:
 def _described(block: Block) -> str:
     parts = [block.kind, f"{block.calls} operators"]
     parts += [f"{short(block.parameter_bytes)}B"] * bool(block.parameter_bytes)
-    parts += [f"{short(block.multiply_adds)}multiply-adds"] * bool(block.multiply_adds)
+    parts += [f"{short(block.multiply_adds)} multiply-adds"] * bool(block.multiply_adds)
     return ", ".join(part for part in parts if part)
 
 
 def _adapted(block: Block) -> str:
     if not block.adapters:
         return ""
-    return f"adapters in {'each ' if block.alike else ''}" + ", ".join(block.adapter_names)
+    return "adapters with noise: " + ", ".join(block.adapter_names)
 
 
 def _times(block: Block, lanes: int) -> str:
@@ -250,7 +248,7 @@ def _times(block: Block, lanes: int) -> str:
 
 def _sizes(manifest: Manifest) -> str:
     shape = manifest.inputs[0].shape
-    return " x ".join(str(size) for size in shape)
+    return f"[{', '.join(str(size) for size in shape)}]"
 
 
 def _within(text: str, room: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,8 @@ def smollm2():
     return tokenizer, model
 
 
-WORDS = "<pad> </s> <unk> Message : Tone happy sad great good fine lovely awful bad poor grim day food rain work the a".split()
+WORDS = ["<pad>", "</s>", "<unk>", "Message", ":", "Tone", "happy", "sad", "great", "good", "fine", "lovely"]
+WORDS += ["awful", "bad", "poor", "grim", "day", "food", "rain", "work", "the", "a"]
 
 
 def word_tokenizer():
@@ -79,3 +82,35 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **ids)).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
+
+
+COMPILE = ("--rows", "2", "--tokens", "12", "--zo-queries", "2", "--lora-r", "3", "--lora-target-modules", "all-linear")
+CHOICE = ("--loss", "choice", "--loss-choices", "happy,sad")
+
+
+def command(*arguments: object, seed: int = 0, **options: object) -> subprocess.CompletedProcess:
+    """`mobizo` in a process of its own, from this tree."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}
+    line = [sys.executable, "-m", "mobizo_compiler", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False, **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_program(tiny_model: Path) -> Path:
+    """A program file of the tiny model that chooses between two answers, made by the command line."""
+    file = tiny_model.parent / "program.pte"
+    done = command("compile", tiny_model, "-o", file, *COMPILE, *CHOICE)
+    assert done.returncode == 0, done.stderr
+    return file
+
+
+@pytest.fixture(scope="session")
+def mobizo_command():
+    """See `command`."""
+    return command
+
+
+@pytest.fixture(scope="session")
+def compile_options() -> tuple[str, ...]:
+    """The options of `tiny_program`."""
+    return (*COMPILE, *CHOICE)

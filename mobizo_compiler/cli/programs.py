@@ -76,7 +76,7 @@ def show_program(
 
 def _show_blocks(console: Console, outline: list[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("block", "kind", "weights", "multiply-adds", "lanes", "adapters"):
+    for column in ("block", "kind", "weights", "work", "lanes", "adapters"):
         table.add_column(column, overflow="fold")
     for block in map(Block.from_json, outline):
         lanes = {"none": "rows alone", "some": "begin here", "all": "in lanes"}[block.lanes]
