@@ -42,6 +42,7 @@ from mobizo_compiler.errors import (
 from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
 from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
+from mobizo_compiler.outline import outline
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.program import LABELS, PREFIX, STATE_INPUT, GraphProgram, raw_bytes
 from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
@@ -52,6 +53,7 @@ from mobizo_compiler.verify import check_program
 
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
 DUMP_VARIABLE = "MOBIZO_DUMP"
+HISTORY_WIDTH = 200
 Progress = Callable[[str], None]
 LossFunction = Callable[[Any, Tensor], Tensor]
 _Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
@@ -87,6 +89,7 @@ def compile(
     rule: str | UpdateRule = "sgd",
     split_prefix: bool = False,
     example_labels: Tensor | None = None,
+    base_model: str | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -107,6 +110,7 @@ def compile(
         backend: Name of an installed backend, or a backend.
         dynamic_shapes: Sizes that may differ from call to call, as in `torch.export`: for each input (by name or
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
+        base_model: Name or folder of the model, kept in the program for those who load its tokenizer or the adapter.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
         state: "shared": a buffer that all methods share, which the Python and C++ runtimes do; it starts at zero.
@@ -169,7 +173,7 @@ def compile(
         )
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe)
+    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe, base_model)
     if state == "data" and not getattr(target, "data_files", False):
         raise BackendRefusedError(
             f"programs of backend {target.name!r} cannot look up their state in a data file",
@@ -371,6 +375,7 @@ def _manifest(
     rule: UpdateRule,
     state: str,
     quantization: Any,
+    base_model: str | None,
 ) -> Manifest:
     train_step, evaluate = methods["train_step"], methods["evaluate"]
     sites = [site.fqn for site in train_step.sites]
@@ -418,7 +423,15 @@ def _manifest(
         eps=default_eps(quantization),
         first_label=labels.first,
         max_labels=labels.max_labels,
+        base_model=base_model,
+        history={name: tuple(map(_shortened, method.history)) for name, method in methods.items()},
+        outline=outline(captured, methods, example.rows),
     )
+
+
+def _shortened(step: str) -> str:
+    """A step of the history; one that lists every site is cut."""
+    return step if len(step) <= HISTORY_WIDTH else step[: HISTORY_WIDTH - 3] + "..."
 
 
 def _digest(captured: GraphProgram) -> str:

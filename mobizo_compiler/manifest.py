@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
+from mobizo_compiler.outline import Block
 from mobizo_compiler.program import DynamicSize, Nesting, Site
 
 FORMAT_VERSION = 5
@@ -119,6 +120,9 @@ class Manifest:
         eps: Size of the perturbation that suits this program.
         first_label: Labels before this position of a row never count.
         max_labels: How many labels of a row may count; None if all may.
+        base_model: Name or folder of the model, for those who load its tokenizer or the adapter; None if not told.
+        history: The passes that made each method, in order, as text.
+        outline: The model as blocks, for people.
         format_version: Version of this format; see `docs/program_format.md`.
     """
 
@@ -144,6 +148,9 @@ class Manifest:
     eps: float = 1e-2
     first_label: int = 0
     max_labels: int | None = None
+    base_model: str | None = None
+    history: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    outline: tuple[Block, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -188,7 +195,19 @@ class Manifest:
             sizes = tuple(DynamicSize(**item) for item in values.pop("sizes"))
             labels = _spec(values.pop("labels"))
             lora, zo = LoraConfig.from_json(values.pop("lora")), ZOConfig.from_json(values.pop("zo"))
-            return cls(**values, **specs, sites=sites, sizes=sizes, labels=labels, lora=lora, zo=zo)
+            history = {name: tuple(steps) for name, steps in values.pop("history", {}).items()}
+            blocks = tuple(Block.from_json(item) for item in values.pop("outline", ()))
+            return cls(
+                **values,
+                **specs,
+                sites=sites,
+                sizes=sizes,
+                labels=labels,
+                lora=lora,
+                zo=zo,
+                history=history,
+                outline=blocks,
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"the manifest lacks or has unknown fields: {error!r}", where=where) from None
 
