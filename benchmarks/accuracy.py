@@ -249,7 +249,7 @@ def run(
 ) -> dict[str, Any]:
     """Fine-tune, and measure before, on the way and after; measuring is not counted in the minutes."""
     batches = _balanced_batches(sentences, method.rows, seed)
-    before = score(evaluated, prompter, held_out)
+    before = score(evaluated, prompter, held_out, method.rows)
     history, losses, seconds = [], [], 0.0
     for number in range(options.steps):
         inputs, labels, _ = prompter.encode(next(batches))
@@ -258,7 +258,7 @@ def run(
         losses.append(step(inputs, labels, seed * 1_000_003 + number, rate))
         seconds += time.perf_counter() - start
         if options.measure_every and (number + 1) % options.measure_every == 0 and number + 1 < options.steps:
-            found = score(evaluated, prompter, held_out)
+            found = score(evaluated, prompter, held_out, method.rows)
             history.append({"step": number + 1, "minutes": round(seconds / 60, 3), **found})
             print(f"step {number + 1}: {found}, {seconds / 60:.1f} minutes", flush=True)
     return {
@@ -270,7 +270,7 @@ def run(
         "forward_rows": options.steps * method.rows * (1 if method is METHODS["backpropagation"] else method.zo.lanes),
         "minutes": round(seconds / 60, 3),
         "before": before,
-        "after": score(evaluated, prompter, held_out),
+        "after": score(evaluated, prompter, held_out, method.rows),
         "last_loss": statistics.mean(losses[-50:]),
         "history": history,
     }

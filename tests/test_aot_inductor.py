@@ -69,6 +69,7 @@ def test_the_cache_has_it(saved: Path, cache: Path) -> None:
     assert get_backend("aot_inductor_cuda") == AotInductorBackend("cuda")
 
 
+@pytest.mark.slow
 def test_contract() -> None:
     assert_backend_contract("aot_inductor")
 

@@ -54,6 +54,7 @@ def test_short_inputs_give_what_a_program_for_that_length_gives(backend: str, lo
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_number_of_rows_up_to_a_maximum(tmp_path: Any) -> None:
     rows = Dim("rows", max=5)
     shapes = {name: {0: rows, **dims} for name, dims in LENGTHS.items()}

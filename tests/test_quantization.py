@@ -250,7 +250,7 @@ def evaluated(model: nn.Module, tokens: Tensor, backend: str, quantization: obje
 SLOW_PORTABLE = pytest.param("portable", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("backend", ["eager", SLOW_PORTABLE, "xnnpack"])
+@pytest.mark.parametrize("backend", ["eager", SLOW_PORTABLE, pytest.param("xnnpack", marks=pytest.mark.slow)])
 def test_smoothing_keeps_small_channels(backend: str) -> None:
     """8 bits for a token with channels of 100 leave nothing below 0.4; divided, every channel has its share."""
     torch.manual_seed(0)

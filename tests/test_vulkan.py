@@ -114,7 +114,12 @@ def compiled(recipe: str, state: str = "shared") -> tuple[mobizo.Program, list[s
     return _programs[recipe, state]
 
 
-CASES = [("fp32", "shared"), ("fp32", "io"), ("4w", "shared"), ("8da4w", "shared")]
+CASES = [
+    ("fp32", "shared"),
+    pytest.param("fp32", "io", marks=pytest.mark.slow),
+    pytest.param("4w", "shared", marks=pytest.mark.slow),
+    ("8da4w", "shared"),
+]
 
 
 @pytest.mark.parametrize(("recipe", "state"), CASES)
