@@ -53,7 +53,8 @@ class Section:
         """Type and help of every field, by name."""
         found: dict[str, tuple[Any, str]] = {}
         for cls in self.types:
-            hints, helps = get_type_hints(cls), argument_texts(cls)
+            hints = get_type_hints(cls)
+            helps = {name: text for base in reversed(cls.__mro__) for name, text in argument_texts(base).items()}
             for field in dataclasses.fields(cls):
                 hint = tuple[str, ...] if field.name in self.text else hints[field.name]
                 default = "" if field.default in (None, dataclasses.MISSING) else f" [default: {_shown(field.default)}]"
