@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, ZOConfig
-from mobizo_compiler.data import IGNORED, PromptConfig, Sample, TextData, found_choices, samples, split
+from mobizo_compiler.data import IGNORED, Encoded, Layout, PromptConfig, Sample, TextData, found_choices, samples, split
 from mobizo_compiler.errors import ConfigError, DataError, MissingPackageError
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.rows import read_rows
@@ -246,3 +246,20 @@ def test_equal_prompts_are_on_one_side() -> None:
     assert split(texts, 0.2, seed=0) == (training, validation) != split(texts, 0.2, seed=1)
     with pytest.raises(DataError, match="cannot be split"):
         split(texts[:1], 0.5, seed=0)
+
+
+def test_balanced_batches_take_the_answers_in_turns() -> None:
+    encoded = tuple(Encoded((1, 2, 3 + choice), 1, choice, 0) for choice in (0, 0, 0, 0, 0, 1, 2, 1))
+    layout = Layout(
+        rows=2, tokens=4, shortest=4, vocabulary=9, inputs=("input_ids",), max_labels=1, classes=None, choices=None
+    )
+    data = TextData(encoded, layout, ("a", "b", "c"), (), 0, PromptConfig())
+    batch = data.batches(seed=1, balanced=True)
+    labels = [int(label) for step in range(30) for label in batch(step)[1].max(dim=1).values]
+    assert [labels.count(3 + choice) for choice in range(3)] == [20, 20, 20]
+    again = data.batches(seed=1, balanced=True)
+    assert torch.equal(again(17)[0]["input_ids"], batch(17)[0]["input_ids"])
+    plain = [int(v) for step in range(4) for v in data.batches(1)(step)[1].max(dim=1).values]
+    assert sorted(plain) == sorted(row.ids[-1] for row in encoded), "an epoch has every row once"
+    with pytest.raises(ConfigError, match="closed set"):
+        TextData(encoded, layout, None, (), 0, PromptConfig()).batches(0, balanced=True)

@@ -154,6 +154,7 @@ def evaluate_program(
     for name, value in {"after steps": str(steps), "rows": str(found.rows), **_numbers(found)}.items():
         table.add_row(name, value)
     Console().print(table)
+    _say_bias(remark, found, rows.choices)
 
 
 @app.command("generate")
@@ -300,6 +301,17 @@ class _Bar:
 def _numbers(found: Score) -> dict[str, str]:
     named = {"loss": found.loss, "choice loss": found.choice_loss, "accuracy": found.accuracy, "AUC": found.auc}
     return {name: f"{value:.3f}" for name, value in named.items() if value is not None}
+
+
+def _say_bias(remark: Remarks, found: Score, choices: tuple[str, ...] | None) -> None:
+    """Warn where accuracy says more about a liking for an answer than about the rows."""
+    if found.biased and found.chosen and choices:
+        favourite = max(range(len(choices)), key=found.chosen.__getitem__)
+        remark(
+            f"{choices[favourite]!r} is chosen for {found.chosen[favourite]:.0%} of the rows; without this liking the "
+            f"accuracy would be {found.calibrated:.3f}, so the first gains of training will be no more than that",
+            "yellow",
+        )
 
 
 def _plot(record: dict[str, Any], path: Path, remark: Remarks) -> bool:
