@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import re
+import runpy
+import shlex
+import sys
+import tomllib
+import warnings
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import torch
+import typer
+import yaml
 
+import examples.minilm
+from docs.blocks import Block, blocks, indented_code
+from docs.blocks import pages as block_pages
 from docs.generate import pages
-from mobizo_compiler import noise
-from mobizo_compiler.errors import raised_errors
+from mobizo_compiler import backends, noise
+from mobizo_compiler.cli import app
+from mobizo_compiler.errors import MobizoError, raised_errors
 
 ROOT = Path(__file__).parent.parent
 MASK = 0xFFFFFFFF
@@ -67,22 +83,150 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_readme_program_runs(smollm2, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """The ten lines of the README, on two layers of the model that they load."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    monkeypatch.setattr("examples.smollm2.load_smollm2", lambda: smollm2)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert (tmp_path / "smollm2.pte").exists()
-    assert names["session"].state().any()  # type: ignore[attr-defined]
+# -- code blocks -------------------------------------------------------------------------------------------------------
+
+LANGUAGES = {"python", "pycon", "console", "text", "yaml", "toml", "json"}  # pycon: doctests, run as such
+# Blocks of Python that the tests do not run; each says why in its note.
+NOT_RUN = {"docs/backends/aot_inductor.md": 1, "docs/backends/cuda.md": 1, "docs/backends/vulkan.md": 1}
+BLOCKS = [block for page in block_pages() for block in blocks(page)]
 
 
-def test_the_code_about_training_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training_runs.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(compile("".join(blocks), "training_runs.md", "exec"), {})
-    assert (tmp_path / "runs" / "adapter" / "adapter_model.safetensors").exists()
+def place(block: Block) -> str:
+    return f"{block.page.relative_to(ROOT)}:{block.line}"
+
+
+def run_here(block: Block) -> bool:
+    """Whether this is Python that is run here: not an excerpt, which is run where it comes from."""
+    return block.language == "python" and not {"of", "section", "not run"} & set(block.notes)
+
+
+def test_no_block_escapes() -> None:
+    """Every block has a fence and a language, and what is not run is known."""
+    for page in block_pages():
+        assert not (lines := indented_code(page.read_text())), f"{page.name}: code without a fence in lines {lines}"
+        assert page.read_text().count("\n```") == 2 * len(blocks(page)), f"{page.name}: a fence inside of a list"
+    for block in BLOCKS:
+        assert block.language in LANGUAGES, f"{place(block)}: language {block.language!r}"
+        assert len(block.notes.get("not run", "a reason")) > 5, f"{place(block)} does not say why it is not run"
+    left_out = Counter(str(b.page.relative_to(ROOT)) for b in BLOCKS if "not run" in b.notes)
+    assert left_out == NOT_RUN
+
+
+def test_excerpts_are_in_the_files_that_they_name() -> None:
+    quotes = [block for block in BLOCKS if "of" in block.notes]
+    assert len(quotes) >= 4
+    for block in quotes:
+        name = block.notes["of"]
+        file = next(f for f in (ROOT / name, ROOT / "examples" / "openvino_backend" / name) if f.exists())
+        lines, inside = (
+            [line.strip() for line in s.splitlines() if line.strip()] for s in (block.text, file.read_text())
+        )
+        assert "\n".join(lines) in "\n".join(inside), f"{place(block)} is not in {name}"
+
+
+def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Run the Python of a page from top to bottom, in an empty folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(backends, "BUILT_IN", dict(backends.BUILT_IN))
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page):
+        if not run_here(block):
+            continue
+        exec(compile(block.notes.get("setup", ""), f"setup of {place(block)}", "exec"), names)
+        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec", dont_inherit=True)
+        if wanted := block.notes.get("raises"):
+            with pytest.raises(MobizoError) as caught:
+                exec(code, names)
+            assert caught.value.code == wanted, place(block)
+        else:
+            exec(code, names)
+    return names
+
+
+def runnable(slow: bool) -> list[Any]:
+    found = dict.fromkeys(block.page for block in BLOCKS if run_here(block))
+    chosen = [page for page in found if slow or not any("slow" in block.notes for block in blocks(page))]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in chosen]
+
+
+@pytest.mark.parametrize("page", runnable(slow=False))
+def test_python_blocks_run(page: Path, request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On the first layers of models that pages load."""
+    if "load_smollm2" in page.read_text():
+        loaded = request.getfixturevalue("smollm2")
+        monkeypatch.setattr("examples.smollm2.load_smollm2", lambda: loaded)
+    if "load_minilm" in page.read_text():
+        load = examples.minilm.load_minilm
+        monkeypatch.setattr(examples.minilm, "load_minilm", lambda layers, seed=0: load(1, seed))
+    names = run_page(page, tmp_path, monkeypatch)
+    if page.name == "README.md":
+        assert (tmp_path / "smollm2.pte").exists() and names["session"].state().any()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", runnable(slow=True))
+def test_python_blocks_run_on_whole_models(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not {"load_smollm2", "load_minilm"} & set(re.findall(r"\w+", page.read_text())):
+        pytest.skip("it loads no model; test_python_blocks_run is the same")
+    run_page(page, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("yaml", "toml", "json")], ids=place)
+def test_data_blocks_parse(block: Block) -> None:
+    assert {"yaml": yaml.safe_load, "toml": tomllib.loads, "json": json.loads}[block.language](block.text)
+
+
+COMMANDS = [(place(b), line) for b in BLOCKS if b.language == "console" for line in b.text.splitlines() if line.strip()]
+COMMANDS += [
+    (str(page.relative_to(ROOT)), command)
+    for page in block_pages()
+    for command in re.findall(r"`((?:mobizo|make|python -m) [a-z][^`]*)`", page.read_text())
+]
+
+
+class _Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(command for _, command in COMMANDS))
+def test_commands_have_these_options(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of a page is parsed by the program that it calls, and stops there."""
+    words = shlex.split(command.replace("[", "").replace("]", "").replace(" ...", ""), comments=True)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    match words:
+        case ["make", *targets]:
+            known = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+            assert {t for t in targets if "=" not in t} <= known
+        case ["mobizo", *arguments] | ["python", "-m", "mobizo_compiler", *arguments]:
+            group: Any = typer.main.get_command(app)
+            if arguments:
+                try:
+                    group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+                except click.BadParameter as error:
+                    assert "does not exist" in str(error), error
+        case ["python", "-m", "docs.generate", *arguments]:
+            assert set(arguments) <= {"--check"}
+        case ["python", "-m", module, *arguments]:
+            parse = argparse.ArgumentParser.parse_args
+
+            def parse_args(parser: Any, *args: Any, **kwargs: Any) -> None:
+                parse(parser, *args, **kwargs)
+                raise _Parsed
+
+            monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+            monkeypatch.setattr(sys, "argv", [module, *arguments])
+            with pytest.raises(_Parsed), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # that the module is imported already
+                runpy.run_module(module, run_name="__main__")
+        case ["pip", "install", *arguments]:
+            for argument in arguments:
+                path = argument.partition("[")[0] if "/" in argument or argument.endswith(".txt") else "."
+                assert (ROOT / path).exists(), argument
+        case ["source" | "cd" | "git", *_]:
+            pass
+        case _:
+            pytest.fail(f"{words[0]}: say here how this command is checked, or call the block text")
 
 
 def test_sharp_edges_speak_of_errors_that_exist() -> None:
