@@ -7,7 +7,7 @@ A note is an HTML comment before a block; readers do not see it.
     <!-- of FILE -->        an excerpt of a file
     <!-- section S of FILE -->   the part of a file under the comment `# -- S`; docs/generate.py writes it
     <!-- raises CODE -->    the block ends with this error
-    <!-- slow -->           the page's blocks need the whole model or minutes
+    <!-- slow -->           the block takes minutes: it is run by the slow tests only
     <!-- not run: WHY -->   the block cannot be run by the tests
 """
 
@@ -62,11 +62,18 @@ def blocks(page: Path, text: str | None = None) -> list[Block]:
     return found
 
 
+def prose(text: str) -> str:
+    """A page without its blocks and comments; lines keep their numbers."""
+
+    def blank(match: re.Match[str]) -> str:
+        return "`\n" * match[0].count("\n") + "`"
+
+    return re.sub(r"<!--.*?-->", blank, _FENCE.sub(blank, text), flags=re.DOTALL)
+
+
 def indented_code(text: str) -> list[int]:
     """Numbers of lines that Markdown takes for code without a fence, which no test could tell the language of."""
-    plain = _FENCE.sub(lambda match: "`\n" * match[0].count("\n") + "`", text)
-    plain = re.sub(r"<!--.*?-->", lambda match: "`\n" * match[0].count("\n") + "`", plain, flags=re.DOTALL)
-    lines, in_list, found = plain.splitlines(), False, []
+    lines, in_list, found = prose(text).splitlines(), False, []
     for number, line in enumerate(lines):
         if re.match(r"\s*([-*]|\d+\.)\s", line):
             in_list = True

@@ -5,24 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 import tomllib
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 import typer
 import yaml
 
 import examples.minilm
-from docs.blocks import Block, blocks, indented_code
+from docs.blocks import Block, blocks, indented_code, prose
 from docs.blocks import pages as block_pages
 from docs.generate import pages
 from mobizo_compiler import backends, noise
@@ -77,10 +81,77 @@ def test_noise_vectors_follow_from_the_definition(row: list[str]) -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    for page in block_pages():
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", prose(page.read_text())):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# -- the site ---------------------------------------------------------------------------------------------------------
+
+
+def build(docs: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site from a folder of pages, as `make docs-site` does."""
+    config = (ROOT / "mkdocs.yml").read_text().replace("docs_dir: docs", f"docs_dir: {docs}")
+    config = config.replace("- docs/navigation.py", f"- {ROOT / 'docs' / 'navigation.py'}")
+    file = site.parent / "mkdocs.yml"
+    file.write_text(config)
+    command = [sys.executable, "-m", "mkdocs", "build", "--config-file", str(file), "--site-dir", str(site)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+class _Found(HTMLParser):
+    """Headings, pictures and code of a page of the site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+
+def test_the_site_is_built_and_every_page_is_in_it(tmp_path: Path) -> None:
+    done = build(ROOT / "docs", tmp_path / "site")
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    site, docs = tmp_path / "site", ROOT / "docs"
+    texts = {path.relative_to(docs).with_suffix(".html") for path in docs.rglob("*.md")}
+    expected = {page for page in texts if not page.name.endswith("_text.html")}
+    built = {path.relative_to(site) for path in site.rglob("*.html")}
+    assert built - expected == {Path("404.html")} and expected <= built
+    assert not [path for path in site.rglob("*") if path.suffix == ".py" or path.name.startswith("quantization_m")]
+    front = (site / "index.html").read_text()
+    for page in expected:
+        found, text = _Found(), (site / page).read_text()
+        found.feed(text)
+        tags = Counter(tag for tag, _ in found.tags)
+        assert tags["h1"] == 1 and tags["article"] == 1, f"{page}: {tags['h1']} titles"
+        blocks_here = len(blocks((docs / page).with_suffix(".md")))
+        assert text.count('<div class="highlight">') + text.count("language-text highlight") >= blocks_here, page
+        for tag, attributes in found.tags:
+            source = attributes.get("src") or ""
+            if tag == "img" and "://" not in source and not source.startswith("data:"):
+                assert ((site / page).parent / source).exists(), f"{page} shows {source}"
+        assert f'href="{page.as_posix()}"' in front or page.name == "index.html", f"{page} is not in the navigation"
+    assert 'id="mbz101-configerror"' in (site / "errors.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "problem"),
+    [
+        ("index.md", "[gone](gone.md)", "gone.md"),
+        ("index.md", "[gone](errors.md#mbz999)", "no such anchor"),
+        ("orphan.md", "# Not in the navigation", 'not included in the "nav"'),
+    ],
+)
+def test_the_site_is_strict(page: str, text: str, problem: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    with (tmp_path / "docs" / page).open("a") as file:
+        file.write(f"\n{text}\n")
+    done = build(tmp_path / "docs", tmp_path / "site")
+    said = done.stderr.replace("does not contain an anchor", "no such anchor")
+    assert done.returncode != 0 and problem in said, done.stderr
 
 
 # -- code blocks -------------------------------------------------------------------------------------------------------
@@ -117,20 +188,20 @@ def test_excerpts_are_in_the_files_that_they_name() -> None:
     assert len(quotes) >= 4
     for block in quotes:
         name = block.notes["of"]
-        file = next(f for f in (ROOT / name, ROOT / "examples" / "openvino_backend" / name) if f.exists())
+        file = next(f for f in (ROOT / "examples" / "openvino_backend" / name, ROOT / name) if f.exists())
         lines, inside = (
             [line.strip() for line in s.splitlines() if line.strip()] for s in (block.text, file.read_text())
         )
         assert "\n".join(lines) in "\n".join(inside), f"{place(block)} is not in {name}"
 
 
-def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool = False) -> dict[str, object]:
     """Run the Python of a page from top to bottom, in an empty folder."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(backends, "BUILT_IN", dict(backends.BUILT_IN))
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
-        if not run_here(block):
+        if not run_here(block) or ("slow" in block.notes and not slow):
             continue
         exec(compile(block.notes.get("setup", ""), f"setup of {place(block)}", "exec"), names)
         code = compile("\n" * (block.line - 1) + block.text, str(page), "exec", dont_inherit=True)
@@ -143,32 +214,45 @@ def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
     return names
 
 
-def runnable(slow: bool) -> list[Any]:
-    found = dict.fromkeys(block.page for block in BLOCKS if run_here(block))
-    chosen = [page for page in found if slow or not any("slow" in block.notes for block in blocks(page))]
-    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in chosen]
+RUNNABLE = {str(block.page.relative_to(ROOT)): block.page for block in BLOCKS if run_here(block)}
+WHOLE = {
+    name: page for name, page in RUNNABLE.items() if re.search("<!-- slow|load_smollm2|load_minilm", page.read_text())
+}
 
 
-@pytest.mark.parametrize("page", runnable(slow=False))
-def test_python_blocks_run(page: Path, request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On the first layers of models that pages load."""
-    if "load_smollm2" in page.read_text():
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The models of the pages are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_python_blocks_run(
+    name: str, one_thread: None, request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On the first layers of the models that pages load."""
+    text = RUNNABLE[name].read_text()
+    if "load_smollm2" in text and "<!-- slow" not in text:
         loaded = request.getfixturevalue("smollm2")
         monkeypatch.setattr("examples.smollm2.load_smollm2", lambda: loaded)
-    if "load_minilm" in page.read_text():
+    if "load_minilm" in text:
         load = examples.minilm.load_minilm
-        monkeypatch.setattr(examples.minilm, "load_minilm", lambda layers, seed=0: load(1, seed))
-    names = run_page(page, tmp_path, monkeypatch)
-    if page.name == "README.md":
-        assert (tmp_path / "smollm2.pte").exists() and names["session"].state().any()  # type: ignore[attr-defined]
+        monkeypatch.setattr(examples.minilm, "load_minilm", lambda layers: load(1))
+    names = run_page(RUNNABLE[name], tmp_path, monkeypatch)
+    if name == "README.md":
+        assert (tmp_path / "smollm2.pte").exists() and any((tmp_path / "runs").iterdir())
+    if name == "docs/training_runs.md":
+        assert (tmp_path / "runs" / "adapter" / "adapter_model.safetensors").exists()
+    assert names
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", runnable(slow=True))
-def test_python_blocks_run_on_whole_models(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not {"load_smollm2", "load_minilm"} & set(re.findall(r"\w+", page.read_text())):
-        pytest.skip("it loads no model; test_python_blocks_run is the same")
-    run_page(page, tmp_path, monkeypatch)
+@pytest.mark.parametrize("name", WHOLE)
+def test_python_blocks_run_on_whole_models(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run_page(WHOLE[name], tmp_path, monkeypatch, slow=True)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("yaml", "toml", "json")], ids=place)
@@ -176,11 +260,12 @@ def test_data_blocks_parse(block: Block) -> None:
     assert {"yaml": yaml.safe_load, "toml": tomllib.loads, "json": json.loads}[block.language](block.text)
 
 
-COMMANDS = [(place(b), line) for b in BLOCKS if b.language == "console" for line in b.text.splitlines() if line.strip()]
-COMMANDS += [
-    (str(page.relative_to(ROOT)), command)
+IN_BLOCKS = [line for b in BLOCKS if b.language == "console" for line in b.text.splitlines() if line.strip()]
+IN_TEXT = [
+    command
     for page in block_pages()
-    for command in re.findall(r"`((?:mobizo|make|python -m) [a-z][^`]*)`", page.read_text())
+    for command in re.findall(r"`((?:mobizo|make|python -m) [a-z][^`\[]*)(?: ?\[[^`]*\])?`", page.read_text())
+    if "..." not in command
 ]
 
 
@@ -188,10 +273,10 @@ class _Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(command for _, command in COMMANDS))
+@pytest.mark.parametrize("command", dict.fromkeys(IN_BLOCKS + IN_TEXT))
 def test_commands_have_these_options(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of a page is parsed by the program that it calls, and stops there."""
-    words = shlex.split(command.replace("[", "").replace("]", "").replace(" ...", ""), comments=True)
+    words = shlex.split(command, comments=True)
     while words and re.match(r"[A-Z_]+=", words[0]):
         words.pop(0)
     match words:
@@ -200,11 +285,14 @@ def test_commands_have_these_options(command: str, monkeypatch: pytest.MonkeyPat
             assert {t for t in targets if "=" not in t} <= known
         case ["mobizo", *arguments] | ["python", "-m", "mobizo_compiler", *arguments]:
             group: Any = typer.main.get_command(app)
-            if arguments:
-                try:
-                    group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
-                except click.BadParameter as error:
-                    assert "does not exist" in str(error), error
+            assert arguments and arguments[0] in group.commands, f"there is no such command: {command}"
+            try:
+                group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+            except Exception as error:  # a name in running text may lack its arguments, and files need not exist
+                mentioned = type(error).__name__ == "MissingParameter" and command not in IN_BLOCKS
+                assert mentioned or "does not exist" in str(error), error
+        case ["python", "-m", "venv", _] | ["source" | "cd" | "git", *_]:
+            pass
         case ["python", "-m", "docs.generate", *arguments]:
             assert set(arguments) <= {"--check"}
         case ["python", "-m", module, *arguments]:
@@ -223,8 +311,6 @@ def test_commands_have_these_options(command: str, monkeypatch: pytest.MonkeyPat
             for argument in arguments:
                 path = argument.partition("[")[0] if "/" in argument or argument.endswith(".txt") else "."
                 assert (ROOT / path).exists(), argument
-        case ["source" | "cd" | "git", *_]:
-            pass
         case _:
             pytest.fail(f"{words[0]}: say here how this command is checked, or call the block text")
 
