@@ -44,7 +44,7 @@ def reference_page() -> list[str]:
         for name in sorted(chosen or module.__all__, key=lambda name: (name not in _FIRST, name.lower())):
             value = getattr(module, name)
             if value.__name__ != name:
-                lines.append(f"### {name}\n\nAnother name of [`{value.__name__}`](#{value.__name__.lower()}).\n")
+                lines.append(f"### `{name}`\n\nAnother name of [`{value.__name__}`](#{value.__name__.lower()}).\n")
             else:
                 lines += _described(name, value)
     return lines
@@ -55,7 +55,7 @@ def _first_paragraph(module: ModuleType) -> str:
 
 
 def _described(name: str, value: Any) -> list[str]:
-    lines = [f"### {name}\n"]
+    lines = [f"### `{name}`\n"]
     if not inspect.isclass(value):
         return [*lines, _signature(name, value), _docstring(value)]
     bases = [base.__name__ for base in value.__bases__ if base.__module__ not in ("builtins", "typing", "abc")]
@@ -68,7 +68,7 @@ def _described(name: str, value: Any) -> list[str]:
     for member, item in _members(value):
         kind = "property" if isinstance(item, property) else "method"
         target = item.fget if isinstance(item, property) else getattr(item, "__func__", item)
-        lines.append(f"#### {name}.{member}\n")
+        lines.append(f"#### `{name}.{member}`\n")
         lines.append(f"A {kind}.\n" if kind == "property" else _signature(member, target))
         lines.append(_docstring(target))
     return lines
@@ -107,7 +107,7 @@ def _arguments(function: Callable[..., Any]) -> tuple[list[str], str]:
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     assert isinstance(node, ast.FunctionDef)
     arguments = node.args
-    if arguments.args and arguments.args[0].arg in ("self", "cls"):
+    if arguments.args and arguments.args[0].arg in ("self", "cls", "session"):  # what a method is bound to
         del arguments.args[0]
     positional = [ast.unparse(argument) for argument in arguments.args]
     for position, default in enumerate(reversed(arguments.defaults), start=1):

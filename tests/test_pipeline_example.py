@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import shutil
@@ -13,12 +14,16 @@ from typing import Any
 import pytest
 import yaml
 
+from examples.pipeline import check
 from examples.pipeline.check import violations
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "pipeline"
 WORKFLOW = yaml.safe_load((EXAMPLE / "workflow.yml").read_text())
 STEPS: list[dict[str, Any]] = WORKFLOW["jobs"]["program"]["steps"]
+
+
+whole = pytest.mark.slow  # five processes, each of which imports torch and ExecuTorch
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tools
 
 
+@whole
 def test_the_steps_leave_a_program_and_its_report(tools: Path) -> None:
     upload = next(step["with"] for step in STEPS if "upload-artifact" in step.get("uses", ""))
     assert upload["path"] == "tools/dist"
@@ -57,6 +63,7 @@ def test_the_steps_leave_a_program_and_its_report(tools: Path) -> None:
     assert "within budget" in said and "taken up at 20" in said and "40 steps" in said
 
 
+@whole
 def test_a_budget_that_is_exceeded_stops_the_pipeline(tools: Path) -> None:
     report = json.loads((tools / "dist" / "model.json").read_text())
     budget = json.loads((EXAMPLE / "budget.json").read_text())
@@ -71,6 +78,11 @@ def test_a_budget_that_is_exceeded_stops_the_pipeline(tools: Path) -> None:
     command = [sys.executable, "check.py", "dist/model.json", "tight.json"]
     done = subprocess.run(command, cwd=tools, capture_output=True, text=True)
     assert done.returncode == 1 and "parameters is 144, not 3" in done.stdout
+
+
+def test_the_example_in_the_docstring() -> None:
+    done = doctest.testmod(check)
+    assert (done.attempted, done.failed) == (1, 0)
 
 
 def test_what_the_workflow_uses_is_there() -> None:
