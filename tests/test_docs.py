@@ -229,7 +229,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", QUICK)
 def test_python_blocks_run(
     name: str, one_thread: None, request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -247,7 +247,6 @@ def test_python_blocks_run(
         assert (tmp_path / "smollm2.pte").exists() and any((tmp_path / "runs").iterdir())
     if name == "docs/training_runs.md":
         assert (tmp_path / "runs" / "adapter" / "adapter_model.safetensors").exists()
-    assert names
 
 
 @pytest.mark.slow
