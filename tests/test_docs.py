@@ -214,6 +214,7 @@ def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow:
     return names
 
 
+QUICK = dict.fromkeys(str(b.page.relative_to(ROOT)) for b in BLOCKS if run_here(b) and "slow" not in b.notes)
 RUNNABLE = {str(block.page.relative_to(ROOT)): block.page for block in BLOCKS if run_here(block)}
 WHOLE = {
     name: page for name, page in RUNNABLE.items() if re.search("<!-- slow|load_smollm2|load_minilm", page.read_text())
@@ -242,7 +243,7 @@ def test_python_blocks_run(
         load = examples.minilm.load_minilm
         monkeypatch.setattr(examples.minilm, "load_minilm", lambda layers: load(1))
         monkeypatch.setattr(examples.minilm, "TOKENS", 16)
-    names = run_page(RUNNABLE[name], tmp_path, monkeypatch)
+    run_page(RUNNABLE[name], tmp_path, monkeypatch)
     if name == "README.md":
         assert (tmp_path / "smollm2.pte").exists() and any((tmp_path / "runs").iterdir())
     if name == "docs/training_runs.md":
