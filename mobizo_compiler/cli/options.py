@@ -167,7 +167,6 @@ def with_sections(*sections: Section) -> Callable[[Callable[..., None]], Callabl
         ordered = sorted(parameters.values(), key=lambda p: p.default is not inspect.Parameter.empty)
         run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in ordered}
-        run.__dict__["sections"] = sections
         _SECTIONS[command.__name__] = sections
         return run
 
