@@ -136,7 +136,7 @@ def _check_programs(loaded: Backend) -> None:
 
     def agree(session: Session, steps: int) -> None:
         session.load_state(start)
-        reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=2)
+        reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
         reference.state.copy_(start)
         for seed in range(steps):
             tokens, labels = batch()

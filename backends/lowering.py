@@ -339,11 +339,11 @@ class ExecuTorchRunner:
 
     def __init__(self, artifact: ExecuTorchArtifact) -> None:
         self._artifact = artifact  # keeps a temporary file on disk
-        self._passed = torch.zeros(artifact.manifest.parameters) if artifact.manifest.state == "io" else None
+        self._passed = torch.zeros(artifact.manifest.state_size) if artifact.manifest.state == "io" else None
         with self._data_path() as data_path, shared_packed_weights():
             self._program = _load(artifact.path, data_path)
             # Every load resets the shared state, so all methods are loaded before any of them runs.
-            self._methods = {name: self._load_method(name) for name in ("train_step", "evaluate", "replay")}
+            self._methods = {name: self._load_method(name) for name in artifact.manifest.methods}
 
     @contextlib.contextmanager
     def _data_path(self) -> Iterator[Path | None]:
@@ -371,6 +371,8 @@ class ExecuTorchRunner:
     def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run one method."""
         if self._passed is None:
+            return list(self._methods[method].execute(list(inputs)))
+        if method == "prefix":
             return list(self._methods[method].execute(list(inputs)))
         results = list(self._methods[method].execute([*inputs, self._passed]))
         if method in ("train_step", "replay"):
@@ -448,7 +450,7 @@ def _check_file(path: Path) -> None:
 
 
 def _check_state(method: str, lowered: ExportedProgram, program: GraphProgram) -> None:
-    if STATE_INPUT in program.inputs:
+    if STATE_INPUT in program.inputs or not program.sites:
         return
     signature = lowered.graph_signature
     if STATE not in signature.inputs_to_buffers.values():

@@ -74,11 +74,12 @@ def eager_step(workload: Workload, model: nn.Module, sites: Any, lora_a: Any, co
 
     Noise, loss and update stay eager. A graph that would break is an error, not a slower measurement.
     """
+    from mobizo_compiler.config import ZOConfig
     from mobizo_compiler.reference import ReferenceStep
 
     model = twin(model)
     model.forward = functools.partial(model.forward, use_cache=False, logits_to_keep=2)
-    reference = ReferenceStep(model, sites, lora_a, queries=workload.queries)
+    reference = ReferenceStep(model, sites, lora_a, zo=ZOConfig(queries=workload.queries))
     if compiled:
         model.compile(fullgraph=True, dynamic=False)
     inputs, labels = workload.batch()

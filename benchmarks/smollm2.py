@@ -63,7 +63,7 @@ def main() -> None:
     }
 
     session = mobizo.Session(program)
-    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=options.queries)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     model.forward = functools.partial(model.forward, logits_to_keep=2)
     begin = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)) * 0.02
     session.load_state(begin)

@@ -196,11 +196,13 @@ def fine_tune(
     return history
 
 
-def score(session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence]) -> dict[str, float]:
-    """Accuracy and AUC."""
+def score(
+    session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence], rows: int = ROWS
+) -> dict[str, float]:
+    """Accuracy and AUC; the number of sentences is a multiple of the program's `rows`."""
     scores: list[Tensor] = []
-    for first in range(0, len(sentences), ROWS):
-        inputs, _, last = prompter.encode(sentences[first : first + ROWS])
+    for first in range(0, len(sentences), rows):
+        inputs, _, last = prompter.encode(sentences[first : first + rows])
         scores.append(prompter.scores(session.evaluate(inputs).logits, last))
     accuracy, auc = accuracy_and_auc(torch.cat(scores), torch.tensor([s.fresh for s in sentences]))
     return {"accuracy": accuracy, "auc": auc}

@@ -84,12 +84,18 @@ class Prompter:
     Args:
         tokenizer: A transformers tokenizer that adds no special tokens.
         tokens: Length of every row; texts that are too long are cut at their end, before the question.
+        prompt: What stands before `{text}`, and the question after it.
+        verbalisers: The answers for rotten and fresh, one token each.
     """
 
-    def __init__(self, tokenizer: Any, tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, tokens: int, prompt: str = PROMPT, verbalisers: tuple[str, str] = VERBALISERS
+    ) -> None:
         self.tokenizer, self.tokens = tokenizer, tokens
-        self.question = self._ids(PROMPT.format(text=""))
-        tokens_of_answers = [self._ids(word) for word in VERBALISERS]
+        beginning, question = prompt.split("{text}")
+        self.space = " " * beginning.endswith(" ")  # a space is a part of the token after it
+        self.beginning, self.question = self._ids(beginning.removesuffix(" ")), self._ids(question)
+        tokens_of_answers = [self._ids(word) for word in verbalisers]
         assert all(len(ids) == 1 for ids in tokens_of_answers), "verbalisers must be single tokens"
         self.answers = tuple(ids[0] for ids in tokens_of_answers)
         self.padding = int(tokenizer.pad_token_id)
@@ -105,8 +111,8 @@ class Prompter:
         mask, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100)
         last = torch.zeros(len(sentences), dtype=torch.int64)
         for row, sentence in enumerate(sentences):
-            room = self.tokens - len(self.question) - 1
-            prompt = self._ids(sentence.text)[:room] + self.question
+            room = self.tokens - len(self.beginning) - len(self.question) - 1
+            prompt = self.beginning + self._ids(self.space + sentence.text)[:room] + self.question
             whole = torch.tensor([*prompt, self.answers[sentence.fresh]])
             ids[row, : len(whole)] = whole
             mask[row, : len(whole)] = 1

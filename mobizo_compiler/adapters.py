@@ -22,6 +22,7 @@ from mobizo_compiler.artifact import Program
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.errors import AdapterError, MobizoError
 from mobizo_compiler.files import whole_file
+from mobizo_compiler.program import Site, initial_state
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -62,7 +63,7 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
     """
     tensors = {}
     for site in program.sites:
-        a, b = program.lora_a_by_fqn[site.fqn], site.lora_b(state)
+        a, b = lora_a(program, site, state), site.lora_b(state)
         if not site.fqn:
             raise AdapterError("the model is a single layer without a name, which peft cannot adapt")
         tensors[f"{PREFIX}{site.fqn}.lora_A.weight"] = a.contiguous()
@@ -133,7 +134,7 @@ def read_peft(folder: Path) -> PeftAdapter:
 
 
 def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
-    """The flat state [P] of an adapter whose A the program has.
+    """The flat state [S] of an adapter whose A the program has, or trains.
 
     Raises:
         AdapterError: Sites, shapes, scaling or A differ.
@@ -160,13 +161,21 @@ def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
         a, b = adapter.a[site.fqn], adapter.b[site.fqn]
         if tuple(a.shape) != site.a_shape or tuple(b.shape) != (site.r, site.out_features):
             raise AdapterError(f"layer {site.fqn} has A {list(a.shape)} and B {list(b.shape)}", where=where)
-        if not torch.equal(a, program.lora_a_by_fqn[site.fqn]):
+        if site.a_offset is None and not torch.equal(a, program.lora_a_by_fqn[site.fqn]):
             raise AdapterError(
-                f"A of layer {site.fqn} is not the program's: A is part of a program and is not trained",
+                f"A of layer {site.fqn} is not the program's, which has its own and does not train it",
                 where=where,
                 hint="compile(..., adapter=folder) makes a program with this A",
             )
-    return torch.cat([adapter.b[site.fqn].flatten() for site in program.sites])
+    b = torch.cat([adapter.b[site.fqn].flatten() for site in program.sites])
+    begin = initial_state(program.sites, adapter.a, program.manifest.memory)
+    begin[: b.numel()] = b
+    return begin
+
+
+def lora_a(program: Program, site: Site, state: Tensor) -> Tensor:
+    """A of a site, [r, in_features], frozen or as the state has it."""
+    return program.lora_a_by_fqn[site.fqn] if site.a_offset is None else site.lora_a(state)
 
 
 def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
@@ -181,7 +190,7 @@ def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
             weight = model.get_submodule(site.fqn).weight
         except AttributeError:
             raise AdapterError(f"the model has no layer {site.fqn} with a weight") from None
-        a, b = program.lora_a_by_fqn[site.fqn], site.lora_b(state)
+        a, b = lora_a(program, site, state), site.lora_b(state)
         delta = site.scaling * torch.einsum("ri...,ro->oi...", a, b)
         turned = not site.kernel and type(model.get_submodule(site.fqn)).__name__ == "Conv1D"
         delta = delta.t() if turned else delta

@@ -42,15 +42,18 @@ from mobizo_compiler.errors import (
 from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
 from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
+from mobizo_compiler.outline import outline
 from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
-from mobizo_compiler.program import EPS, LABELS, LEARNING_RATE, SEED, STATE_INPUT, GraphProgram, raw_bytes
+from mobizo_compiler.program import LABELS, PREFIX, STATE_INPUT, GraphProgram, raw_bytes
 from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
+from mobizo_compiler.rules import PLAIN, UpdateRule, described_rule, get_rule, memory_size
 from mobizo_compiler.smoothing import smoothing_of
 from mobizo_compiler.targets import heads, resolve_targets, short_names
 from mobizo_compiler.verify import check_program
 
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
 DUMP_VARIABLE = "MOBIZO_DUMP"
+HISTORY_WIDTH = 200
 Progress = Callable[[str], None]
 LossFunction = Callable[[Any, Tensor], Tensor]
 _Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
@@ -83,7 +86,10 @@ def compile(
     state: str = "shared",
     row_axes: RowAxes | None = None,
     adapter: str | PathLike[str] | None = None,
+    rule: str | UpdateRule = "sgd",
+    split_prefix: bool = False,
     example_labels: Tensor | None = None,
+    base_model: str | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -104,6 +110,7 @@ def compile(
         backend: Name of an installed backend, or a backend.
         dynamic_shapes: Sizes that may differ from call to call, as in `torch.export`: for each input (by name or
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
+        base_model: Name or folder of the model, kept in the program for those who load its tokenizer or the adapter.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
         state: "shared": a buffer that all methods share, which the Python and C++ runtimes do; it starts at zero.
@@ -115,6 +122,9 @@ def compile(
             input has more rows, has none anyway.
         adapter: Folder of a LoRA that peft saved, in place of `lora`: its layers are adapted, with its A.
             `Session.import_adapter` starts from its B.
+        rule: What a step does with the estimate: "sgd", "momentum", "sign", "adam", "scalar-adam", or an `UpdateRule`.
+        split_prefix: Make what no adapter reaches a method of its own, whose results a `Session` can keep on disk; for
+            adapters in the last blocks (`LoraConfig.layers_to_transform`).
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
@@ -138,6 +148,7 @@ def compile(
     lora, zo = lora or LoraConfig(), zo or ZOConfig()
     row_loss = _loss(loss, example_labels)
     recipe = _quantization(quantization)
+    update_rule = get_rule(rule)
     _check_options(lora, zo, row_loss, state)
     target = get_backend(backend)
     if reason := target.unavailable():
@@ -145,6 +156,8 @@ def compile(
     if cache_dir is not None and isinstance(target, EagerBackend):
         raise ConfigError("programs of the eager backend cannot be cached: they have no file format")
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
+    if split_prefix and dynamic_shapes:
+        raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
 
     observer = functools.partial(_observer, dump_dir)
 
@@ -155,10 +168,12 @@ def compile(
             captured = passes.capture(model, example, symbolic=symbolic)
         say("rewrite")
         store = _store(captured, recipe, example)
-        return captured, rewrite(captured, example.rows, lora, zo, row_loss, target, state, store, given, observer)
+        return captured, rewrite(
+            captured, example.rows, lora, zo, row_loss, target, update_rule, split_prefix, state, store, given, observer
+        )
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, state, recipe)
+    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe, base_model)
     if state == "data" and not getattr(target, "data_files", False):
         raise BackendRefusedError(
             f"programs of backend {target.name!r} cannot look up their state in a data file",
@@ -218,40 +233,46 @@ def rewrite(
     zo: ZOConfig,
     loss: Loss,
     backend: Backend,
+    rule: UpdateRule = PLAIN,
+    split_prefix: bool = False,
     state: str = "shared",
     store: Sequence[Pass] = (),
     given: Mapping[str, Tensor] = MappingProxyType({}),
     observer: Callable[[str], Observer | None] = lambda method: None,
 ) -> dict[str, GraphProgram]:
-    """The three methods of a program: static graphs that share one state, ready for the backend to lower."""
+    """The methods of a program: static graphs that share one state, ready for the backend to lower."""
     carry: list[Pass] = [passes.PassState()] if state == "io" else []
     finish: list[Pass] = [passes.Specialize(rows), *store, passes.Canonicalize(), *carry, *backend.passes()]
     front: list[Pass] = [passes.AttachLoss(loss), passes.Canonicalize(), passes.FreeRows(), passes.SliceLabels()]
     observe = observer("train_step")
     with_loss = Pipeline(front, observe).run(captured)
     lora = resolve_targets(with_loss, lora)
-    train: list[Pass] = [
-        passes.InsertMPLoRA(lora, given=given),
+    lanes: list[Pass] = [
+        passes.InsertMPLoRA(lora, given=given, rule=rule),
         passes.MergeSiblings(),
         passes.DuplicateLanes(zo.lanes),
-        passes.Perturb(zo.noise),
-        passes.DifferenceLosses(),
-        passes.UpdateState(),
     ]
-    train_step = Pipeline([*train, *finish], observe).run(with_loss)
+    step: list[Pass] = [passes.Perturb(zo), passes.DifferenceLosses(zo), passes.UpdateState(rule)]
+    with_lanes = Pipeline(lanes, observe).run(with_loss)
+    split: list[Pass] = [passes.AfterPrefix()] if split_prefix else []
+    train_step = Pipeline([*split, *step, *finish], observe).run(with_lanes)
     adapted: list[Pass] = [
         passes.Canonicalize(),
         passes.SliceLabels(),
-        passes.InsertMPLoRA(lora, train_step.sites, given),
+        passes.InsertMPLoRA(lora, train_step.sites, given, rule),
         passes.MergeSiblings(),
     ]
     evaluate = Pipeline([*adapted, *finish], observer("evaluate")).run(captured)
-    replay = passes.Replay(train_step.sites, zo.queries, zo.noise)
-    return {
+    replay = passes.Replay(train_step.sites, zo, rule, train_step.lora_a)
+    methods = {
         "train_step": train_step,
         "evaluate": evaluate,
         "replay": Pipeline([replay, *carry], observer("replay")).run(passes.empty_program()),
     }
+    if split_prefix:
+        whole = [step for step in finish if step not in carry]
+        methods["prefix"] = Pipeline([passes.Prefix(), *whole], observer("prefix")).run(with_lanes)
+    return methods
 
 
 def _store(captured: GraphProgram, quantization: Any, example: Example) -> list[Pass]:
@@ -351,13 +372,15 @@ def _manifest(
     zo: ZOConfig,
     loss: Loss,
     backend: Backend,
+    rule: UpdateRule,
     state: str,
     quantization: Any,
+    base_model: str | None,
 ) -> Manifest:
     train_step, evaluate = methods["train_step"], methods["evaluate"]
     sites = [site.fqn for site in train_step.sites]
     names = short_names(sites, sites) if lora.target_modules in (None, ALL_LINEAR) else lora.target_modules
-    inputs = {n: v for n, v in train_step.inputs.items() if n not in (LABELS, SEED, EPS, LEARNING_RATE, STATE_INPUT)}
+    inputs = {n: v for n, v in evaluate.inputs.items() if n != STATE_INPUT}
     public = [leaf.name for leaf in example.leaves] if example.keywords else list(inputs)
     assert captured.nesting is not None
     labels = loss.label_spec(captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()]))
@@ -387,13 +410,28 @@ def _manifest(
         lora=dataclasses.replace(lora, target_modules=names),
         zo=zo,
         loss=repr(loss),
+        prefix=tuple(
+            tensor_spec(name.removeprefix("mobizo_"), value, dynamic)
+            for name, value in train_step.inputs.items()
+            if name.startswith(PREFIX)
+        ),
+        rule=described_rule(rule),
+        memory=memory_size(rule, sum(site.trained for site in train_step.sites)),
         model=_digest(captured),
         state=state,
         quantization=described(quantization),
         eps=default_eps(quantization),
         first_label=labels.first,
         max_labels=labels.max_labels,
+        base_model=base_model,
+        history={name: tuple(map(_shortened, method.history)) for name, method in methods.items()},
+        outline=outline(captured, methods, example.rows),
     )
+
+
+def _shortened(step: str) -> str:
+    """A step of the history; one that lists every site is cut."""
+    return step if len(step) <= HISTORY_WIDTH else step[: HISTORY_WIDTH - 3] + "..."
 
 
 def _digest(captured: GraphProgram) -> str:

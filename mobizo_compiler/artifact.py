@@ -12,7 +12,7 @@ from torch import Tensor
 from mobizo_compiler.backends.contract import Artifact
 from mobizo_compiler.errors import InputError
 from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.program import GraphProgram, Site
+from mobizo_compiler.program import GraphProgram, Site, initial_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class StepResult:
 
     Args:
         loss: Mean loss of all lanes, before the update.
-        lane_losses: float32 [2q], lanes +1..+q, then -1..-q.
+        lane_losses: float32 [lanes]: +1..+q, then -1..-q; for the one-sided estimator the clean lane, then +1..+q.
         projected_gradient: float32 [q].
     """
 
@@ -55,6 +55,10 @@ class Program:
     def parameters(self) -> int:
         """Number P of trained parameters."""
         return self.manifest.parameters
+
+    def initial_state(self) -> Tensor:
+        """The flat state before the first step, float32 [S]."""
+        return initial_state(self.sites, self.lora_a_by_fqn, self.manifest.memory)
 
     def site(self, fqn: str) -> Site:
         """The site at that path.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from mobizo_compiler.errors import ConfigError, NotSupportedYetError
+from mobizo_compiler.errors import ConfigError
+from mobizo_compiler.estimators import get_estimator
 
 MAX_SEED = 2**31 - 1
 ALL_LINEAR = "all-linear"
@@ -47,7 +49,8 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 class LoraConfig(JsonConfig):
     """Which layers get a low-rank adapter, and of what rank. Fields mean what peft's `LoraConfig` means.
 
-    The adapter is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A is drawn once and frozen, only B is trained.
+    The adapter is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A is drawn once and frozen, only B is trained;
+    with `train_a` it is LoRA (Hu et al. 2021), which has more to learn, and more directions to look in.
 
     Args:
         r: Rank of the adapters.
@@ -59,6 +62,7 @@ class LoraConfig(JsonConfig):
             the last `layers`, `h`, `blocks`, ... in the path, as in peft.
         layers_pattern: The name before the index, where it is not a common one.
         init_seed: Seed of A (Kaiming-uniform with a = sqrt 5); B starts at zero.
+        train_a: Whether A is trained too.
 
     Raises:
         ConfigError: A field is out of range.
@@ -75,6 +79,7 @@ class LoraConfig(JsonConfig):
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: str | None = None
     init_seed: int = 0
+    train_a: bool = False
 
     def __post_init__(self) -> None:
         check_int("LoraConfig.r", self.r, 1, 65536)
@@ -85,6 +90,8 @@ class LoraConfig(JsonConfig):
         ):
             raise ConfigError(f"LoraConfig.lora_alpha is {self.lora_alpha!r}; it must be a number above 0")
         check_int("LoraConfig.init_seed", self.init_seed, 0, MAX_SEED)
+        if not isinstance(self.train_a, bool):
+            raise ConfigError(f"LoraConfig.train_a is {self.train_a!r}; it must be True or False")
         if self.target_modules is None:
             pass
         elif isinstance(self.target_modules, str):
@@ -144,32 +151,45 @@ class ZOConfig(JsonConfig):
     """How the gradient is estimated (MobiZO, section 3; SPSA, Spall 1992).
 
     Args:
-        queries: Number q of random directions per step (the outer loop); a step runs 2q lanes.
-        estimator: "two-sided": (L(B + eps z) - L(B - eps z)) / (2 eps) for each direction z.
+        queries: Number q of random directions z per step (the outer loop).
+        estimator: "two-sided", 2q lanes: (L(B + eps z) - L(B - eps z)) / (2 eps) for each direction; "one-sided", q + 1
+            lanes: (L(B + eps z) - L(B)) / eps; or the name of a registered `Estimator`.
         noise: Distribution of z, "gaussian" or "rademacher".
+        normalize: Divide the projected gradient by the standard deviation of the lane losses over eps (FZOO), so that
+            a learning rate means the same whatever the size of the loss.
+        clip: Largest size of an entry of the projected gradient; None for no limit.
 
     Raises:
         ConfigError: A field is out of range.
 
-    >>> ZOConfig(queries=4).lanes
-    8
+    >>> ZOConfig(queries=4).lanes, ZOConfig(queries=4, estimator="one-sided").lanes
+    (8, 5)
     """
 
     queries: int = 4
-    estimator: Literal["two-sided"] = "two-sided"
+    estimator: str = "two-sided"
     noise: Literal["gaussian", "rademacher"] = "gaussian"
+    normalize: bool = False
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         check_int("ZOConfig.queries", self.queries, 1, 1024)
-        estimator: str = self.estimator
-        if estimator == "one-sided":
-            raise NotSupportedYetError("the one-sided estimator is not built yet", hint='use estimator="two-sided"')
-        if estimator != "two-sided":
-            raise ConfigError(f"ZOConfig.estimator is {estimator!r}", hint='use "two-sided"')
+        estimator = get_estimator(self.estimator)
         if self.noise not in ("gaussian", "rademacher"):
             raise ConfigError(f"ZOConfig.noise is {self.noise!r}", hint='use "gaussian" or "rademacher"')
+        if not isinstance(self.normalize, bool):
+            raise ConfigError(f"ZOConfig.normalize is {self.normalize!r}; it must be True or False")
+        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
+        if self.clip is not None and not (number and 0 < self.clip < math.inf):
+            raise ConfigError(f"ZOConfig.clip is {self.clip!r}; it must be a number above 0, or None")
+        fewest = estimator.fewest_queries(self.normalize)
+        if self.queries < fewest:
+            raise ConfigError(
+                f"ZOConfig.queries is {self.queries}; the {self.estimator} estimator needs {fewest} here",
+                hint="take more queries, or normalize=False",
+            )
 
     @property
     def lanes(self) -> int:
-        """Number 2q of perturbed copies, in the order +1..+q, -1..-q."""
-        return 2 * self.queries
+        """Number of perturbed copies of every row."""
+        return get_estimator(self.estimator).lanes(self.queries)

@@ -58,3 +58,16 @@ def product_multiply_adds(operator: str, shapes: Sequence[Any], result: Sequence
     if operator == _ATTENTION:  # queries with keys, then weights with values
         return int((math.prod(shapes[0]) + math.prod(result)) * shapes[1][-2])
     return 0
+
+
+def short(number: float) -> str:
+    """A number in steps of a thousand.
+
+    >>> short(1_250_000), short(16)
+    ('1.25 M', '16 ')
+    """
+    steps = ["", "k", "M", "G", "T"]
+    while number >= 1000 and len(steps) > 1:
+        number /= 1000
+        steps.pop(0)
+    return f"{number:.3g} {steps[0]}"

@@ -127,6 +127,20 @@ class Editor:
             self.rows[node.name] = row_axis
         return node
 
+    def remove_input(self, node: fx.Node) -> None:
+        """Remove a user input; what was made of it must not be needed any more."""
+        self._drop_dead_code()
+        self.values = {name: value for name, value in self.values.items() if value in set(self.graph.nodes)}
+        self.rows.pop(node.name, None)
+        self.graph.erase_node(node)
+
+    def drop_state(self) -> None:
+        """Remove the state, the sites, and what was made of them."""
+        self._mutated.clear()
+        self._drop_dead_code()
+        self.graph.erase_node(self.state)
+        self.values, self.sites, self.lora_a = {}, (), {}
+
     def add_constant(self, name: str, tensor: Tensor) -> fx.Node:
         """Add a tensor that no method changes."""
         value = self.mode.from_tensor(tensor, static_shapes=True)
@@ -141,9 +155,9 @@ class Editor:
         known = (node for node in self._placeholders() if self._input_specs[node.name].target == name)
         return next(known, None) or self.add_constant(name, tensor)
 
-    def add_state(self, size: int) -> fx.Node:
-        """Add the flat state, float32 [size], zero at the start."""
-        return self.add_constant(STATE, torch.zeros(size))
+    def add_state(self, initial: Tensor) -> fx.Node:
+        """Add the flat state, float32 [S], with what it is at the start."""
+        return self.add_constant(STATE, initial)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call at the insertion point."""
@@ -238,10 +252,8 @@ class Editor:
 
     def finish(self, facts: frozenset[str], history: tuple[str, ...]) -> GraphProgram:
         """The edited program, without dead code and unused tensors."""
-        output = self.graph.output_node()
         mutated, user = list(self._mutated.items()), list(self._outputs.items())
-        output.args = (tuple(node for _, node in mutated + user),)
-        _drop_dead_code(self.graph)
+        self._drop_dead_code()
         for node in reversed(self._placeholders()):
             unused_tensor = not node.users and self._input_specs[node.name].kind is not InputKind.USER_INPUT
             if unused_tensor and self._input_specs[node.name].target != STATE:
@@ -274,6 +286,10 @@ class Editor:
             facts=facts,
             history=history,
         )
+
+    def _drop_dead_code(self) -> None:
+        self.graph.output_node().args = ((*self._mutated.values(), *self._outputs.values()),)
+        _drop_dead_code(self.graph)
 
     def _placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]

@@ -181,10 +181,34 @@ class JournalLockedError(JournalError):
     code = "MBZ702"
 
 
+class RunMismatchError(JournalError, ValueError):
+    """The folder holds a run that was begun with other data or other options."""
+
+    code = "MBZ704"
+
+
 class AdapterError(MobizoError, ValueError):
     """An adapter file is damaged, or is not one for this program."""
 
     code = "MBZ703"
+
+
+class DataError(MobizoError, ValueError):
+    """A file of examples is missing, damaged or empty, or a row of it does not suit the program."""
+
+    code = "MBZ801"
+
+
+class MissingPackageError(MobizoError, ImportError):
+    """Something optional was asked for, and the package that does it is not installed."""
+
+    code = "MBZ802"
+
+
+class ModelSourceError(MobizoError, ValueError):
+    """A model or a tokenizer cannot be loaded by that name or from that folder."""
+
+    code = "MBZ803"
 
 
 def raised_errors() -> list[type[MobizoError]]:

@@ -70,6 +70,11 @@ def _sites(program: GraphProgram) -> Iterator[str]:
         if site.offset != end:
             yield f"site {site.fqn} starts at {site.offset}, not at {end}"
         end = site.offset + site.size
+    for site in program.sites:
+        if site.a_offset is not None:
+            if site.a_offset != end:
+                yield f"A of site {site.fqn} starts at {site.a_offset}, not at {end}"
+            end = site.a_offset + site.r * site.in_features
     nodes = {node.name: node for node in program.graph.nodes}
     if "lanes" not in program.values:
         yield "no node is named 'lanes'"
@@ -82,8 +87,8 @@ def _sites(program: GraphProgram) -> Iterator[str]:
 def _lanes(program: GraphProgram) -> Iterator[str]:
     nodes = {node.name: node for node in program.graph.nodes}
     lanes = nodes[program.values["lanes"]].meta["val"]
-    if lanes.shape[0] % 2:
-        yield f"{lanes.shape[0]} lanes are not pairs of +/- lanes"
+    if lanes.shape[0] < 2:
+        yield f"there is nothing to compare {lanes.shape[0]} lane with"
 
 
 def _updated(program: GraphProgram) -> Iterator[str]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mobizo_compiler.session import Session
 
 JOURNAL, START, SNAPSHOT = "journal", "start.safetensors", "snapshot.safetensors"
+Stop = Callable[[], bool]
 Batch = tuple[Any, Tensor]
 Batches = Callable[[int], Batch] | Sequence[Batch]
 LearningRate = float | Callable[[int], float]
@@ -68,6 +69,7 @@ def finetune(
     eps: float | None = None,
     snapshot_every: int = 200,
     on_step: OnStep | None = None,
+    stop: Stop | None = None,
 ) -> RunSummary:
     """Train to a number of steps, in a folder that survives kills; called again, it goes on where it was.
 
@@ -82,6 +84,7 @@ def finetune(
         eps: As in `train_step`.
         snapshot_every: Steps between saved states; more of them make a restart replay less.
         on_step: Called after a step is on the disk, with its number and result.
+        stop: Asked before every step; where it returns True, the run stays as it is, to be taken up again.
 
     Raises:
         InputError: As in `train_step`.
@@ -99,14 +102,16 @@ def finetune(
         _restore(session, folder, journal.records)
         resumed_at = len(journal.records)
         for step in range(resumed_at, steps):
+            if stop is not None and stop():
+                break
             inputs, labels = batches(step) if callable(batches) else batches[step % len(batches)]
             rate = learning_rate(step) if callable(learning_rate) else learning_rate
             size = session.program.manifest.eps if eps is None else eps
             result = session.train_step(inputs, labels, seed=step_seed(seed, step), learning_rate=rate, eps=size)
-            gradient = tuple(result.projected_gradient.tolist())
+            gradient, loss = tuple(result.projected_gradient.tolist()), result.loss
             if not all(math.isfinite(g) for g in gradient):
-                gradient = (0.0,) * len(gradient)
-            journal.append(Record(step, step_seed(seed, step), rate, size, result.loss, gradient))
+                gradient, loss = (0.0,) * len(gradient), math.nan if math.isfinite(loss) else loss
+            journal.append(Record(step, step_seed(seed, step), rate, size, loss, gradient))
             if (step + 1) % snapshot_every == 0 and step + 1 < steps:
                 write_state(folder / SNAPSHOT, session, step + 1)
             if on_step is not None:
@@ -116,6 +121,23 @@ def finetune(
         losses = tuple(record.loss for record in journal.records)
     void = tuple(step for step, loss in enumerate(losses) if not math.isfinite(loss))
     return RunSummary(len(losses), resumed_at, losses, void)
+
+
+def begin(session: Session, run: str | PathLike[str]) -> Path:
+    """Begin a run that starts from the session's state, for `finetune` to take up.
+
+    Raises:
+        JournalError: The folder holds a run already.
+    """
+    folder = Path(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / JOURNAL).exists() or (folder / START).exists():
+        raise JournalError(
+            "the folder holds a run already", where=str(folder), hint="give this one a folder of its own"
+        )
+    write_state(folder / START, session, 0)
+    Journal(folder / JOURNAL, session.program).close()
+    return folder
 
 
 def restore(session: Session, run: str | PathLike[str]) -> int:

@@ -45,6 +45,9 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "sites": sites,
         "layers": dict(Counter(site["fqn"].rpartition(".")[2] for site in sites)),
         "methods": {name: dataclasses.asdict(plan) for name, plan in plans.items() if not name.startswith("mobizo")},
+        "base_model": manifest.base_model,
+        "outline": described["outline"],
+        "history": {name: list(steps) for name, steps in manifest.history.items()},
         "versions": dict(manifest.versions),
     }
 

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import struct
 import warnings
@@ -51,7 +52,7 @@ class Record:
         seed: Seed of its noise.
         learning_rate: As float32 holds it.
         eps: Size of the perturbation.
-        loss: Mean loss of all lanes; not finite if the step was void.
+        loss: Mean loss of all lanes; not finite if, and only if, the step was void.
         projected_gradient: [q]; zeros if the step was void.
     """
 
@@ -64,7 +65,7 @@ class Record:
 
 
 def fingerprint(program: Program) -> bytes:
-    """32 bytes that two programs share if a step of one is a step of the other: same model, sites, A and noise.
+    """32 bytes that two programs share if a step of one is a step of the other: same model, sites, A, noise and rule.
 
     Backend, quantization, loss and shapes may differ: devices of a federation need not be alike.
     """
@@ -73,6 +74,7 @@ def fingerprint(program: Program) -> bytes:
         manifest.model,
         [dataclasses.asdict(site) for site in manifest.sites],
         [manifest.zo.queries, manifest.zo.noise],
+        dict(manifest.rule),
     ]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for site in manifest.sites:
@@ -264,5 +266,5 @@ def _check_header(found: bytes, wanted: bytes, where: str) -> None:
 def replayed(records: list[Record]) -> Iterator[tuple[int, torch.Tensor, float]]:
     """Arguments of `Session.replay` for every step that was not void."""
     for record in records:
-        if any(record.projected_gradient):
+        if math.isfinite(record.loss):
             yield record.seed, torch.tensor(record.projected_gradient, dtype=torch.float32), record.learning_rate

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
+from mobizo_compiler.outline import Block
 from mobizo_compiler.program import DynamicSize, Nesting, Site
 
 FORMAT_VERSION = 5
@@ -108,6 +109,9 @@ class Manifest:
         sites: Adapter sites.
         lora: Adapter options.
         zo: Estimator options.
+        prefix: What `prefix` returns and `train_step` takes in place of the model's inputs; empty without `prefix`.
+        rule: Update rule, as `rules.described_rule` writes it.
+        memory: How many numbers of the state the rule remembers.
         loss: The loss, as text.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
         state: "shared", a buffer that all methods share; "data", the same, with its initial value in a data file; or
@@ -116,6 +120,9 @@ class Manifest:
         eps: Size of the perturbation that suits this program.
         first_label: Labels before this position of a row never count.
         max_labels: How many labels of a row may count; None if all may.
+        base_model: Name or folder of the model, for those who load its tokenizer or the adapter; None if not told.
+        history: The passes that made each method, in order, as text.
+        outline: The model as blocks, for people.
         format_version: Version of this format; see `docs/program_format.md`.
     """
 
@@ -132,18 +139,34 @@ class Manifest:
     lora: LoraConfig
     zo: ZOConfig
     loss: str
+    prefix: tuple[TensorSpec, ...] = ()
+    rule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rule": "sgd"})
+    memory: int = 0
     model: str = ""
     state: str = "shared"
     quantization: str | None = None
     eps: float = 1e-2
     first_label: int = 0
     max_labels: int | None = None
+    base_model: str | None = None
+    history: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    outline: tuple[Block, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
     def parameters(self) -> int:
         """Number P of trained parameters."""
-        return sum(site.size for site in self.sites)
+        return sum(site.trained for site in self.sites)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that a session calls."""
+        return ("train_step", "evaluate", "replay", *(["prefix"] if self.prefix else []))
+
+    @property
+    def state_size(self) -> int:
+        """Length S of the flat state: the trained parameters, then what the update rule remembers."""
+        return self.parameters + self.memory
 
     def to_json(self) -> str:
         """JSON text with sorted keys: the same manifest gives the same bytes."""
@@ -165,12 +188,26 @@ class Manifest:
                 + str(values.get("versions")),
             )
         try:
-            specs: dict[str, Any] = {n: tuple(_spec(item) for item in values.pop(n)) for n in ("inputs", "outputs")}
+            specs: dict[str, Any] = {
+                n: tuple(_spec(item) for item in values.pop(n)) for n in ("inputs", "outputs", "prefix")
+            }
             sites = tuple(Site(**{**item, "kernel": tuple(item["kernel"])}) for item in values.pop("sites"))
             sizes = tuple(DynamicSize(**item) for item in values.pop("sizes"))
             labels = _spec(values.pop("labels"))
             lora, zo = LoraConfig.from_json(values.pop("lora")), ZOConfig.from_json(values.pop("zo"))
-            return cls(**values, **specs, sites=sites, sizes=sizes, labels=labels, lora=lora, zo=zo)
+            history = {name: tuple(steps) for name, steps in values.pop("history", {}).items()}
+            blocks = tuple(Block.from_json(item) for item in values.pop("outline", ()))
+            return cls(
+                **values,
+                **specs,
+                sites=sites,
+                sizes=sizes,
+                labels=labels,
+                lora=lora,
+                zo=zo,
+                history=history,
+                outline=blocks,
+            )
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"the manifest lacks or has unknown fields: {error!r}", where=where) from None
 

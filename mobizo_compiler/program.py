@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 STATE = "mobizo_lora_b"
 LABELS, SEED, LEARNING_RATE, EPS = "mobizo_labels", "mobizo_seed", "mobizo_learning_rate", "mobizo_eps"
 PROJECTED_GRADIENT = "mobizo_projected_gradient"
+PREFIX = "mobizo_prefix_"  # inputs of a step that starts after the part that no adapter reaches
 STATE_INPUT = "mobizo_state"  # name of the state as the last input, and of what it becomes as the last output
 
 
@@ -35,6 +36,7 @@ class Site:
         out_features: Width of the layer's output; channels for a convolution.
         scaling: Factor of the branch, `lora_alpha / r`.
         kernel: Window of a convolution; empty for a linear layer.
+        a_offset: First element of A in the state where A is trained too, as [in_features, r]; None where it is frozen.
     """
 
     fqn: str
@@ -44,6 +46,7 @@ class Site:
     out_features: int
     scaling: float
     kernel: tuple[int, ...] = ()
+    a_offset: int | None = None
 
     @property
     def a_shape(self) -> tuple[int, ...]:
@@ -55,10 +58,21 @@ class Site:
         """Number of elements of B."""
         return self.r * self.out_features
 
+    @property
+    def trained(self) -> int:
+        """Number of elements that are trained: B, and A where it is not frozen."""
+        return self.size + (0 if self.a_offset is None else self.r * self.in_features)
+
     def lora_b(self, state: Tensor) -> Tensor:
-        """B in a flat state [..., P], as [..., r, out_features]; an alias where the layout allows."""
+        """B in a flat state [..., S], as [..., r, out_features]; an alias where the layout allows."""
         part = state[..., self.offset : self.offset + self.size]
         return part.reshape(*state.shape[:-1], self.r, self.out_features)
+
+    def lora_a(self, state: Tensor) -> Tensor:
+        """A in a flat state [..., S], where it is trained, as [..., r, in_features]."""
+        assert self.a_offset is not None, "A of this site is frozen"
+        part = state[..., self.a_offset : self.a_offset + self.r * self.in_features]
+        return part.reshape(*state.shape[:-1], self.in_features, self.r).transpose(-1, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,20 +159,35 @@ class GraphProgram:
         size = next((inputs[name].shape[axis] for name, axis in self.rows.items()), None)
         return size if isinstance(size, int) else None
 
+    @property
+    def parameters(self) -> int:
+        """Number P of trained parameters."""
+        return sum(site.trained for site in self.sites)
+
     def with_facts(self, *facts: str) -> GraphProgram:
         """The same program, of which more is known."""
         return dataclasses.replace(self, facts=self.facts | set(facts))
-
-    @property
-    def state_size(self) -> int:
-        """Number P of trained parameters."""
-        return sum(site.size for site in self.sites)
 
     def tensors(self) -> dict[str, tuple[str, Tensor]]:
         """Path and value of the parameter, buffer or constant behind each placeholder that is not a user input."""
         known = {**self.exported.constants, **self.exported.state_dict}
         specs = self.exported.graph_signature.input_specs
         return {spec.arg.name: (spec.target, known[spec.target]) for spec in specs if spec.target is not None}
+
+
+def initial_state(sites: Sequence[Site], lora_a: Mapping[str, Tensor], memory: int = 0) -> Tensor:
+    """The flat state before the first step, float32 [S].
+
+    Every B, which is zero; then every A that is trained; then what the update rule remembers, which is zero.
+
+    Args:
+        sites: The sites, in the order of their offsets.
+        lora_a: A of every site by path, [r, in_features].
+        memory: How many numbers the rule remembers.
+    """
+    parts = [torch.zeros(sum(site.size for site in sites))]
+    parts += [lora_a[site.fqn].t().reshape(-1) for site in sites if site.a_offset is not None]
+    return torch.cat([*parts, torch.zeros(memory)])
 
 
 def flat_call_graph(inputs: int, outputs: int) -> list[ModuleCallEntry]:

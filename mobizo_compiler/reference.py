@@ -1,9 +1,10 @@
 """The step in plain PyTorch, with no graph machinery: the oracle, and the place to read what a step does.
 
-Shape suffixes: N rows in all lanes, T tokens, F features, R rank, O out features, G lanes, Q queries, P parameters.
+Shape suffixes: N rows in all lanes, F features, R rank, O out features, G lanes, Q queries, P trained parameters.
 
-A module hook adds the adapter to every targeted linear layer. `train_step` perturbs the flat state in 2q directions,
-runs all of them as one batch, takes the differences of the losses and moves the state (MobiZO, algorithm 1).
+A module hook adds the adapter to every targeted linear layer. `train_step` perturbs the flat state as the
+estimator says, runs all lanes as one batch, takes the differences of the losses and moves the state (MobiZO,
+algorithm 1).
 """
 
 from __future__ import annotations
@@ -16,13 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobizo_compiler.artifact import StepResult
+from mobizo_compiler.config import ZOConfig
+from mobizo_compiler.estimators import get_estimator, scaled
 from mobizo_compiler.losses import CausalLMLoss, Loss
 from mobizo_compiler.noise import noise
-from mobizo_compiler.program import Site
+from mobizo_compiler.program import Site, initial_state
+from mobizo_compiler.rules import PLAIN, UpdateRule
 
 
 class ReferenceStep:
-    """MobiZO on `model`, which gets hooks and is otherwise left alone; `remove` takes them off."""
+    """MobiZO on `model`, which gets hooks and is otherwise left alone; `remove` takes them off.
+
+    Args:
+        model: A module whose adapted layers are linear.
+        sites: As a compiled program says.
+        lora_a: A of every site by path.
+        zo: The estimator.
+        rule: The update rule; what it remembers is in `memory`, what is trained in `state`, [P].
+        loss: The loss; causal language modelling if None.
+    """
 
     def __init__(
         self,
@@ -30,15 +43,16 @@ class ReferenceStep:
         sites: Iterable[Site],
         lora_a: Mapping[str, Tensor],
         *,
-        queries: int,
-        distribution: str = "gaussian",
+        zo: ZOConfig,
+        rule: UpdateRule = PLAIN,
         loss: Loss | None = None,
     ) -> None:
-        self.model, self.queries, self.distribution = model, queries, distribution
+        self.model, self.zo, self.rule = model, zo, rule
         self.loss = loss or CausalLMLoss()
         self.sites = tuple(sites)
         self.dtype = next(model.parameters()).dtype
-        self.state = torch.zeros(sum(site.size for site in self.sites), dtype=self.dtype)
+        self.state = initial_state(self.sites, lora_a).to(self.dtype)
+        self.memory = {name: tensor.to(self.dtype) for name, tensor in rule.init(self.state.numel()).items()}
         self._lanes_GP = self.state[None]
         modules = dict(model.named_modules())
         self._hooks = [
@@ -49,7 +63,11 @@ class ReferenceStep:
     def _adapter(self, site: Site, a_RF: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor], y_NTO: Tensor) -> Tensor:
             b_GRO = site.lora_b(self._lanes_GP)
-            h_GNR = F.linear(args[0], a_RF).reshape(b_GRO.shape[0], -1, site.r)
+            if site.a_offset is None:
+                h_GNR = F.linear(args[0], a_RF).reshape(b_GRO.shape[0], -1, site.r)
+            else:
+                x_GNF = args[0].reshape(b_GRO.shape[0], -1, site.in_features)
+                h_GNR = x_GNF @ site.lora_a(self._lanes_GP).transpose(1, 2)
             return y_NTO + site.scaling * torch.bmm(h_GNR, b_GRO).reshape(y_NTO.shape)
 
         return hook
@@ -57,16 +75,20 @@ class ReferenceStep:
     @torch.no_grad()
     def train_step(self, inputs: Any, labels: Tensor, *, seed: int, learning_rate: float, eps: float) -> StepResult:
         """One step; see `Session.train_step`."""
-        q, lanes = self.queries, 2 * self.queries
-        z_QP = noise(seed, q, self.state.numel(), self.distribution).to(self.dtype)
-        self._lanes_GP = torch.cat((self.state + eps * z_QP, self.state - eps * z_QP))
+        zo, estimator, lanes = self.zo, get_estimator(self.zo.estimator), self.zo.lanes
+        z_QP = noise(seed, zo.queries, self.state.numel(), zo.noise).to(self.dtype)
+        self._lanes_GP = estimator.perturbed(self.state, eps * z_QP)
         repeated = _map(inputs, lambda rows: rows.repeat(lanes, *[1] * (rows.dim() - 1)))
         row_loss_N, row_weight_N = self.loss(
             _call(self.model, repeated), labels.repeat(lanes, *[1] * (labels.dim() - 1))
         )
         loss_G = row_loss_N.reshape(lanes, -1).sum(1) / row_weight_N.reshape(lanes, -1).sum(1)
-        g_Q = (loss_G[:q] - loss_G[q:]) / (2 * eps)
-        self.state -= learning_rate / q * (g_Q @ z_QP)
+        eps_1 = torch.tensor([eps], dtype=self.dtype)
+        g_Q = scaled(estimator.projected_gradient(loss_G, eps_1), loss_G, eps_1, zo.normalize, zo.clip)
+        if learning_rate:
+            direction_P = g_Q.to(self.dtype) @ z_QP / zo.queries
+            step_P, self.memory = self.rule.update(direction_P, self.memory)
+            self.state -= learning_rate * (step_P + self.rule.weight_decay * self.state)
         return StepResult(float(loss_G.mean()), loss_G, g_Q)
 
     @torch.no_grad()

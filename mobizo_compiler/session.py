@@ -18,12 +18,14 @@ import mobizo_compiler.finetune as runs
 from mobizo_compiler.adapters import merge_into, read_peft, state_of, write_peft
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import MAX_SEED
-from mobizo_compiler.errors import InputError, LabelError, SessionBusyError, StateError
+from mobizo_compiler.errors import ConfigError, InputError, LabelError, SessionBusyError, StateError
+from mobizo_compiler.estimators import get_estimator
 from mobizo_compiler.example import flat_names
 from mobizo_compiler.files import whole_file
 from mobizo_compiler.journal import fingerprint, read_journal, replayed
 from mobizo_compiler.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.noise import noise
+from mobizo_compiler.prefix_cache import PrefixCache
 from mobizo_compiler.program import Nesting
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -50,18 +52,34 @@ class Session:
 
     Args:
         program: A compiled program, or the path of a program file.
+        prefix_cache: A file that keeps what comes before the first adapter for every row that was trained on, so that
+            later steps on the same rows start from there; for programs compiled with `split_prefix=True`.
+        prefix_cache_bytes: How large it may become; None for no limit.
 
     Raises:
         ArtifactError: The file is damaged, or not a program of this compiler.
+        InputError: The program has no prefix.
+        JournalLockedError: Another session has the prefix cache open.
     """
 
-    def __init__(self, program: Program | str | PathLike[str]) -> None:
+    def __init__(
+        self,
+        program: Program | str | PathLike[str],
+        *,
+        prefix_cache: str | PathLike[str] | None = None,
+        prefix_cache_bytes: int | None = None,
+    ) -> None:
         if not isinstance(program, Program):
             from mobizo_compiler.api import load
 
             program = load(program)
         self.program = program
         self._runner = program.artifact.runner()
+        if program.manifest.lora.train_a and not bool(self._runner.state().any()):
+            self._runner.state().copy_(program.initial_state())  # a state that is passed in and out begins with zeros
+        self._prefix_cache = None
+        if prefix_cache is not None:
+            self._prefix_cache = PrefixCache(prefix_cache, program, prefix_cache_bytes)
         self._nesting = _nesting(program.manifest.nesting)
         self._sizes = {size.name: size for size in program.manifest.sizes}
         self._lock = threading.RLock()
@@ -82,7 +100,7 @@ class Session:
     def train_step(
         self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float | None = None
     ) -> StepResult:
-        """One step: 2q perturbed forwards, their losses, the projected gradient and the update, in one call.
+        """One step: a forward of all perturbed copies, losses, projected gradient and update, in one call.
 
         Args:
             inputs: As `example_inputs` of `compile`.
@@ -96,12 +114,13 @@ class Session:
         """
         eps = self.program.manifest.eps if eps is None else eps
         sizes: dict[str, int] = {}
-        arguments = self._flat(inputs, sizes)
-        arguments.append(self._labels(labels, sizes))
-        arguments += [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
-        if not arguments[-1] > 0:
+        given = self._flat(inputs, sizes)
+        checked = self._labels(labels, sizes)
+        scalars = [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
+        if not scalars[-1] > 0:
             raise InputError(f"eps is {eps}; it must be above 0")
-        loss, lane_losses, projected_gradient = self._runner.call("train_step", arguments)
+        start = self._prefix(given, checked) if self.program.manifest.prefix else given
+        loss, lane_losses, projected_gradient = self._runner.call("train_step", [*start, checked, *scalars])
         return StepResult(float(loss), lane_losses, projected_gradient)
 
     @_by_one_thread
@@ -143,10 +162,17 @@ class Session:
 
         Raises:
             JournalError: A journal is damaged or of another program; then the state is as it was.
+            ConfigError: The update rule remembers its steps, so that steps of others cannot be put between them.
         """
         paths = [journals] if isinstance(journals, (str, PathLike)) else list(journals)
         if not paths:
             raise InputError("journals is empty")
+        if self.program.manifest.memory:
+            raise ConfigError(
+                f"steps of several devices cannot be merged under the rule {self.program.manifest.rule['rule']!r}, "
+                "which remembers its own steps",
+                hint='compile with rule="sgd"',
+            )
         factor = 1 / len(paths) if weight is None else float(_number("weight", weight))
         steps = [step for path in paths for step in replayed(read_journal(path, self.program))]
         for seed, gradient, learning_rate in steps:
@@ -158,10 +184,11 @@ class Session:
         """Within the block, `evaluate` runs with the B of one lane of a step; afterwards the state is what it was.
 
         For rewards that no graph can express: run the model in each lane as often as it takes (to generate text, say),
-        score what came out, and hand the differences to `replay`. Lanes 0..q-1 have B + eps z, lanes q..2q-1 B - eps z.
+        score what came out, and hand the differences to `replay`. For the two-sided estimator, lanes 0..q-1 have
+        B + eps z and lanes q..2q-1 B - eps z; for the one-sided one, lane 0 has B and lanes 1..q B + eps z.
 
         Args:
-            index: 0..2q-1.
+            index: 0..lanes-1.
             seed: Seed of the step.
             eps: Size of the perturbation, above 0.
         """
@@ -172,11 +199,12 @@ class Session:
         size = float(_number("eps", eps))
         if not size > 0:
             raise InputError(f"eps is {eps}; it must be above 0")
+        parameters = self.program.parameters
         with self._held():
             alias = self._runner.state()
             before = alias.clone()
-            z = noise(seed, zo.queries, before.numel(), zo.noise)[index % zo.queries]
-            alias.copy_(before + z * size if index < zo.queries else before - z * size)
+            step = noise(seed, zo.queries, parameters, zo.noise) * size
+            alias[:parameters] = get_estimator(zo.estimator).perturbed(before[:parameters], step)[index]
             try:
                 yield
             finally:
@@ -184,12 +212,12 @@ class Session:
 
     @_by_one_thread
     def state(self) -> Tensor:
-        """A copy of the flat state, float32 [P]."""
+        """A copy of the flat state, float32 [S]: the trained parameters, then what the update rule remembers."""
         return self._runner.state().clone()
 
     @_by_one_thread
     def load_state(self, flat: Tensor) -> None:
-        """Set the flat state from float32 [P], finite."""
+        """Set the flat state from float32 [S], finite."""
         alias = self._runner.state()
         if not isinstance(flat, Tensor) or flat.shape != alias.shape or flat.dtype != torch.float32:
             found = f"{flat.dtype}{list(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
@@ -231,6 +259,12 @@ class Session:
         """A copy of B of one site, float32 [r, out_features]."""
         return self.program.site(fqn).lora_b(self._runner.state()).clone()
 
+    def lora_a(self, fqn: str) -> Tensor:
+        """A copy of A of one site, float32 [r, in_features], as it is now."""
+        site = self.program.site(fqn)
+        frozen = site.a_offset is None
+        return self.program.lora_a(fqn) if frozen else site.lora_a(self._runner.state()).contiguous().clone()
+
     def export_adapter(self, folder: str | PathLike[str], base_model: str | None = None) -> Path:
         """Write the adapter in peft's format and return the folder; `PeftModel.from_pretrained` loads it.
 
@@ -262,6 +296,12 @@ class Session:
         """
         merge_into(self.program, self.state(), model)
 
+    def close(self) -> None:
+        """Close the prefix cache, so that another session can open it; the session works on without it."""
+        if self._prefix_cache is not None:
+            self._prefix_cache.close()
+            self._prefix_cache = None
+
     def _flat(self, inputs: Inputs, sizes: dict[str, int]) -> list[Tensor]:
         """The tensors in flat order, checked; the dynamic sizes of this call go to `sizes`."""
         manifest = self.program.manifest
@@ -277,6 +317,19 @@ class Session:
             if len(values) != len(specs):
                 raise InputError(f"the model takes {len(specs)} inputs, {len(values)} were given")
         return [spec.check(value, self._sizes, sizes) for spec, value in zip(specs, values, strict=True)]
+
+    def _prefix(self, inputs: list[Tensor], labels: Tensor) -> list[Tensor]:
+        """What a step starts from: the values before the first adapter."""
+        arguments = [*inputs, labels]
+
+        def compute() -> list[Tensor]:
+            return self._runner.call("prefix", arguments)
+
+        if self._prefix_cache is None:
+            return compute()
+        return self._prefix_cache.values(
+            arguments, [value.shape[:1] == labels.shape[:1] for value in arguments], compute
+        )
 
     def _labels(self, labels: Tensor, sizes: dict[str, int]) -> Tensor:
         manifest = self.program.manifest

@@ -10,6 +10,7 @@ from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
 from mobizo_compiler.passes.merge_siblings import MergeSiblings
 from mobizo_compiler.passes.pass_state import PassState
 from mobizo_compiler.passes.perturb import Perturb
+from mobizo_compiler.passes.prefix import AfterPrefix, Prefix
 from mobizo_compiler.passes.quantize import Quantize
 from mobizo_compiler.passes.replay import Replay
 from mobizo_compiler.passes.slice_labels import SliceLabels
@@ -17,6 +18,7 @@ from mobizo_compiler.passes.specialize import Specialize
 from mobizo_compiler.passes.update_state import UpdateState
 
 __all__ = [
+    "AfterPrefix",
     "AttachLoss",
     "Canonicalize",
     "DifferenceLosses",
@@ -26,6 +28,7 @@ __all__ = [
     "MergeSiblings",
     "PassState",
     "Perturb",
+    "Prefix",
     "Quantize",
     "Replay",
     "SliceLabels",

@@ -3,6 +3,7 @@
 Given:    return row_loss : f32[G*rows]      return row_weight : f32[G*rows]
 Result:   %lane_losses = row_loss summed by lane / row_weight summed by lane            : f32[2q]
           %projected_gradient = (%lane_losses[:q] - %lane_losses[q:]) / (2 eps)         : f32[q]
+          (normalized and clipped, where the configuration says so)
           return loss = mean of %lane_losses : f32[1], lane_losses, projected_gradient
 Numbers: exact.
 """
@@ -14,30 +15,34 @@ import dataclasses
 from torch import Tensor
 
 from mobizo_compiler import facts
+from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.editor import Editor
+from mobizo_compiler.estimators import get_estimator, scaled
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import EPS
 
 
 @dataclasses.dataclass(frozen=True)
 class DifferenceLosses(Pass):
-    """Two-sided differences of lane losses."""
+    """Compare the losses of the lanes as the estimator says."""
 
+    zo: ZOConfig
     needs = frozenset({facts.LOSS, facts.PERTURBED})
     gives = frozenset({facts.DIFFERENCED})
 
     def rewrite(self, edit: Editor) -> None:
         """Append the arithmetic and replace the outputs."""
         lanes = edit.values["lanes"].meta["val"].shape[0]
-        queries = lanes // 2
+        zo, estimator = self.zo, get_estimator(self.zo.estimator)
 
         def differences(row_loss_N: Tensor, row_weight_N: Tensor, eps_1: Tensor) -> dict[str, Tensor]:
             weight_G = row_weight_N.reshape(lanes, -1).sum(dim=1)
             loss_G = row_loss_N.reshape(lanes, -1).sum(dim=1) / weight_G
+            gradient_Q = estimator.projected_gradient(loss_G, eps_1)
             return {
                 "loss": loss_G.mean(dim=0, keepdim=True),
                 "lane_losses": loss_G,
-                "projected_gradient": (loss_G[:queries] - loss_G[queries:]) / (eps_1 * 2.0),
+                "projected_gradient": scaled(gradient_Q, loss_G, eps_1, zo.normalize, zo.clip),
             }
 
         row_loss, row_weight = edit.outputs["row_loss"], edit.outputs["row_weight"]

@@ -30,6 +30,7 @@ from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import ancestors
 
 aten = torch.ops.aten
+REPEATED = "repeated_"  # names of the values that are repeated rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,9 @@ class DuplicateLanes(Pass):
 
     def _repeat(self, edit: Editor, node: fx.Node, axis: int) -> fx.Node:
         sizes = [self.lanes if a == axis else 1 for a in range(node.meta["val"].dim())]
-        return edit.call(aten.repeat.default, node, sizes)
+        repeated = edit.call(aten.repeat.default, node, sizes)
+        edit.values[f"{REPEATED}{len([name for name in edit.values if name.startswith(REPEATED)])}"] = repeated
+        return repeated
 
 
 def _copy_of_one_lane(

@@ -13,6 +13,9 @@ Numbers: exact while B is zero, which it is at the start.
 multiplies lanes by replacing this one value. A is frozen and shared by all lanes; `lora_alpha / r` is folded into it.
 All B lie in one flat buffer, so noise and update are one operation each however many sites there are.
 
+With `train_a`, A is in the state as well, behind every B and as [in, r]; then `%h` is a product of every lane's rows
+with its own A, scaled after it. Behind what is trained, the state has what the update rule remembers.
+
 Where the rows are not the outermost axis, or are flattened together with others, the axis analysis says how lanes are
 brought to the front for the product with B, and back. A convolution gets a convolution to r channels as A, and B as a
 1x1 convolution on top.
@@ -32,9 +35,10 @@ from mobizo_compiler import facts
 from mobizo_compiler.axes import Layout, row_axes
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.editor import Editor
-from mobizo_compiler.errors import AdapterError, NoMatchingTargetError, UnsupportedGraphError
+from mobizo_compiler.errors import AdapterError, NoMatchingTargetError, NotSupportedYetError, UnsupportedGraphError
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Site, source_line
+from mobizo_compiler.program import Site, initial_state, source_line
+from mobizo_compiler.rules import PLAIN, UpdateRule, memory_size
 from mobizo_compiler.targets import Target, find_targets
 
 aten = torch.ops.aten
@@ -49,11 +53,13 @@ class InsertMPLoRA(Pass):
         lora: Which layers, and how.
         sites: Sites of another method of the program. With them there is one lane, and rows may meet.
         given: A of every site by path, where they are not drawn.
+        rule: The update rule, whose memory is in the state too.
     """
 
     lora: LoraConfig
     sites: tuple[Site, ...] = ()
     given: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    rule: UpdateRule = PLAIN
     needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.SITES})
 
@@ -68,16 +74,20 @@ class InsertMPLoRA(Pass):
             edit.sites = self._layout(calls)
         edit.lora_a = self._given(edit.sites) if self.given else initial_lora_a(edit.sites, self.lora.init_seed)
         layouts = None if self.sites else row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors)
-        parameters = sum(site.size for site in edit.sites)
-        state = edit.add_state(parameters)
+        parameters = sum(site.trained for site in edit.sites)
+        memory = memory_size(self.rule, parameters)
+        state = edit.add_state(initial_state(edit.sites, edit.lora_a, memory))
         scaled = [
             edit.add_constant(f"{LORA_A}{index}", edit.lora_a[site.fqn] * site.scaling)
+            if site.a_offset is None
+            else None
             for index, site in enumerate(edit.sites)
         ]
         with edit.graph.inserting_before(min(t.call for targets in calls.values() for t in targets)):
-            lanes = edit.call(aten.reshape.default, state, [1, parameters])
+            trained = edit.call(aten.slice.Tensor, state, 0, 0, parameters) if memory else state
+            lanes = edit.call(aten.reshape.default, trained, [1, parameters])
             count = edit.call(aten.sym_size.int, lanes, 0)
-        edit.values["lanes"] = lanes
+        edit.values |= {"trained": trained, "lanes": lanes}
         for site, lora_a in zip(edit.sites, scaled, strict=True):
             for target in calls[site.fqn]:
                 layout = layouts.layout(target.call) if layouts else Layout(0)
@@ -127,10 +137,18 @@ class InsertMPLoRA(Pass):
                     raise UnsupportedGraphError(
                         f"parameter {fqn} is used in two orientations", where=source_line(target.call)
                     )
+            if self.lora.train_a and first.kernel:
+                raise NotSupportedYetError(
+                    f"layer {fqn} is a convolution, whose A cannot be trained", hint="train_a=False, or leave it out"
+                )
             sites.append(
                 Site(fqn, offset, self.lora.r, first.in_features, first.out_features, self.lora.scaling, first.kernel)
             )
             offset += sites[-1].size
+        if self.lora.train_a:
+            for index, site in enumerate(sites):
+                sites[index] = dataclasses.replace(site, a_offset=offset)
+                offset += sites[index].trained - site.size
         return tuple(sites)
 
 
@@ -154,7 +172,7 @@ class _Lanes:
     site: Site
 
 
-def _branch(edit: Editor, target: Target, lora_a: fx.Node, lanes: _Lanes) -> None:
+def _branch(edit: Editor, target: Target, lora_a: fx.Node | None, lanes: _Lanes) -> None:
     layer, result = target.call, target.result
     with edit.graph.inserting_before(result.next):
         if target.kernel:
@@ -162,37 +180,56 @@ def _branch(edit: Editor, target: Target, lora_a: fx.Node, lanes: _Lanes) -> Non
             hidden = edit.call(layer.target, target.source, lora_a, *options, **layer.kwargs)
             rank = layer.meta["val"].dim()
             hidden = edit.call(aten.permute.default, hidden, [0, *range(2, rank), 1])
-            delta = _times_b(edit, hidden, lanes)
+            delta = _times_own(edit, hidden, lanes, lanes.site.offset, lanes.site.out_features)
             delta = edit.call(aten.permute.default, delta, [0, rank - 1, *range(1, rank - 1)])
         else:
-            delta = _times_b(edit, edit.call(aten.linear.default, target.source, lora_a), lanes)
+            delta = _delta(edit, target.source, lora_a, lanes)
         total = edit.call(aten.add.Tensor, result, delta)
     edit.replace(result, total, keep=total)
 
 
-def _times_b(edit: Editor, hidden: fx.Node, lanes: _Lanes) -> fx.Node:
-    """The product of every lane's entries of `hidden` [..., r] with its own B: [..., out_features]."""
+def _delta(edit: Editor, source: fx.Node, lora_a: fx.Node | None, lanes: _Lanes) -> fx.Node:
+    """What the adapter adds to a linear layer's result, from the layer's input."""
+    site = lanes.site
+    if lora_a is not None:
+        return _times_own(edit, edit.call(aten.linear.default, source, lora_a), lanes, site.offset, site.out_features)
+    assert site.a_offset is not None
+    hidden = _times_own(edit, source, lanes, site.a_offset, site.r)
+    return _times_own(edit, edit.call(aten.mul.Tensor, hidden, site.scaling), lanes, site.offset, site.out_features)
+
+
+def _times_own(edit: Editor, left: fx.Node, lanes: _Lanes, offset: int, columns: int) -> fx.Node:
+    """The product of every lane's entries of `left` [..., n] with its own matrix [n, columns] in the state.
+
+    Args:
+        edit: The program.
+        left: The left factor.
+        lanes: Where its rows are.
+        offset: First element of the matrix in a lane of the state.
+        columns: Width of the result.
+    """
     site, count, axis = lanes.site, lanes.count, lanes.layout.axis
-    sizes: list[Any] = edit.sizes(hidden)
+    sizes: list[Any] = edit.sizes(left)
+    inner = int(left.meta["val"].shape[-1])
     if lanes.layout.outer == 0:
-        raise UnsupportedGraphError("rows and another axis are flattened together", where=source_line(hidden))
+        raise UnsupportedGraphError("rows and another axis are flattened together", where=source_line(left))
     above = [size for size in (*sizes[:axis], lanes.layout.outer) if size != 1]
     if any(isinstance(size, fx.Node) for size in above):
         raise UnsupportedGraphError(
             f"layer {site.fqn} has its rows behind an axis of dynamic size",
-            where=source_line(hidden),
+            where=source_line(left),
             hint="leave dynamic_shapes out, or make the model batch-first",
         )
     blocks = math.prod(above)
     if blocks > 1:
-        hidden = edit.call(aten.reshape.default, hidden, [blocks, count, -1, site.r])
-        hidden = edit.call(aten.permute.default, hidden, [1, 0, 2, 3])
-    hidden = edit.call(aten.reshape.default, hidden, [count, -1, site.r])
-    lora_b = edit.call(aten.slice.Tensor, lanes.lanes, 1, site.offset, site.offset + site.size)
-    lora_b = edit.call(aten.reshape.default, lora_b, [count, site.r, site.out_features])
-    delta = edit.call(aten.bmm.default, hidden, lora_b)
+        left = edit.call(aten.reshape.default, left, [blocks, count, -1, inner])
+        left = edit.call(aten.permute.default, left, [1, 0, 2, 3])
+    left = edit.call(aten.reshape.default, left, [count, -1, inner])
+    right = edit.call(aten.slice.Tensor, lanes.lanes, 1, offset, offset + inner * columns)
+    right = edit.call(aten.reshape.default, right, [count, inner, columns])
+    product = edit.call(aten.bmm.default, left, right)
     if blocks > 1:
-        delta = edit.call(aten.reshape.default, delta, [count, blocks, -1, site.out_features])
-        delta = edit.call(aten.permute.default, delta, [1, 0, 2, 3])
-    sizes[axis], sizes[-1] = -1, site.out_features
-    return edit.call(aten.reshape.default, delta, sizes)
+        product = edit.call(aten.reshape.default, product, [count, blocks, -1, columns])
+        product = edit.call(aten.permute.default, product, [1, 0, 2, 3])
+    sizes[axis], sizes[-1] = -1, columns
+    return edit.call(aten.reshape.default, product, sizes)

@@ -1,4 +1,4 @@
-"""Move every lane's B by its own direction: B + eps z_i in lane i, B - eps z_i in lane q + i.
+"""Move every lane's B: for the two-sided estimator, B + eps z_i in lane i, B - eps z_i in lane q + i.
 
 Given:    %lanes = expand(view(%state, [1, P]), [2q, P])
 Result:   input %mobizo_seed: i32[1]   input %mobizo_eps: f32[1]
@@ -7,7 +7,8 @@ Result:   input %mobizo_seed: i32[1]   input %mobizo_eps: f32[1]
           %lanes = cat([add(%state, %step), sub(%state, %step)])  : f32[2q, P]
 Numbers: changes, because lanes are perturbed; with eps = 0 exact.
 
-The noise is a function of the seed alone (`mobizo_compiler.noise`), inside the graph and for all sites at once.
+Where the lanes are is the estimator's (`mobizo_compiler.estimators`). The noise is a function of the seed alone
+(`mobizo_compiler.noise`), inside the graph and for all sites at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from mobizo_compiler import facts
+from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.editor import Editor
+from mobizo_compiler.estimators import get_estimator
 from mobizo_compiler.noise import noise_values
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import EPS, SEED
@@ -26,24 +29,24 @@ from mobizo_compiler.program import EPS, SEED
 
 @dataclasses.dataclass(frozen=True)
 class Perturb(Pass):
-    """Add noise of the given distribution."""
+    """Add noise as the estimator and its distribution say."""
 
-    distribution: str
+    zo: ZOConfig
     needs = frozenset({facts.LANES})
     gives = frozenset({facts.PERTURBED})
 
     def rewrite(self, edit: Editor) -> None:
         """Replace the value `lanes` and name the noise `noise`."""
         old = edit.values["lanes"]
-        lanes, parameters = old.meta["val"].shape
+        parameters = old.meta["val"].shape[1]
+        estimator = get_estimator(self.zo.estimator)
         seed = edit.add_input(SEED, [1], torch.int32)
         eps = edit.add_input(EPS, [1], torch.float32)
 
-        def perturbed(state_P: Tensor, seed_1: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
-            noise_QP = noise_values(seed_1, lanes // 2, parameters, self.distribution)
-            step_QP = noise_QP * eps_1
-            return noise_QP, torch.cat((state_P + step_QP, state_P - step_QP))
+        def perturbed(trained_P: Tensor, seed_1: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
+            noise_QP = noise_values(seed_1, self.zo.queries, parameters, self.zo.noise)
+            return noise_QP, estimator.perturbed(trained_P, noise_QP * eps_1)
 
         with edit.graph.inserting_before(old):
-            edit.values["noise"], new = edit.inline(perturbed, edit.state, seed, eps)
+            edit.values["noise"], new = edit.inline(perturbed, edit.values["trained"], seed, eps)
         edit.replace(old, new)

@@ -3,7 +3,7 @@
 Given:    an empty program
 Result:   state %b_mobizo_lora_b: f32[P]
           input %mobizo_seed: i32[1]   input %mobizo_projected_gradient: f32[q]   input %mobizo_learning_rate: f32[1]
-          update %b_mobizo_lora_b <- state - (learning_rate / q) * sum(g * noise(seed), 0)
+          update %b_mobizo_lora_b <- state - learning_rate * sum(g / q * noise(seed), 0)
 Numbers: exact; bit for bit the update of `train_step`, because both are traced from the same two functions.
 
 Crash recovery, merging of several devices' steps, and training on rewards that no graph can compute need this.
@@ -12,16 +12,19 @@ Crash recovery, merging of several devices' steps, and training on rewards that 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mobizo_compiler import facts
+from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.noise import noise_values
 from mobizo_compiler.passes.update_state import updated_state
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import LEARNING_RATE, PROJECTED_GRADIENT, SEED, Site
+from mobizo_compiler.program import LEARNING_RATE, PROJECTED_GRADIENT, SEED, Site, initial_state
+from mobizo_compiler.rules import PLAIN, UpdateRule, memory_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,24 +32,25 @@ class Replay(Pass):
     """Build the update alone, in an empty program."""
 
     sites: tuple[Site, ...]
-    queries: int
-    distribution: str
+    zo: ZOConfig
+    rule: UpdateRule = PLAIN
+    lora_a: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.UPDATED, facts.STATIC})
 
     def rewrite(self, edit: Editor) -> None:
         """Add state and inputs, then the same two functions that a step is made of."""
-        parameters = sum(site.size for site in self.sites)
+        parameters, zo = sum(site.trained for site in self.sites), self.zo
         edit.sites = self.sites
-        state = edit.add_state(parameters)
+        state = edit.add_state(initial_state(self.sites, self.lora_a, memory_size(self.rule, parameters)))
         seed = edit.add_input(SEED, [1], torch.int32)
-        gradient = edit.add_input(PROJECTED_GRADIENT, [self.queries], torch.float32)
+        gradient = edit.add_input(PROJECTED_GRADIENT, [zo.queries], torch.float32)
         learning_rate = edit.add_input(LEARNING_RATE, [1], torch.float32)
-        update = updated_state(self.queries)
+        update = updated_state(zo.queries, self.rule)
 
-        def replay(state_P: Tensor, seed_1: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
-            noise_QP = noise_values(seed_1, self.queries, parameters, self.distribution)
-            return update(state_P, noise_QP, gradient_Q, learning_rate_1)
+        def replay(state_S: Tensor, seed_1: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
+            noise_QP = noise_values(seed_1, zo.queries, parameters, zo.noise)
+            return update(state_S, noise_QP, gradient_Q, learning_rate_1)
 
         with edit.graph.inserting_before(edit.graph.output_node()):
             edit.mutate_state(edit.inline(replay, state, seed, gradient, learning_rate))

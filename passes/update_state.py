@@ -1,11 +1,13 @@
-"""Write the update into the state: B <- B - learning_rate / q * sum_i g_i z_i.
+"""Write the update into the state, for plain ZO-SGD: B <- B - learning_rate * mean of g_i z_i.
 
 Given:    %noise : f32[q, P]    return projected_gradient = %g : f32[q]
 Result:   input %mobizo_learning_rate: f32[1]
-          %g1 = where(sum(g * 0) == 0, g, 0)
-          update %b_mobizo_lora_b <- state - (learning_rate / q) * sum(g1 * noise, 0)
+          %finite = sum(g * 0) == 0
+          %g1 = where(%finite, g, 0)      %rate = where(%finite, learning_rate, 0)
+          update %b_mobizo_lora_b <- state - %rate * sum(g1 / q * noise, 0)
 Numbers: exact; with learning rate 0 the state keeps its bits, and where a projected gradient is not finite as well.
 
+Other rules (`mobizo_compiler.rules`) make another step of the mean, and keep what they remember behind B in the state.
 `replay.py` builds the same update as a program of its own.
 """
 
@@ -21,24 +23,27 @@ from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import EPS, LEARNING_RATE
+from mobizo_compiler.rules import PLAIN, UpdateRule, updated
 
 
-def updated_state(queries: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The update as a function of state [P], noise [q, P], projected gradient [q] and learning rate [1]."""
+def updated_state(queries: int, rule: UpdateRule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The update as a function of state [S], noise [q, P], projected gradient [q] and learning rate [1]."""
 
-    def update(state_P: Tensor, noise_QP: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
+    def update(state_S: Tensor, noise_QP: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
         finite_1 = (gradient_Q * 0.0).sum(dim=0, keepdim=True) == 0.0
-        gradient_Q = torch.where(finite_1, gradient_Q, torch.zeros_like(gradient_Q))
+        gradient_Q = torch.where(finite_1, gradient_Q, torch.zeros_like(gradient_Q)) * (1.0 / queries)
+        rate_1 = torch.where(finite_1, learning_rate_1, torch.zeros_like(learning_rate_1))
         direction_P = (noise_QP * gradient_Q.reshape(queries, 1)).sum(dim=0)
-        return state_P - direction_P * (learning_rate_1 * (1.0 / queries))
+        return updated(rule, int(noise_QP.shape[1]), state_S, direction_P, rate_1)
 
     return update
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateState(Pass):
-    """Plain ZO-SGD."""
+    """Move the state as the rule says."""
 
+    rule: UpdateRule = PLAIN
     needs = frozenset({facts.DIFFERENCED})
     gives = frozenset({facts.UPDATED})
 
@@ -46,6 +51,6 @@ class UpdateState(Pass):
         """Append the update and mark the state as changed."""
         noise, gradient = edit.values["noise"], edit.outputs["projected_gradient"]
         learning_rate = edit.add_input(LEARNING_RATE, [1], torch.float32, before=edit.inputs[EPS])
-        update = updated_state(noise.meta["val"].shape[0])
+        update = updated_state(noise.meta["val"].shape[0], self.rule)
         with edit.graph.inserting_before(edit.graph.output_node()):
             edit.mutate_state(edit.inline(update, edit.state, noise, gradient, learning_rate))

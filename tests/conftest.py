@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,71 @@ def smollm2():
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     return tokenizer, model
+
+
+WORDS = ["<pad>", "</s>", "<unk>", "Message", ":", "Tone", "happy", "sad", "great", "good", "fine", "lovely"]
+WORDS += ["awful", "bad", "poor", "grim", "day", "food", "rain", "work", "the", "a"]
+
+
+def word_tokenizer():
+    """A real tokenizer of transformers that knows a few words, each a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="session")
+def words():
+    """See `word_tokenizer`."""
+    return word_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of one layer, with random weights, and the tokenizer of a few words."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **ids)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+COMPILE = ("--rows", "2", "--tokens", "12", "--zo-queries", "2", "--lora-r", "3", "--lora-target-modules", "all-linear")
+CHOICE = ("--loss", "choice", "--loss-choices", "happy,sad")
+
+
+def command(*arguments: object, seed: int = 0, **options: object) -> subprocess.CompletedProcess:
+    """`mobizo` in a process of its own, from this tree."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}
+    line = [sys.executable, "-m", "mobizo_compiler", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False, **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_program(tiny_model: Path) -> Path:
+    """A program file of the tiny model that chooses between two answers, made by the command line."""
+    file = tiny_model.parent / "program.pte"
+    done = command("compile", tiny_model, "-o", file, *COMPILE, *CHOICE)
+    assert done.returncode == 0, done.stderr
+    return file
+
+
+@pytest.fixture(scope="session")
+def mobizo_command():
+    """See `command`."""
+    return command
+
+
+@pytest.fixture(scope="session")
+def compile_options() -> tuple[str, ...]:
+    """The options of `tiny_program`."""
+    return (*COMPILE, *CHOICE)

@@ -69,6 +69,7 @@ def test_the_cache_has_it(saved: Path, cache: Path) -> None:
     assert get_backend("aot_inductor_cuda") == AotInductorBackend("cuda")
 
 
+@pytest.mark.slow
 def test_contract() -> None:
     assert_backend_contract("aot_inductor")
 
@@ -77,7 +78,10 @@ def test_five_steps_agree_with_the_reference(saved: Path) -> None:
     """From a B that is not zero, through the file."""
     inputs, labels = tiny_batch()
     program = mobizo.load(saved)
-    session, reference = Session(program), ReferenceStep(model(), program.sites, program.lora_a_by_fqn, queries=2)
+    session, reference = (
+        Session(program),
+        ReferenceStep(model(), program.sites, program.lora_a_by_fqn, zo=program.manifest.zo),
+    )
     start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(3)) * 0.1
     session.load_state(start)
     reference.state.copy_(start)
@@ -277,7 +281,10 @@ def test_dynamic_sizes() -> None:
     lora = LoraConfig(r=4, lora_alpha=6, target_modules=("up",))
     dynamic = {0: {1: Dim("T", max=32)}}
     program = mobizo.compile(net, (IDS,), lora, ZOConfig(queries=2), backend="aot_inductor", dynamic_shapes=dynamic)
-    session, reference = Session(program), ReferenceStep(net, program.sites, program.lora_a_by_fqn, queries=2)
+    session, reference = (
+        Session(program),
+        ReferenceStep(net, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo),
+    )
     start = torch.randn(program.parameters) * 0.1
     for size in (5, 9, 31):
         session.load_state(start)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from mobizo_compiler import __version__, cli
 from mobizo_compiler.backends import backend_names
+from mobizo_compiler.cli import machine
 from mobizo_compiler.errors import ConfigError
 
 Install = Callable[..., None]
@@ -126,7 +127,7 @@ def test_errors_of_commands_are_messages(monkeypatch: pytest.MonkeyPatch) -> Non
     def fails() -> None:
         raise ConfigError("it is wrong", hint="another")
 
-    monkeypatch.setattr(cli, "list_backends", fails)
+    monkeypatch.setattr(machine, "list_backends", fails)
     result = CliRunner().invoke(cli.app, ["backends"])
     assert result.exit_code == 1
     assert result.stderr == "[MBZ101] it is wrong\n  try: another\n"

@@ -39,7 +39,10 @@ ALIKE = frozenset(
     | {"falcon", "gemma3", "modernbert", "vit", "wav2vec2", "clip", "transformer_encoder"}
 )
 # Of these, on XNNPACK only by `make test-all`: what they would find, smaller graphs find too.
-LARGE = frozenset(("gemma2", "t5", "lstm", "swin", "mixtral", "deberta_v2", "whisper", "resnet", "convnext", "bloom"))
+LARGE = frozenset(
+    {"gemma2", "t5", "lstm", "swin", "mixtral", "deberta_v2", "whisper", "resnet", "convnext", "bloom"}
+    | {"gpt2", "albert", "bert", "attention_batch_second"}
+)
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}
 

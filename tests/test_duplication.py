@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from mobizo_compiler import CausalLMLoss, LoraConfig, passes
+from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig, passes
 from mobizo_compiler.axes import RowAxes, row_axes
 from mobizo_compiler.costs import multiply_adds, tensor_bytes
 from mobizo_compiler.duplication import CALL_BYTES, MULTIPLY_ADDS_PER_BYTE, duplication_points, perturbed_by
@@ -20,7 +20,8 @@ from mobizo_compiler.pipeline import Pipeline
 from mobizo_compiler.program import GraphProgram
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
-LANES = 4
+ZO = ZOConfig(queries=2)
+LANES = ZO.lanes
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
@@ -60,9 +61,9 @@ def test_the_prefix_runs_once() -> None:
 @pytest.mark.parametrize(("layers", "last"), [(1, 0), (2, 1), (3, 1)])
 def test_late_and_early_duplication_compute_the_same(layers: int, last: int) -> None:
     before = adapted(layers, last)
-    rest = [passes.Perturb("gaussian"), passes.DifferenceLosses(), passes.UpdateState(), passes.Specialize(3)]
+    rest = [passes.Perturb(ZO), passes.DifferenceLosses(ZO), passes.UpdateState(), passes.Specialize(3)]
     inputs, labels = tiny_batch()
-    state = torch.randn(before.state_size, generator=torch.Generator().manual_seed(1)) * 0.3
+    state = torch.randn(before.parameters, generator=torch.Generator().manual_seed(1)) * 0.3
     scalars = (torch.tensor([5], dtype=torch.int32), torch.tensor([0.1]), torch.tensor([0.05]))
     results = []
     for late in (False, True):

@@ -54,12 +54,13 @@ def test_short_inputs_give_what_a_program_for_that_length_gives(backend: str, lo
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_any_number_of_rows_up_to_a_maximum(tmp_path: Any) -> None:
     rows = Dim("rows", max=5)
     shapes = {name: {0: rows, **dims} for name, dims in LENGTHS.items()}
     program = mobizo.compile(model(), batch(3, 7)[0], LORA, ZO, backend="portable", dynamic_shapes=shapes)
     program = mobizo.load(program.save(tmp_path / "dynamic.pte"))
-    oracle = Oracle(model(), program.sites, program.lora_a_by_fqn, queries=2)
+    oracle = Oracle(model(), program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     for count, tokens in ((1, 7), (2, 3), (3, 7), (5, 16)):
         inputs, labels = batch(count, tokens)
         oracle.state = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)).double() * 0.3

@@ -100,7 +100,11 @@ def test_any_function_of_outputs_and_labels(function: Any, backend: str) -> None
     program = mobizo.compile(model, TOKENS, LORA, ZOConfig(queries=2), function, backend=backend, example_labels=labels)
     session = Session(program)
     oracle = Oracle(
-        model, program.sites, program.lora_a_by_fqn, queries=2, loss=CallableLoss(function, (), torch.int64)
+        model,
+        program.sites,
+        program.lora_a_by_fqn,
+        zo=program.manifest.zo,
+        loss=CallableLoss(function, (), torch.int64),
     )
     oracle.state = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)).double()
     session.load_state(oracle.state.float())

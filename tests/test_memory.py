@@ -101,6 +101,7 @@ def test_the_runtime_has_the_option() -> None:
     assert not set_backend_option("NoSuchBackend", "weight_cache_enabled", True)
 
 
+@pytest.mark.slow
 def test_delegates_are_cut_into_parts_of_limited_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = TinyCausalLM(layers=3).eval()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mobizo_compiler import CausalLMLoss, LoraConfig, passes
+from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig, passes
 from mobizo_compiler.backends.core_aten import CoreAten
 from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
@@ -22,14 +22,15 @@ from mobizo_compiler.program import GraphProgram
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 LORA = LoraConfig(r=4, lora_alpha=6, target_modules=("up",))
+ZO = ZOConfig(queries=2, noise="rademacher")
 CHAIN: list[tuple[str, Pass]] = [
     ("attach_loss", passes.AttachLoss(CausalLMLoss(max_labels=2))),
     ("canonicalize", passes.Canonicalize()),
     ("slice_labels", passes.SliceLabels()),
     ("insert_mp_lora", passes.InsertMPLoRA(LORA)),
     ("duplicate_lanes", passes.DuplicateLanes(4)),
-    ("perturb", passes.Perturb("rademacher")),
-    ("difference_losses", passes.DifferenceLosses()),
+    ("perturb", passes.Perturb(ZO)),
+    ("difference_losses", passes.DifferenceLosses(ZO)),
     ("update_state", passes.UpdateState()),
 ]
 
@@ -76,7 +77,7 @@ def test_specialize(captured: GraphProgram, golden: Callable[[str, str], None]) 
 
 def test_replay(golden: Callable[[str, str], None], captured: GraphProgram) -> None:
     sites = passes.InsertMPLoRA(LORA)(captured).sites
-    after = passes.Replay(sites, 2, "rademacher")(passes.empty_program())
+    after = passes.Replay(sites, ZO)(passes.empty_program())
     lines = program_text(after).splitlines()
     golden("replay.txt", "\n".join(line for line in lines if ": i32[" not in line or line.startswith("input")) + "\n")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobizo_compiler import CausalLMLoss, LoraConfig, facts, passes
+from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig, facts, passes
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import PassContractError, PassOrderError
 from mobizo_compiler.example import bind_example
@@ -32,7 +32,9 @@ def test_every_unmet_need_is_named_before_anything_runs(captured: GraphProgram) 
         def rewrite(self, edit: Editor) -> None:
             ran.append(self)
 
-    pipeline = Pipeline([Spy(), passes.DifferenceLosses(), passes.Perturb("gaussian"), passes.DuplicateLanes(4)])
+    pipeline = Pipeline(
+        [Spy(), passes.DifferenceLosses(ZOConfig()), passes.Perturb(ZOConfig()), passes.DuplicateLanes(4)]
+    )
     with pytest.raises(PassOrderError) as caught:
         pipeline.run(captured)
     text = str(caught.value)
@@ -103,8 +105,8 @@ def test_passes_leave_their_input_alone(captured: GraphProgram) -> None:
         passes.SliceLabels(),
         passes.InsertMPLoRA(lora),
         passes.DuplicateLanes(4),
-        passes.Perturb("rademacher"),
-        passes.DifferenceLosses(),
+        passes.Perturb(ZOConfig(queries=2)),
+        passes.DifferenceLosses(ZOConfig(queries=2)),
         passes.UpdateState(),
         passes.Specialize(3),
     ):

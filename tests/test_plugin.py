@@ -121,7 +121,7 @@ def test_a_decoder_in_openvino(openvino_python: Path) -> None:
         except mobizo.errors.BackendRefusedError as error:
             refusal = str(error)
         session = Session(mobizo.load(program.save("tiny.pte")))
-        reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=2)
+        reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
         start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(3)) * 0.1
         session.load_state(start)
         reference.state.copy_(start)

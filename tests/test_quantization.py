@@ -112,7 +112,9 @@ def outcome(recipe: str, backend: str) -> str:
     step = {"seed": 1, "learning_rate": 0.05, "eps": 0.5}
 
     def reference(rounding: bool) -> Any:
-        oracle = ReferenceStep(by_torchao(model, recipe, rounding), program.sites, program.lora_a_by_fqn, queries=2)
+        oracle = ReferenceStep(
+            by_torchao(model, recipe, rounding), program.sites, program.lora_a_by_fqn, zo=program.manifest.zo
+        )
         oracle.state.copy_(start)
         return oracle.train_step((tokens,), tokens, **step), oracle.evaluate((tokens,)), oracle.state
 
@@ -133,7 +135,7 @@ def outcome(recipe: str, backend: str) -> str:
     torch.testing.assert_close(session.state(), state, rtol=0, atol=0.05 * 6 * loss_error / 0.5 + 1e-6)
     torch.testing.assert_close(session.evaluate((tokens,)), outputs, rtol=0, atol=output_error + loss_error)
     assert wanted.lane_losses.std() > 10 * loss_error, "the lanes must differ by more than is allowed"
-    plain = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=2)
+    plain = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     plain.state.copy_(start)
     moved = (plain.train_step((tokens,), tokens, **step).lane_losses - wanted.lane_losses).abs().max()
     assert moved > (1e-7 if recipe == "fp16" else 1e-5), "the recipe must do something"
@@ -248,7 +250,7 @@ def evaluated(model: nn.Module, tokens: Tensor, backend: str, quantization: obje
 SLOW_PORTABLE = pytest.param("portable", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("backend", ["eager", SLOW_PORTABLE, "xnnpack"])
+@pytest.mark.parametrize("backend", ["eager", SLOW_PORTABLE, pytest.param("xnnpack", marks=pytest.mark.slow)])
 def test_smoothing_keeps_small_channels(backend: str) -> None:
     """8 bits for a token with channels of 100 leave nothing below 0.4; divided, every channel has its share."""
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ def test_adapters_on_quantized_layers(recipe: str, backend: str) -> None:
     lora = LoraConfig(r=3, lora_alpha=5, target_modules=("up",))
     program = mobizo.compile(model, (tokens,), lora, ZOConfig(queries=2), backend=backend)
     session = Session(program)
-    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=2)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)) * 0.3
     session.load_state(start)
     reference.state.copy_(start)

@@ -54,7 +54,9 @@ def portable(**more: Any) -> ExportRecipe:
 
 
 @pytest.fixture(
-    scope="module", params=[MobizoRecipeType.PORTABLE, MobizoRecipeType.XNNPACK], ids=lambda kind: kind.name
+    scope="module",
+    params=[pytest.param(MobizoRecipeType.PORTABLE, marks=pytest.mark.slow), MobizoRecipeType.XNNPACK],
+    ids=lambda kind: kind.name,
 )
 def tiny(request: pytest.FixtureRequest) -> tuple[TinyCausalLM, str, ExportSession]:
     """A model, the backend, and the model exported with the recipe of that backend."""

@@ -35,7 +35,7 @@ def agree_over_five_steps(tokenizer: Any, model: Any, lora: LoraConfig, queries:
     inputs, labels = prompts(tokenizer, rows, tokens)
     program = mobizo.compile(model, inputs, lora, ZOConfig(queries=queries), CausalLMLoss(max_labels=1))
     session = Session(program)
-    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=queries)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(0)) * 0.02
     session.load_state(start)
     reference.state.copy_(start)

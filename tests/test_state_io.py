@@ -14,7 +14,7 @@ from mobizo_compiler.program import STATE, STATE_INPUT
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("portable", marks=pytest.mark.slow), "xnnpack"])
+@pytest.mark.parametrize("backend", ["eager", "portable", pytest.param("xnnpack", marks=pytest.mark.slow)])
 def test_same_numbers_as_with_the_shared_buffer(backend: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = TinyCausalLM().eval()

@@ -46,7 +46,7 @@ def test_float64_reference_says_what_a_step_is() -> None:
     start = random_state(program)
     session = Session(program)
     session.load_state(start)
-    reference = ReferenceStep(model.double(), program.sites, program.lora_a_by_fqn, queries=3)
+    reference = ReferenceStep(model.double(), program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     reference.state.copy_(start)
     for seed in range(5):
         found = session.train_step(inputs, labels, seed=seed, learning_rate=0.02, eps=0.01)
@@ -254,7 +254,7 @@ def test_any_number_of_rows_also_one(rows: int) -> None:
     program = mobizo.compile(model, (tokens,), LoraConfig(r=2, target_modules=("up",)), backend="eager")
     session = Session(program)
     session.load_state(random_state(program))
-    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=4)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     reference.state.copy_(session.state())
     found = session.train_step((tokens,), tokens, seed=1, learning_rate=0.1, eps=0.01)
     wanted = reference.train_step((tokens,), tokens, seed=1, learning_rate=0.1, eps=0.01)
@@ -313,7 +313,7 @@ def test_a_module_called_twice_is_one_site() -> None:
     program = mobizo.compile(model, (tokens,), LoraConfig(r=2, target_modules=("mix",)), backend="eager")
     session = Session(program)
     session.load_state(random_state(program))
-    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=4)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     reference.state.copy_(session.state())
     assert len(program.sites) == 1
     torch.testing.assert_close(session.evaluate(tokens), reference.evaluate((tokens,)), rtol=0, atol=2e-6)

@@ -114,7 +114,12 @@ def compiled(recipe: str, state: str = "shared") -> tuple[mobizo.Program, list[s
     return _programs[recipe, state]
 
 
-CASES = [("fp32", "shared"), ("fp32", "io"), ("4w", "shared"), ("8da4w", "shared")]
+CASES = [
+    ("fp32", "shared"),
+    pytest.param("fp32", "io", marks=pytest.mark.slow),
+    pytest.param("4w", "shared", marks=pytest.mark.slow),
+    ("8da4w", "shared"),
+]
 
 
 @pytest.mark.parametrize(("recipe", "state"), CASES)
@@ -164,7 +169,7 @@ def compare_steps(
     program: mobizo.Program, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, loss_error: float
 ) -> None:
     session = Session(program)
-    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, queries=2)
+    reference = ReferenceStep(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo)
     start = torch.randn(program.parameters, generator=torch.Generator().manual_seed(3)) * 0.1
     session.load_state(start)
     reference.state.copy_(start)

@@ -175,7 +175,7 @@ class AotInductorRunner:
         self._artifact = artifact  # keeps a temporary file on disk
         self._device = torch.device(artifact.target.device)
         self._passed = artifact.manifest.state == "io"
-        self._state = torch.zeros(artifact.manifest.parameters)
+        self._state = torch.zeros(artifact.manifest.state_size)
         self._live = self._state.to(self._device)
         # The libraries keep addresses, not references, so the tensors must live as long as the methods.
         self._weights = {name: value.to(self._device) for name, value in _map_weights(artifact.path).items()}

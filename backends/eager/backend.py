@@ -59,7 +59,7 @@ class EagerRunner:
 
     def __init__(self, methods: dict[str, GraphProgram]) -> None:
         self._methods = methods
-        self._state = torch.zeros(next(iter(methods.values())).state_size)
+        self._state = _initial_state(methods["train_step"])
         self._tensors = {name: self._placeholders(program) for name, program in methods.items()}
 
     def _placeholders(self, program: GraphProgram) -> list[Tensor | None]:
@@ -83,3 +83,11 @@ class EagerRunner:
         elif STATE_INPUT in program.outputs:
             self._state.copy_(results.pop())
         return [result.clone() for result in results]
+
+
+def _initial_state(program: GraphProgram) -> Tensor:
+    """What the state starts from; zeros where it is passed in and out."""
+    for name, tensor in program.tensors().values():
+        if name == STATE:
+            return tensor.clone()
+    return torch.zeros(tuple(program.inputs[STATE_INPUT].shape))

@@ -75,7 +75,7 @@ class VulkanBackend:
         from mobizo_compiler.backends.vulkan.partition import OneDelegate
 
         load_runtime()
-        network = {name: methods[name] for name in ("train_step", "evaluate")}  # `replay` has none
+        network = {name: program for name, program in methods.items() if name != "replay"}  # which has none
         partitioners = {name: [OneDelegate(list(p.inputs), p.outputs)] for name, p in network.items()}
         return lower_to_executorch(methods, manifest, partitioners)
 

@@ -84,7 +84,7 @@ def check_against_oracle(
     example = bind_example(model, inputs, options.get("row_axes"), options.get("dynamic_shapes"))
     labels = random_labels(program.manifest, example.tensors, generator)
     exact, single = (
-        Oracle(model, program.sites, program.lora_a_by_fqn, queries=queries, loss=loss, dtype=dtype)
+        Oracle(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo, loss=loss, dtype=dtype)
         for dtype in (torch.float64, torch.float32)
     )
     try:

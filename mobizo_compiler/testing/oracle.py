@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mobizo_compiler.artifact import StepResult
+from mobizo_compiler.config import ZOConfig
+from mobizo_compiler.estimators import get_estimator, scaled
 from mobizo_compiler.losses import CausalLMLoss, Loss
 from mobizo_compiler.noise import noise
-from mobizo_compiler.program import Site
+from mobizo_compiler.program import Site, initial_state
 
 # Another order of additions gives another rounding error of the same size; eight times it is not rounding any more.
 # A single float32 run may hit the exact value by luck, so a loss is never taken to be better than two units in its
@@ -28,15 +30,14 @@ FLOAT32_ROUNDING = 2.0**-22
 
 
 class Oracle:
-    """Steps of `model` with adapters at `sites`.
+    """Steps of `model` with adapters at `sites`, with plain SGD.
 
     Args:
         model: The module in eval mode; it is copied.
         sites: As the compiled program says.
         lora_a: A of every site.
-        queries: Number q of directions.
+        zo: The estimator.
         loss: The loss; causal language modelling if None.
-        distribution: Of the noise.
         dtype: float64, or float32 for a model that computes in nothing else.
     """
 
@@ -46,17 +47,16 @@ class Oracle:
         sites: Iterable[Site],
         lora_a: Mapping[str, Tensor],
         *,
-        queries: int,
+        zo: ZOConfig,
         loss: Loss | None = None,
-        distribution: str = "gaussian",
         dtype: torch.dtype = torch.float64,
     ) -> None:
         self.model = copy.deepcopy(model).to(dtype)
-        self.dtype, self.queries, self.distribution = dtype, queries, distribution
+        self.dtype, self.zo = dtype, zo
         self.loss = loss or CausalLMLoss()
         self.sites = tuple(sites)
         self.lora_a = {fqn: a.to(dtype) for fqn, a in lora_a.items()}
-        self.state = torch.zeros(sum(site.size for site in self.sites), dtype=dtype)
+        self.state = initial_state(self.sites, lora_a).to(dtype)
 
     def merged(self, state: Tensor) -> dict[str, Tensor]:
         """Weights with B of this state, by name."""
@@ -69,7 +69,8 @@ class Oracle:
             name = f"{site.fqn}.weight" if f"{site.fqn}.weight" in parameters else site.fqn
             weight = parameters[name].detach()
             b_RO = site.lora_b(state)
-            delta_OI = site.scaling * (b_RO.T @ self.lora_a[site.fqn].reshape(site.r, -1))
+            a_RI = self.lora_a[site.fqn] if site.a_offset is None else site.lora_a(state)
+            delta_OI = site.scaling * (b_RO.T @ a_RI.reshape(site.r, -1))
             inputs_first = type(modules.get(site.fqn)).__name__ == "Conv1D" or (
                 site.fqn not in modules and tuple(weight.shape) == (site.in_features, site.out_features)
             )
@@ -88,15 +89,16 @@ class Oracle:
     def train_step(self, inputs: Any, labels: Tensor, *, seed: int, learning_rate: float, eps: float) -> StepResult:
         """One step; see `Session.train_step`."""
         labels = labels.to(self.dtype) if labels.is_floating_point() else labels
-        z_QP = noise(seed, self.queries, self.state.numel(), self.distribution).to(self.dtype)
+        zo, estimator = self.zo, get_estimator(self.zo.estimator)
+        z_QP = noise(seed, zo.queries, self.state.numel(), zo.noise).to(self.dtype)
         losses = []
-        for sign in (1, -1):
-            for z_P in z_QP:
-                row_loss, row_weight = self.loss(self.evaluate(inputs, self.state + sign * eps * z_P), labels)
-                losses.append(row_loss.sum() / row_weight.sum())
+        for lane_P in estimator.perturbed(self.state, eps * z_QP):
+            row_loss, row_weight = self.loss(self.evaluate(inputs, lane_P), labels)
+            losses.append(row_loss.sum() / row_weight.sum())
         loss_G = torch.stack(losses)
-        g_Q = (loss_G[: self.queries] - loss_G[self.queries :]) / (2 * eps)
-        self.state = self.state - learning_rate / self.queries * (g_Q @ z_QP.to(g_Q.dtype)).to(self.dtype)
+        eps_1 = torch.tensor([eps], dtype=loss_G.dtype)
+        g_Q = scaled(estimator.projected_gradient(loss_G, eps_1), loss_G, eps_1, zo.normalize, zo.clip)
+        self.state = self.state - learning_rate / zo.queries * (g_Q @ z_QP.to(g_Q.dtype)).to(self.dtype)
         return StepResult(float(loss_G.mean()), loss_G, g_Q)
 
 

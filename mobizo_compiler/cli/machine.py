@@ -1,66 +1,23 @@
-"""The command line, `mobizo`: every command is a function here that is decorated with `@app.command()`."""
+"""`mobizo backends` and `mobizo doctor`: what this machine can do."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
-from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
 
 from mobizo_compiler import __version__
 from mobizo_compiler.backends import BUILT_IN, ENTRY_POINT_GROUP, get_backend
+from mobizo_compiler.cli.app import FAILED, AsJson, app, print_json
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.inspection import DISTRIBUTION, examine_machine, inspect_file
-from mobizo_compiler.session import Session
-
-
-class _Commands(TyperGroup):
-    """Commands whose errors of this package are messages, not tracebacks."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except MobizoError as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1) from None
-
-
-app = typer.Typer(
-    cls=_Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,  # they would print whole tensors
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs to read.")]
-ProgramFile = Annotated[Path, typer.Argument(help="A program file that compile() made.", show_default=False)]
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"mobizo {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def mobizo(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
-    ] = False,
-) -> None:
-    """Turn inference graphs into programs that fine-tune themselves with forward passes only."""
+from mobizo_compiler.inspection import DISTRIBUTION, examine_machine
 
 
 @app.command("backends")
@@ -71,7 +28,7 @@ def show_backends(as_json: AsJson = False) -> None:
     """
     listed = list_backends()
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(backend) for backend in listed], indent=2))
+        print_json([dataclasses.asdict(backend) for backend in listed])
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("backend", overflow="fold")
@@ -86,51 +43,6 @@ def show_backends(as_json: AsJson = False) -> None:
     Console().print(table)
 
 
-@app.command("inspect")
-def show_program(file: ProgramFile, as_json: AsJson = False) -> None:
-    """Say what a program file is: inputs, adapters, options, and what its methods run in and out of delegates."""
-    found = inspect_file(file)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    console = Console()
-    zo, elsewhere = found["zo"], found["cannot_run_here"]
-    rows = {
-        "file": f"{found['file']}, {_megabytes(found['file_bytes'])}",
-        "backend": found["backend"] + (f"; not on this machine: {elsewhere}" if elsewhere else ""),
-        "format": f"{found['format_version']}, state {found['state']}",
-        "weights": found["quantization"] or "as they were",
-        "loss": found["loss"],
-        "estimator": f"{zo['queries']} queries, {found['lanes']} lanes, {zo['noise']}; eps {found['eps']:g}",
-        "adapters": f"{found['parameters']:,} parameters in {len(found['sites'])} layers: "
-        + ", ".join(f"{count} x {name}" for name, count in found["layers"].items())
-        + f"; r {found['lora']['r']}, alpha {found['lora']['lora_alpha']:g}",
-        "made with": ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
-    }
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows.items():
-        table.add_row(name, Text(str(text)))
-    console.print(table)
-    table = Table("", "name", "type", "values", box=box.SIMPLE_HEAD, pad_edge=False)
-    for kind in ("inputs", "labels", "outputs"):
-        for spec in [found[kind]] if kind == "labels" else found[kind]:
-            limits = "" if spec["low"] is None else f"{spec['low']} to {spec['high']}"
-            shape = ", ".join(map(str, spec["shape"]))
-            table.add_row(kind.rstrip("s"), spec["name"], Text(f"{spec['dtype']} [{shape}]"), limits)
-    console.print(table)
-    if not found["methods"]:
-        return
-    table = Table("method", "delegates", "calls outside", "planned memory", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, plan in found["methods"].items():
-        outside = plan["outside"]
-        most = ", ".join(f"{count} {call.split('::')[-1]}" for call, count in list(outside.items())[:4])
-        more = f"{sum(outside.values())}: {most}" + (", ..." if len(outside) > 4 else "")
-        table.add_row(name, str(plan["delegates"]), more, _megabytes(sum(plan["planned_bytes"])))
-    console.print(table)
-
-
 @app.command("doctor")
 def show_machine(as_json: AsJson = False) -> None:
     """Say what this machine has: versions beside the tested ones, threads, memory, and what runs here.
@@ -140,8 +52,8 @@ def show_machine(as_json: AsJson = False) -> None:
     found = examine_machine() | {"backends": {b.name: b.reason for b in list_backends()}}
     wrong = [name for name, package in found["packages"].items() if not package["ok"]]
     if as_json:
-        typer.echo(json.dumps(found | {"ok": not wrong}, indent=2))
-        raise typer.Exit(1 if wrong else 0)
+        print_json(found | {"ok": not wrong})
+        raise typer.Exit(FAILED if wrong else 0)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -157,25 +69,7 @@ def show_machine(as_json: AsJson = False) -> None:
     table.add_row("compiles for", ", ".join(usable) + not_here)
     table.add_row("runtime has", ", ".join(found["runtime_backends"]))
     Console().print(table)
-    raise typer.Exit(1 if wrong else 0)
-
-
-@app.command("export-adapter")
-def write_adapter(
-    file: ProgramFile,
-    run: Annotated[Path, typer.Argument(help="Folder of a run of that program.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="Gets the adapter in peft's format.", show_default=False)],
-    base_model: Annotated[str | None, typer.Option(help="Name or path of the model, for those who load it.")] = None,
-) -> None:
-    """Write the adapter that a run has trained, for peft."""
-    session = Session(file)
-    steps = session.restore(run)
-    session.export_adapter(folder, base_model)
-    typer.echo(f"the adapter after {steps} steps is in {folder}")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+    raise typer.Exit(FAILED if wrong else 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,234 @@
+// Fine-tune a program on the ExecuTorch runtime, with forward passes only, in a folder that survives kills.
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "errors.h"
+#include "journal.h"
+#include "program.h"
+#include "run_folder.h"
+#include "sha256.h"
+#include "state_file.h"
+#include "threads.h"
+#include "tokens.h"
+
+namespace {
+
+using host::Exit;
+using host::Failure;
+
+constexpr char kUsage[] =
+    "usage: mobizo_host PROGRAM TOKENS RUN --steps N --learning-rate X [options]\n"
+    "\n"
+    "  PROGRAM            a .pte of mobizo-compiler\n"
+    "  TOKENS             the batches; see tokens.h\n"
+    "  RUN                a folder for the journal and the saved states, made if there is none; a run that is in it\n"
+    "                     goes on where it was\n"
+    "  --steps N          steps that the run has in the end, those of earlier calls included\n"
+    "  --learning-rate X\n"
+    "  --seed N           with the step's number, it gives the seed of the step (0)\n"
+    "  --eps X            size of the perturbation (what suits the program)\n"
+    "  --load FILE.ptd    the state that a new run starts from (the program's, which is zero)\n"
+    "  --save FILE.ptd    write the state at the end\n"
+    "  --threads N        threads of the kernels (the runtime's choice)\n"
+    "\n"
+    "exit codes: 2 arguments, 3 program, 4 token file or .ptd file, 5 run folder, 6 the run is open elsewhere\n";
+
+constexpr size_t kSnapshotEvery = 200;
+
+struct Options {
+  std::filesystem::path program, tokens, run;
+  std::optional<uint32_t> steps;
+  std::optional<float> learning_rate;
+  uint64_t seed = 0;
+  std::optional<float> eps;
+  std::filesystem::path load, save;
+  std::optional<uint32_t> threads;
+};
+
+template <class Number>
+Number number(const std::string& name, const std::string& text) {
+  Number value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) {
+    throw Failure(Exit::bad_arguments, name + " is '" + text + "', which is no " +
+                                           (std::is_integral_v<Number> ? "whole number of 0 or more" : "number"));
+  }
+  return value;
+}
+
+// Rounded once, from the decimal text to double and on to float, as Python does it.
+float real(const std::string& name, const std::string& text) {
+  const float value = static_cast<float>(number<double>(name, text));
+  if (!std::isfinite(value)) {
+    throw Failure(Exit::bad_arguments, name + " is " + text + "; it must be a finite number");
+  }
+  return value;
+}
+
+Options parse(int count, char** arguments) {
+  Options options;
+  std::vector<std::filesystem::path> places;
+  for (int i = 1; i < count; ++i) {
+    const std::string name = arguments[i];
+    if (name.compare(0, 2, "--") != 0) {
+      places.emplace_back(name);
+      continue;
+    }
+    if (i + 1 == count) {
+      throw Failure(Exit::bad_arguments, name + " needs a value");
+    }
+    const std::string value = arguments[++i];
+    if (name == "--steps") {
+      options.steps = number<uint32_t>(name, value);
+    } else if (name == "--learning-rate") {
+      options.learning_rate = real(name, value);
+    } else if (name == "--seed") {
+      options.seed = number<uint64_t>(name, value);
+    } else if (name == "--eps") {
+      options.eps = real(name, value);
+      if (!(*options.eps > 0)) {
+        throw Failure(Exit::bad_arguments, "--eps is " + value + "; it must be above 0");
+      }
+    } else if (name == "--load") {
+      options.load = value;
+    } else if (name == "--save") {
+      options.save = value;
+    } else if (name == "--threads") {
+      options.threads = number<uint32_t>(name, value);
+      if (*options.threads == 0) {
+        throw Failure(Exit::bad_arguments, "--threads is 0; it must be 1 or more");
+      }
+    } else {
+      throw Failure(Exit::bad_arguments, "there is no option " + name);
+    }
+  }
+  if (places.size() != 3) {
+    throw Failure(Exit::bad_arguments, "a program, a token file and a run folder are needed");
+  }
+  if (!options.steps || !options.learning_rate) {
+    throw Failure(Exit::bad_arguments, options.steps ? "--learning-rate is needed" : "--steps is needed");
+  }
+  options.program = places[0];
+  options.tokens = places[1];
+  options.run = places[2];
+  return options;
+}
+
+// 31 bits of SHA-256 over the run's seed and the step's number, as `step_seed` in Python.
+uint32_t step_seed(uint64_t seed, size_t step) {
+  const auto digest = host::Sha256::of(std::to_string(seed) + " " + std::to_string(step));
+  uint32_t value;
+  std::memcpy(&value, digest.data(), sizeof(value));
+  return value & 0x7fffffff;
+}
+
+// The highest resident memory of this process so far.
+std::string peak_memory() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.compare(0, 6, "VmHWM:") == 0) {
+      return line.substr(line.find_first_of("0123456789"));
+    }
+  }
+  return "unknown";
+}
+
+void train(const Options& options) {
+  if (options.threads) {
+    host::set_threads(*options.threads);
+  }
+  host::Program program(options.program);
+  const host::Manifest& manifest = program.manifest();
+  auto batches = host::read_batches(options.tokens, manifest);
+  const float eps = options.eps.value_or(manifest.eps);
+  std::printf("%zu parameters, %u queries, %zu batches, eps %g\n", manifest.parameters, manifest.queries,
+              batches.size(), static_cast<double>(eps));
+
+  std::error_code problem;
+  std::filesystem::create_directories(options.run, problem);
+  if (std::error_code unknown; !std::filesystem::is_directory(options.run, unknown)) {
+    throw Failure(Exit::bad_run, options.run.string() + ": " + (problem ? problem.message() : "this is no folder"));
+  }
+  host::Journal journal(options.run / host::kJournal, program.fingerprint(), manifest.queries, manifest.parameters);
+  if (journal.cut_bytes() > 0) {
+    std::fprintf(stderr, "warning: the last %zu bytes of the journal were not a whole step and have been cut off; %zu "
+                 "steps are left\n", journal.cut_bytes(), journal.records().size());
+  }
+  if (journal.records().empty() && !std::filesystem::exists(options.run / host::kStart)) {
+    if (!options.load.empty()) {
+      program.load_state(host::load_ptd(options.load, manifest.state_size));
+    }
+    host::write_state(options.run / host::kStart, program, 0);
+  } else {
+    if (!options.load.empty()) {
+      std::fprintf(stderr, "warning: the run has begun, and goes on from its own state, not from %s\n",
+                   options.load.c_str());
+    }
+    for (const std::string& message : host::restore(options.run, journal.records(), program)) {
+      std::fprintf(stderr, "warning: %s; replaying from the start\n", message.c_str());
+    }
+    std::printf("the run has %zu steps\n", journal.records().size());
+  }
+
+  const size_t resumed_at = journal.records().size();
+  for (size_t step = resumed_at; step < *options.steps; ++step) {
+    const uint32_t seed = step_seed(options.seed, step);
+    auto result = program.train_step(batches[step % batches.size()], seed, *options.learning_rate, eps);
+    bool finite = true;
+    for (const float g : result.projected_gradient) {
+      finite = finite && std::isfinite(g);
+    }
+    if (!finite) {  // the program left the state as it is
+      result.projected_gradient.assign(result.projected_gradient.size(), 0.0f);
+      if (std::isfinite(result.loss)) {
+        result.loss = std::nanf("");  // what says in the journal that the step was void
+      }
+    }
+    journal.append({static_cast<uint32_t>(step), seed, *options.learning_rate, eps, result.loss,
+                    result.projected_gradient});
+    std::printf("step %zu loss %.6f%s\n", step, static_cast<double>(result.loss),
+                finite ? "" : " (not finite: nothing was changed)");
+    std::fflush(stdout);
+    if ((step + 1) % kSnapshotEvery == 0 && step + 1 < *options.steps) {
+      host::write_state(options.run / host::kSnapshot, program, step + 1);
+    }
+  }
+  if (journal.records().size() > resumed_at) {
+    host::write_state(options.run / host::kSnapshot, program, journal.records().size());
+  }
+  if (!options.save.empty()) {
+    host::save_ptd(options.save, program.state());
+    std::printf("state saved to %s\n", options.save.c_str());
+  }
+  std::printf("peak memory %s\n", peak_memory().c_str());
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count == 2 && std::strcmp(arguments[1], "--help") == 0) {
+    std::fputs(kUsage, stdout);
+    return 0;
+  }
+  try {
+    train(parse(count, arguments));
+    return 0;
+  } catch (const Failure& failure) {
+    std::fprintf(stderr, "error: %s\n", failure.what());
+    if (failure.code == Exit::bad_arguments) {
+      std::fprintf(stderr, "\n%s", kUsage);
+    }
+    return static_cast<int>(failure.code);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return 1;
+  }
+}

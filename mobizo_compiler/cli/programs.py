@@ -1,0 +1,155 @@
+"""`mobizo inspect`, `export-adapter`, `import-adapter`: what a program file is, and adapters in and out of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mobizo_compiler.api import load
+from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, app, megabytes, print_json
+from mobizo_compiler.costs import short
+from mobizo_compiler.figures import check_format, draw_program
+from mobizo_compiler.finetune import begin
+from mobizo_compiler.inspection import inspect_file
+from mobizo_compiler.outline import Block
+from mobizo_compiler.session import Session
+from mobizo_compiler.training import restore_best
+
+Folder = Annotated[Path, typer.Argument(help="Folder of an adapter in peft's format.", show_default=False)]
+
+
+@app.command("inspect")
+def show_program(
+    file: ProgramFile,
+    graph: Annotated[
+        Path | None,
+        typer.Option(help="Draw it beside the graph it was made of: .svg or .png.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a program file is: inputs, adapters, options, passes, and what runs in and out of delegates."""
+    if graph is not None:
+        check_format(graph)
+    found = inspect_file(file)
+    if graph is not None:
+        draw_program(load(file).manifest, graph)
+    if as_json:
+        print_json(found)
+        return
+    console = Console()
+    zo, elsewhere = found["zo"], found["cannot_run_here"]
+    rows = {
+        "file": f"{found['file']}, {megabytes(found['file_bytes'])}",
+        "model": found["base_model"] or "not told",
+        "backend": found["backend"] + (f"; not on this machine: {elsewhere}" if elsewhere else ""),
+        "format": f"{found['format_version']}, state {found['state']}",
+        "weights": found["quantization"] or "as they were",
+        "loss": found["loss"],
+        "estimator": f"{zo['queries']} queries, {found['lanes']} lanes, {zo['noise']}; eps {found['eps']:g}",
+        "adapters": f"{found['parameters']:,} parameters in {len(found['sites'])} layers: "
+        + ", ".join(f"{count} x {name}" for name, count in found["layers"].items())
+        + f"; r {found['lora']['r']}, alpha {found['lora']['lora_alpha']:g}",
+        "made with": ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        table.add_row(name, Text(str(text)))
+    console.print(table)
+    table = Table("", "name", "type", "values", box=box.SIMPLE_HEAD, pad_edge=False)
+    for kind in ("inputs", "labels", "outputs"):
+        for spec in [found[kind]] if kind == "labels" else found[kind]:
+            limits = "" if spec["low"] is None else f"{spec['low']} to {spec['high']}"
+            shape = ", ".join(map(str, spec["shape"]))
+            table.add_row(kind.rstrip("s"), spec["name"], Text(f"{spec['dtype']} [{shape}]"), limits)
+    console.print(table)
+    _show_blocks(console, found["outline"])
+    _show_methods(console, found)
+
+
+def _show_blocks(console: Console, outline: list[dict[str, Any]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("block", "kind", "weights", "work", "lanes", "adapters"):
+        table.add_column(column, overflow="fold")
+    for block in map(Block.from_json, outline):
+        lanes = {"none": "rows alone", "some": "begin here", "all": "in lanes"}[block.lanes]
+        table.add_row(
+            Text(block.name + (f" x {block.count}" if block.count > 1 else "")),
+            block.kind,
+            f"{short(block.parameter_bytes)}B" if block.parameter_bytes else "",
+            short(block.multiply_adds) if block.multiply_adds else "",
+            lanes,
+            ", ".join(block.adapter_names),
+        )
+    if outline:
+        console.print(table)
+
+
+def _show_methods(console: Console, found: dict[str, Any]) -> None:
+    methods, history = found["methods"], found["history"]
+    if methods:
+        table = Table("method", "delegates", "calls outside", "planned memory", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name, plan in methods.items():
+            counts = sum(plan["outside"].values())
+            table.add_row(name, str(plan["delegates"]), str(counts), megabytes(sum(plan["planned_bytes"])))
+        console.print(table)
+        console.print("outside of delegates", style="bold")
+        for name, plan in methods.items():
+            calls = ", ".join(f"{count} {call.split('::')[-1]}" for call, count in plan["outside"].items())
+            console.print(Text(f"  {name}: {calls or 'nothing'}"), highlight=False)
+    if history:
+        console.print("\npasses", style="bold")
+        for name, steps in history.items():
+            console.print(Text(f"  {name}: " + ", ".join(step.partition("(")[0] for step in steps)), highlight=False)
+
+
+@app.command("export-adapter")
+def write_adapter(
+    file: ProgramFile,
+    run: Annotated[Path, typer.Argument(help="Folder of a run of that program.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Gets the adapter in peft's format.", show_default=False)],
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name or path of the model, for those who load it; what was compiled if left out.", show_default=False
+        ),
+    ] = None,
+    best: Best = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the adapter that a run has trained, for peft."""
+    session = Session(file)
+    steps = restore_best(session, run) if best else session.restore(run)
+    session.export_adapter(folder, base_model or session.program.manifest.base_model)
+    if as_json:
+        print_json({"folder": str(folder), "steps": steps})
+    else:
+        typer.echo(f"the adapter after {steps} steps is in {folder}")
+
+
+@app.command("import-adapter")
+def read_adapter(
+    file: ProgramFile,
+    folder: Folder,
+    run: Annotated[Path, typer.Argument(help="Folder of the run that begins with it.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Begin a run from an adapter of peft: mobizo finetune --run goes on from it.
+
+    The adapter must have the program's A: one that export-adapter wrote, or the one that the model was compiled with
+    (mobizo compile --adapter).
+    """
+    session = Session(file)
+    session.import_adapter(folder)
+    begin(session, run)
+    if as_json:
+        print_json({"run": str(run), "parameters": session.program.parameters})
+    else:
+        typer.echo(f"the run in {run} begins with the adapter in {folder}")

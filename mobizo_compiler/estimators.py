@@ -1,0 +1,135 @@
+"""Estimators: where the lanes are, and what their losses say about the gradient.
+
+Shape suffixes: Q queries, G lanes, P parameters.
+
+An estimator is three functions of tensors that are traced into the graph; lanes, noise and differencing follow from
+them. What it returns for query i estimates the derivative of the loss along z_i, so that the mean of g_i z_i estimates
+the gradient.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from mobizo_compiler.errors import ConfigError
+
+# Losses that are equal have nothing to say; a difference of zero stays zero when it is divided by this.
+_SMALLEST_SPREAD = 1e-20
+
+
+class Estimator(abc.ABC):
+    """How lanes are perturbed and compared. `register_estimator` gives it a name for `ZOConfig`.
+
+    The functions may use whatever runs on every engine: arithmetic, slices, `cat`, sums.
+    """
+
+    @abc.abstractmethod
+    def lanes(self, queries: int) -> int:
+        """Number G of copies of every row that a step runs."""
+
+    @abc.abstractmethod
+    def perturbed(self, trained_P: Tensor, step_QP: Tensor) -> Tensor:
+        """The trained numbers of every lane, [G, P].
+
+        Args:
+            trained_P: The trained numbers, float32 [P].
+            step_QP: eps z of every query, float32 [Q, P].
+        """
+
+    @abc.abstractmethod
+    def projected_gradient(self, loss_G: Tensor, eps_1: Tensor) -> Tensor:
+        """The slope along every direction, float32 [Q], from the losses of the lanes and eps, float32 [1]."""
+
+    def fewest_queries(self, normalized: bool) -> int:
+        """The smallest number of queries that it works with; `normalized` needs a spread of losses."""
+        return 1
+
+
+class TwoSided(Estimator):
+    """Central differences (SPSA, Spall 1992; MeZO; MobiZO): lanes B + eps z_i, then B - eps z_i.
+
+    Its error is of the order eps^2: a quadratic loss is matched exactly.
+    """
+
+    def lanes(self, queries: int) -> int:
+        """2q."""
+        return 2 * queries
+
+    def perturbed(self, trained_P: Tensor, step_QP: Tensor) -> Tensor:
+        """+1..+q, then -1..-q."""
+        return torch.cat((trained_P + step_QP, trained_P - step_QP))
+
+    def projected_gradient(self, loss_G: Tensor, eps_1: Tensor) -> Tensor:
+        """(L(B + eps z) - L(B - eps z)) / (2 eps)."""
+        queries = loss_G.shape[0] // 2
+        return (loss_G[:queries] - loss_G[queries:]) / (eps_1 * 2.0)
+
+
+class OneSided(Estimator):
+    """Forward differences with one clean lane for all queries (FZOO, Dang et al. 2025): B, then B + eps z_i.
+
+    q + 1 lanes in place of 2q. Its error is of the order eps: half of the curvature along z_i times eps is added to
+    g_i, which has mean zero in the update, because z and -z are as likely.
+    """
+
+    def lanes(self, queries: int) -> int:
+        """q + 1."""
+        return queries + 1
+
+    def perturbed(self, trained_P: Tensor, step_QP: Tensor) -> Tensor:
+        """The clean lane first."""
+        return torch.cat((trained_P.reshape(1, -1), trained_P + step_QP))
+
+    def projected_gradient(self, loss_G: Tensor, eps_1: Tensor) -> Tensor:
+        """(L(B + eps z) - L(B)) / eps."""
+        return (loss_G[1:] - loss_G[:1]) / eps_1
+
+    def fewest_queries(self, normalized: bool) -> int:
+        """Two if normalized: the spread of two lanes is their distance, which leaves nothing but a sign."""
+        return 2 if normalized else 1
+
+
+_ESTIMATORS: dict[str, Estimator] = {"two-sided": TwoSided(), "one-sided": OneSided()}
+
+
+def register_estimator(name: str, estimator: Estimator) -> None:
+    """Let `ZOConfig(estimator=name)` mean this estimator.
+
+    Raises:
+        ConfigError: The name is taken.
+    """
+    if name in _ESTIMATORS:
+        raise ConfigError(f"there is an estimator {name!r} already")
+    _ESTIMATORS[name] = estimator
+
+
+def get_estimator(name: str) -> Estimator:
+    """The estimator of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not isinstance(name, str) or name not in _ESTIMATORS:
+        raise ConfigError(f"estimator is {name!r}", hint=f"use one of {', '.join(sorted(_ESTIMATORS))}")
+    return _ESTIMATORS[name]
+
+
+def scaled(gradient_Q: Tensor, loss_G: Tensor, eps_1: Tensor, normalize: bool, clip: float | None) -> Tensor:
+    """The projected gradient as the update takes it, [Q].
+
+    Args:
+        gradient_Q: What the estimator returned.
+        loss_G: Losses of the lanes.
+        eps_1: Size of the perturbation.
+        normalize: Divide by the standard deviation of the lane losses over eps (FZOO), so that the size of the loss
+            does not matter: g_i is then of the order 1.
+        clip: Largest size of an entry; None for no limit.
+    """
+    if normalize:
+        off_G = loss_G - loss_G.mean(dim=0, keepdim=True)
+        variance_1 = (off_G * off_G).sum(dim=0, keepdim=True) * (1.0 / (loss_G.shape[0] - 1))
+        gradient_Q = gradient_Q * eps_1 / (torch.sqrt(variance_1) + _SMALLEST_SPREAD)
+    return gradient_Q if clip is None else torch.clamp(gradient_Q, -clip, clip)

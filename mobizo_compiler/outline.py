@@ -1,0 +1,175 @@
+"""A model as a person speaks of it: blocks in the order in which they run, alike layers counted as one.
+
+`inspect --graph` draws it, so it is in the manifest: the graphs themselves do not travel with a program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import fx
+
+from mobizo_compiler.costs import multiply_adds, size_hint, tensor_bytes
+from mobizo_compiler.duplication import perturbed_by
+from mobizo_compiler.program import STATE, STATE_INPUT, GraphProgram, Site
+
+Lanes = Literal["none", "some", "all"]
+ROOT = "(the model itself)"
+_DEPTH = 2  # how many names of a path make a block, where no layer is repeated
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A module, or a run of alike layers.
+
+    Args:
+        name: Path of the module, with a star for the index of layers that are alike.
+        kind: Class of the module.
+        count: How many there are.
+        calls: Operators of the captured graph in all of them.
+        multiply_adds: Of the products among them, for the rows of one call.
+        parameter_bytes: Of the weights that they are the first to use, as captured.
+        adapters: Adapted layers by the last name of their path.
+        lanes: Whether the training step computes it for the rows alone, or for every lane, or begins lanes in it.
+    """
+
+    name: str
+    kind: str
+    count: int
+    calls: int
+    multiply_adds: int
+    parameter_bytes: int
+    adapters: Mapping[str, int]
+    lanes: Lanes
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers of the block have the same adapters."""
+        return set(self.adapters.values()) <= {self.count}
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapted layers, each with its number where layers are not alike."""
+        return tuple(name if self.alike else f"{count} x {name}" for name, count in self.adapters.items())
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Block:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(**values)
+
+
+def outline(captured: GraphProgram, methods: Mapping[str, GraphProgram], rows: int) -> tuple[Block, ...]:
+    """The blocks of a model.
+
+    Args:
+        captured: The inference graph.
+        methods: What it was rewritten to.
+        rows: Rows of one call.
+    """
+    sites = methods["train_step"].sites
+    lanes = _lanes(methods["evaluate"], methods["train_step"])
+    scale = rows / _captured_rows(captured, rows)
+    blocks: dict[tuple[str, str], list[fx.Node]] = {}
+    indices: dict[tuple[str, str], set[str]] = {}
+    for node in captured.graph.nodes:
+        if node.op == "call_function":
+            key, index = _block(node)
+            blocks.setdefault(key, []).append(node)
+            indices.setdefault(key, set()).add(index)
+    seen: set[fx.Node] = set()
+    found = []
+    for key, nodes in blocks.items():
+        members = indices[key]
+        weights = {n for node in nodes for n in node.all_input_nodes if n.op == "placeholder"} - seen
+        seen |= weights
+        found.append(
+            Block(
+                key[0].replace("*", next(iter(members))) if len(members) == 1 else key[0],
+                key[1],
+                len(members),
+                len(nodes),
+                round(sum(map(multiply_adds, nodes)) * scale),
+                sum(tensor_bytes(node) for node in weights if node.name not in captured.inputs),
+                dict(Counter(_adapters(sites, key[0], members))),
+                _of_all(lanes.get(key, set())),
+            )
+        )
+    return tuple(found)
+
+
+def _block(node: fx.Node) -> tuple[tuple[str, str], str]:
+    """Name and kind of the block of a node, and which of the alike layers it is in.
+
+    >>> node = fx.Graph().placeholder("x")
+    >>> node.meta["nn_module_stack"] = {"": ("", "Model"), "a": ("layers.3", "Layer"), "b": ("layers.3.up", "Linear")}
+    >>> _block(node)
+    (('layers.*', 'Layer'), '3')
+    """
+    kinds = {str(path): _class_name(kind) for path, kind in (node.meta.get("nn_module_stack") or {}).values()}
+    path = next(reversed(kinds), "")
+    if not path or path.startswith("_empty_nn_module_stack"):  # what torch.export writes where it knows of no module
+        return (ROOT, ""), ""
+    name, index = _name(path)
+    return (name, kinds.get(name.replace("*", index), "")), index
+
+
+def _name(path: str) -> tuple[str, str]:
+    """Name of the block that a module is in, with a star for its first index, and that index."""
+    parts = path.split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if numbered is None:
+        return ".".join(parts[:_DEPTH]), ""
+    return ".".join([*parts[:numbered], "*"]), parts[numbered]
+
+
+def _class_name(kind: object) -> str:
+    return (kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))).rpartition(".")[2]
+
+
+def _captured_rows(captured: GraphProgram, rows: int) -> int:
+    inputs = captured.inputs
+    return next((size_hint(inputs[name].shape[axis]) for name, axis in captured.rows.items()), rows)
+
+
+def _adapters(sites: Sequence[Site], name: str, members: set[str]) -> Iterable[str]:
+    for site in sites:
+        block, index = _name(site.fqn)
+        if block == name and index in members:
+            yield site.fqn.rpartition(".")[2]
+
+
+def _lanes(evaluate: GraphProgram, step: GraphProgram) -> dict[tuple[str, str], set[bool]]:
+    """Of every block, whether values of it are there once (False) or in every lane (True).
+
+    A value that depends on the state differs from lane to lane. Any other was repeated if it is larger than the same
+    value of `evaluate`.
+    """
+    differ: set[fx.Node] = set()
+    for node in step.graph.nodes:
+        target = step.exported.graph_signature.inputs_to_buffers.get(node.name)
+        if node.op == "placeholder" and (target == STATE or node.name == STATE_INPUT):
+            differ |= perturbed_by(node)
+    sizes = {key: tensor_bytes(node) for key, node in _numbered(evaluate)}
+    found: dict[tuple[str, str], set[bool]] = {}
+    for key, node in _numbered(step):
+        if node in differ or key in sizes:
+            found.setdefault(_block(node)[0], set()).add(node in differ or tensor_bytes(node) > sizes[key])
+    return found
+
+
+def _numbered(program: GraphProgram) -> Iterable[tuple[tuple[str, str, int], fx.Node]]:
+    """The nodes of modules, each with its path, its operator and how many such nodes came before it."""
+    seen: Counter[tuple[str, str]] = Counter()
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if node.op == "call_function" and stack:
+            key = str(list(stack.values())[-1][0]), str(node.target)
+            yield (*key, seen[key]), node
+            seen[key] += 1
+
+
+def _of_all(lanes: set[bool]) -> Lanes:
+    return "none" if True not in lanes else "some" if False in lanes else "all"

@@ -1,0 +1,97 @@
+"""Cut a step where its lanes begin: what comes before is a method of its own, whose results can be kept.
+
+Given:    %h = embedding(%w, %ids) : f32[rows, 5, 12]     %repeat = repeat(%h, [G, 1, 1])
+Result:   input %mobizo_prefix_0 : f32[rows, 5, 12]       %repeat = repeat(%mobizo_prefix_0, [G, 1, 1])
+          and, as a program of its own, input %ids, input %mobizo_labels, return prefix_0 = %h
+Numbers: exact.
+
+No adapter comes before that point, so what a row is there never changes: it is computed once and kept on disk, and
+later epochs start from it. With adapters in the last blocks of a network that is most of the work of a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from mobizo_compiler import facts
+from mobizo_compiler.editor import Editor
+from mobizo_compiler.passes.duplicate_lanes import REPEATED
+from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import LABELS, PREFIX, ancestors, operand
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class AfterPrefix(Pass):
+    """Take what comes before the lanes as inputs, in place of the model's."""
+
+    needs = frozenset({facts.LANES, facts.LOSS})
+
+    def rewrite(self, edit: Editor) -> None:
+        """Put one input in the place of every value at the cut."""
+        values = cut(edit)
+        copies = _copies(edit)
+        for index, value in enumerate(values):
+            name = f"{PREFIX}{index}"
+            axis = next((_row_axis(copy) for copy in copies if operand(copy) is value), edit.rows.get(value.name))
+            given = edit.add_input(
+                name, value.meta["val"].shape, value.meta["val"].dtype, before=edit.inputs[LABELS], row_axis=axis
+            )
+            for copy in copies:
+                if operand(copy) is value:
+                    copy.args = (given, copy.args[1])
+            if value.op == "placeholder":
+                edit.replace(value, given)
+        for name, node in edit.inputs.items():
+            if name != LABELS and not name.startswith(PREFIX):
+                edit.remove_input(node)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Pass):
+    """Keep what comes before the lanes alone."""
+
+    needs = frozenset({facts.LANES, facts.LOSS})
+    breaks = frozenset({facts.LANES, facts.LOSS, facts.SITES})
+
+    def rewrite(self, edit: Editor) -> None:
+        """Return the values at the cut; a value that is an input is copied."""
+        outputs = {}
+        with edit.graph.inserting_before(edit.graph.output_node()):
+            for index, value in enumerate(cut(edit)):
+                copied = value.op == "placeholder"
+                outputs[f"prefix_{index}"] = edit.call(aten.clone.default, value) if copied else value
+        edit.set_outputs(outputs)
+        edit.drop_state()
+
+
+def cut(edit: Editor) -> list[fx.Node]:
+    """The values from which a step can start: what is repeated for the lanes, and inputs that all lanes share."""
+    copies = _copies(edit)
+    values = list(dict.fromkeys(operand(copy) for copy in copies if operand(copy).name != LABELS))
+    ends = [node for node in edit.outputs.values()]
+    pending, needed = ends, set(ends)
+    while pending:  # what the step is made of, without what is before the cut
+        node = pending.pop()
+        for inner in node.all_input_nodes if node not in copies else []:
+            if inner not in needed:
+                needed.add(inner)
+                pending.append(inner)
+    shared = [node for name, node in edit.inputs.items() if name != LABELS and node in needed and node not in values]
+    return values + shared
+
+
+def _copies(edit: Editor) -> list[fx.Node]:
+    """The calls that repeat rows for the lanes, of those that the losses need."""
+    alive = ancestors(edit.outputs.values())
+    return [node for name, node in edit.values.items() if name.startswith(REPEATED) and node in alive]
+
+
+def _row_axis(copy: fx.Node) -> int:
+    sizes = copy.args[1]
+    assert isinstance(sizes, (list, tuple))
+    return next(axis for axis, size in enumerate(sizes) if size != 1)

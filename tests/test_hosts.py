@@ -1,0 +1,639 @@
+"""Hosts without Python: the C++ host of `examples/cpp_host` beside Python, and the calls that a phone makes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import executorch
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import mobizo_compiler as mobizo
+from examples.cpp_host.write_tokens import write_tokens
+from mobizo_compiler import CausalLMLoss, JournalWarning, LoraConfig, Session, ZOConfig
+from mobizo_compiler.errors import JournalLockedError
+from mobizo_compiler.finetune import SNAPSHOT, START, step_seed
+from mobizo_compiler.journal import Journal, Record, read_journal
+from mobizo_compiler.manifest import FORMAT_VERSION
+from mobizo_compiler.testing import TinyCausalLM, tiny_batch
+
+pytestmark = pytest.mark.xdist_group("hosts")  # one process, so that the host is built once
+
+ROOT = Path(__file__).parent.parent
+LEARNING_RATE, QUERIES = 0.05, 2
+LOSS_ERROR = 3e-6  # fifty times the unit roundoff of float32
+BAD_ARGUMENTS, BAD_PROGRAM, BAD_DATA, BAD_RUN, LOCKED = 2, 3, 4, 5, 6
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ host, built with every warning an error."""
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            pytest.fail(f"{tool} is missing: the C++ host cannot be built")
+    build = tmp_path_factory.mktemp("cpp_host")
+    package = next(iter(executorch.__path__))
+    configure = ["cmake", "-S", str(ROOT / "examples" / "cpp_host"), "-B", str(build), f"-DCMAKE_PREFIX_PATH={package}"]
+    for command in ([*configure, "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"], ["cmake", "--build", str(build), "-j2"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build / "mobizo_host"
+
+
+def batches() -> list[Batch]:
+    """Two batches that differ."""
+    inputs, labels = tiny_batch()
+    return [(inputs, labels), ({**inputs, "input_ids": inputs["input_ids"].flip(0)}, labels.flip(0))]
+
+
+class Case:
+    """A program file, its token file, and how the host is run on them."""
+
+    def __init__(self, host: Path, folder: Path, program: mobizo.Program, data: list[Any]) -> None:
+        self.host, self.folder, self.data = host, folder, data
+        self.path = program.save(folder / "program.pte")
+        self.program = mobizo.load(self.path)
+        self.tokens = folder / "train.tokens"
+        write_tokens(self.tokens, self.program.manifest, data)
+
+    def command(self, run: Path, steps: int, *options: str, **places: Path) -> list[str]:
+        paths = [places.get("program", self.path), places.get("tokens", self.tokens), run]
+        arguments = ["--steps", str(steps), "--learning-rate", str(LEARNING_RATE), *options]
+        return [str(self.host), *map(str, paths), *arguments]
+
+    def train(self, run: Path, steps: int, *options: str, **places: Path) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(self.command(run, steps, *options, **places), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def refused(self, code: int, run: Path, steps: int = 1, *options: str, **places: Path) -> str:
+        done = subprocess.run(self.command(run, steps, *options, **places), capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stdout + done.stderr
+        return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+    def finetune(self, run: Path, steps: int, **options: Any) -> Session:
+        session = Session(self.program)
+        session.finetune(self.data, steps=steps, learning_rate=LEARNING_RATE, run=run, **options)
+        return session
+
+
+@pytest.fixture(scope="module")
+def case(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A tiny language model on XNNPACK."""
+    torch.manual_seed(0)
+    model = TinyCausalLM().eval()
+    lora, zo, loss = LoraConfig(r=3), ZOConfig(queries=QUERIES), CausalLMLoss(max_labels=6)
+    program = mobizo.compile(model, tiny_batch()[0], lora, zo, loss)
+    return Case(host, tmp_path_factory.mktemp("xnnpack"), program, batches())
+
+
+@pytest.fixture(scope="module")
+def passed(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A program whose state goes in and out, as the bindings of phones need it, and whose rows are of any length."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 12), nn.Linear(12, 16)).eval()
+    words = torch.randint(0, 16, (2, 5))
+    program = mobizo.compile(
+        model,
+        (words,),
+        LoraConfig(r=3),
+        ZOConfig(queries=QUERIES),
+        backend="portable",
+        state="io",
+        dynamic_shapes=({1: torch.export.Dim("tokens", min=4, max=7)},),
+    )
+    data = [((rows,), rows) for rows in (words, words[:, :4].flip(1))]
+    return Case(host, tmp_path_factory.mktemp("passed"), program, data)
+
+
+def saved(path: Path) -> Tensor:
+    """The state in a `.ptd`, read by ExecuTorch's own reader."""
+    from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+
+    payload = FlatTensorSerializer().deserialize(path.read_bytes())
+    assert list(payload.named_data) == ["mobizo_lora_b"]
+    entry = payload.named_data["mobizo_lora_b"]
+    assert entry.tensor_layout is not None
+    assert entry.tensor_layout.scalar_type == 6, "float32"
+    state = torch.frombuffer(bytearray(payload.buffers[entry.buffer_index]), dtype=torch.float32)
+    assert list(entry.tensor_layout.sizes) == list(state.shape)
+    return state
+
+
+def restored(case: Case, run: Path) -> Tensor:
+    session = Session(case.program)
+    session.restore(run)
+    return session.state()
+
+
+def agree(found: list[Record], wanted: list[Record]) -> None:
+    """What was chosen is equal; what was computed is near.
+
+    A projected gradient is the difference of two losses over 2 eps. It moves B, and with B the losses after it, by the
+    learning rate times as much, times the gradient.
+    """
+    drift = 0.0
+    for one, other in zip(found, wanted, strict=True):
+        chosen = ("step", "seed", "learning_rate", "eps")
+        assert [getattr(one, name) for name in chosen] == [getattr(other, name) for name in chosen]
+        error = LOSS_ERROR * other.loss + drift
+        assert one.loss == pytest.approx(other.loss, abs=error)
+        assert one.projected_gradient == pytest.approx(other.projected_gradient, abs=error / other.eps)
+        drift += LEARNING_RATE * error / other.eps * max(map(abs, other.projected_gradient))
+
+
+def test_it_has_no_torch_and_no_python_in_it(host: Path, case: Case, tmp_path: Path) -> None:
+    linked = subprocess.run(["ldd", str(host)], capture_output=True, text=True, check=True).stdout
+    assert "libexecutorch.so" in linked and "not found" not in linked
+    with running(case, tmp_path / "run") as process:
+        mapped = Path(f"/proc/{process.pid}/maps").read_text()
+    files = {Path(line.split()[-1]).name for line in (linked + mapped).splitlines() if "/" in line}
+    assert {"mobizo_host", "libexecutorch_backend_xnnpack.so"} <= files
+    foreign = [name for name in files if re.match(r"lib(torch|c10|python|shm|gomp)", name)]
+    assert not foreign
+
+
+@contextlib.contextmanager
+def running(case: Case, run: Path) -> Iterator[subprocess.Popen[str]]:
+    """The host while it trains, after its first step; killed at the end of the block."""
+    command = case.command(run, 10**8)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert any(line.startswith("step") for line in process.stdout)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_journal_is_the_one_that_python_writes(case: Case, tmp_path: Path) -> None:
+    done = case.train(tmp_path / "cpp", 6, "--seed", "5", "--save", str(tmp_path / "state.ptd"))
+    case.finetune(tmp_path / "python", 6, seed=5)
+    found, wanted = ((tmp_path / name / "journal").read_bytes() for name in ("cpp", "python"))
+    assert found[:64] == wanted[:64] and len(found) == len(wanted)
+    records = read_journal(tmp_path / "cpp" / "journal", case.program)
+    assert [record.seed for record in records] == [step_seed(5, step) for step in range(6)]
+    agree(records, read_journal(tmp_path / "python" / "journal", case.program))
+    assert any(any(record.projected_gradient) for record in records)
+    assert re.findall(r"step \d+ loss ([\d.]+)", done.stdout) == [f"{record.loss:.6f}" for record in records]
+    state = saved(tmp_path / "state.ptd")
+    assert state.any() and torch.equal(state, restored(case, tmp_path / "cpp"))
+    (tmp_path / "cpp" / SNAPSHOT).unlink()
+    assert torch.equal(state, restored(case, tmp_path / "cpp")), "Python replays to the same bits"
+    (peak,) = re.findall(r"peak memory (\d+) kB", done.stdout)
+    assert case.path.stat().st_size < int(peak) * 1000 < 100e6
+
+
+def test_options_reach_the_journal(case: Case, tmp_path: Path) -> None:
+    case.train(tmp_path / "run", 2, "--eps", "0.0123", "--threads", "1", "--seed", "12345678901")
+    for step, record in enumerate(read_journal(tmp_path / "run" / "journal", case.program)):
+        assert record.seed == step_seed(12345678901, step)
+        assert (record.eps, record.learning_rate) == tuple(torch.tensor([0.0123, LEARNING_RATE]).tolist())
+
+
+@pytest.mark.parametrize("snapshots", [True, False])
+def test_a_run_goes_back_and_forth(snapshots: bool, case: Case, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def next_host() -> None:
+        if not snapshots:
+            (run / SNAPSHOT).unlink()
+
+    assert "the run has" not in case.train(run, 3).stdout
+    next_host()
+    case.finetune(run, 6)
+    next_host()
+    done = case.train(run, 9, "--save", str(tmp_path / "state.ptd"))
+    assert "the run has 6 steps" in done.stdout and len(re.findall(r"^step", done.stdout, re.MULTILINE)) == 3
+    next_host()
+    session = case.finetune(run, 9)
+    assert torch.equal(session.state(), saved(tmp_path / "state.ptd"))
+    case.finetune(tmp_path / "python", 9)
+    agree(*(read_journal(folder / "journal", case.program) for folder in (run, tmp_path / "python")))
+
+
+def test_a_state_that_goes_in_and_out(passed: Case, tmp_path: Path) -> None:
+    assert passed.program.manifest.state == "io"
+    passed.train(tmp_path / "cpp", 3)
+    passed.train(tmp_path / "cpp", 5, "--save", str(tmp_path / "state.ptd"))
+    assert torch.equal(restored(passed, tmp_path / "cpp"), saved(tmp_path / "state.ptd"))
+    passed.finetune(tmp_path / "python", 5)
+    agree(*(read_journal(tmp_path / name / "journal", passed.program) for name in ("cpp", "python")))
+
+
+def test_rows_of_any_length(passed: Case, tmp_path: Path) -> None:
+    head, *rows = passed.tokens.read_text().splitlines()
+    assert [len(row.split("\t")[0].split(" ")) for row in rows] == [5, 5, 4, 4]
+
+    def refused(*lines: str) -> str:
+        (tmp_path / "tokens").write_text("\n".join([head, *lines]))
+        return passed.refused(BAD_DATA, tmp_path / "no", tokens=tmp_path / "tokens")
+
+    assert "tokens = 3, outside 4..7" in refused("1 2 3\t1 2 3", rows[0])
+    assert "tokens = 4, before it in this batch it is 5" in refused(rows[1], rows[2])
+    assert "tokens = 4, before it in this batch it is 5" in refused("1 2 3 4 5\t1 2 3 4", rows[1])
+
+
+def test_kills_at_random_instants(case: Case, tmp_path: Path) -> None:
+    run, rng, steps = tmp_path / "run", random.Random(0), 400
+    case.train(tmp_path / "whole", steps)
+    whole = (tmp_path / "whole" / "journal").read_bytes()
+    found: list[int] = []
+    while len(found) < 25:
+        process = subprocess.Popen(case.command(run, steps), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout is not None
+        if rng.random() < 0.7:  # else also before the first step
+            process.stdout.readline()
+        time.sleep(rng.random() * 0.03)
+        process.kill()
+        reported = process.stdout.read().count(b"step ")
+        if process.wait() != -signal.SIGKILL:
+            shutil.rmtree(run)  # it came to the end: there is nothing left to kill
+            continue
+        data = (run / "journal").read_bytes() if (run / "journal").exists() else b""
+        assert whole.startswith(data), "what is on the disk is what an uninterrupted run wrote"
+        before = found[-1] if found and found[-1] <= len(data) else 0
+        assert len(data) - before >= reported * (24 + 4 * QUERIES), "a step that was reported is on the disk"
+        found.append(len(data))
+    assert len(set(found)) > 5, found
+    case.train(run, steps, "--save", str(tmp_path / "state.ptd"))
+    assert (run / "journal").read_bytes() == whole
+    assert torch.equal(saved(tmp_path / "state.ptd"), restored(case, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 31])
+def test_a_torn_record_is_cut_off(kept: int, case: Case, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    case.train(run, 4)
+    whole = (run / "journal").read_bytes()
+    os.truncate(run / "journal", len(whole) - (24 + 4 * QUERIES) + kept)
+    done = case.train(run, 4)
+    said = f"the last {kept} bytes of the journal were not a whole step and have been cut off; 3 steps are left"
+    assert (said in done.stderr) == (kept > 0) and "the run has 3 steps" in done.stdout
+    assert f"{SNAPSHOT}: it is of step 4, the journal has 3 steps; replaying from the start" in done.stderr
+    assert (run / "journal").read_bytes() == whole
+
+
+def test_damage_in_the_middle_is_not_skipped(case: Case, tmp_path: Path) -> None:
+    case.train(tmp_path, 4)
+    data = bytearray((tmp_path / "journal").read_bytes())
+    data[64 + 32 + 9] ^= 4
+    (tmp_path / "journal").write_bytes(data)
+    assert "step 1 is damaged" in (said := case.refused(BAD_RUN, tmp_path, 6)) and "to 96 bytes" in said
+    assert (tmp_path / "journal").read_bytes() == data
+    data[64 + 32 + 9] ^= 4
+    data[30] ^= 1
+    (tmp_path / "journal").write_bytes(data)
+    assert "the header of the journal is damaged" in case.refused(BAD_RUN, tmp_path, 6)
+    (tmp_path / "journal").write_bytes(b"nothing")
+    assert "this is no journal" in case.refused(BAD_RUN, tmp_path, 6)
+
+
+@pytest.mark.parametrize("other", [{"zo": ZOConfig(queries=3)}, {"model": "0" * 64}], ids=["queries", "weights"])
+def test_a_journal_of_another_program_is_refused(other: dict[str, Any], case: Case, tmp_path: Path) -> None:
+    manifest = dataclasses.replace(case.program.manifest, **other)
+    Journal(tmp_path / "journal", dataclasses.replace(case.program, manifest=manifest)).close()
+    assert "the journal is of another program" in case.refused(BAD_RUN, tmp_path)
+
+
+def test_saved_states_that_are_damaged(case: Case, tmp_path: Path) -> None:
+    case.train(tmp_path, 3, "--save", str(tmp_path / "state.ptd"))
+    wanted = saved(tmp_path / "state.ptd")
+    original = {name: (tmp_path / name).read_bytes() for name in (SNAPSHOT, START)}
+    rng = random.Random(1)
+    for turn in range(40):
+        data = bytearray(original[SNAPSHOT])
+        if turn % 2:
+            del data[rng.randrange(len(data)) :]
+        else:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (tmp_path / SNAPSHOT).write_bytes(data)
+        done = case.train(tmp_path, 3, "--save", str(tmp_path / "state.ptd"))
+        assert torch.equal(saved(tmp_path / "state.ptd"), wanted), turn
+        if turn % 2:
+            assert "snapshot" in done.stderr and "replaying from the start" in done.stderr
+    (tmp_path / SNAPSHOT).write_bytes(original[SNAPSHOT][:-1])
+    (tmp_path / START).write_bytes(original[START][:-1])
+    assert START in case.refused(BAD_RUN, tmp_path, 3)
+    (tmp_path / SNAPSHOT).unlink()
+    (tmp_path / START).unlink()
+    assert "the run has lost its saved states" in case.refused(BAD_RUN, tmp_path, 3)
+
+
+def test_one_at_a_time(case: Case, tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal", case.program):
+        assert "another session is training" in case.refused(LOCKED, tmp_path)
+    with running(case, tmp_path):
+        with pytest.raises(JournalLockedError):
+            Journal(tmp_path / "journal", case.program)
+        assert "another session is training" in case.refused(LOCKED, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", JournalWarning)  # a record may be torn
+        Journal(tmp_path / "journal", case.program).close()
+
+
+def test_a_full_disk(case: Case, tmp_path: Path) -> None:
+    """A limit on the size of files, in the middle of the third record."""
+    case.train(tmp_path, 2)
+    whole = (tmp_path / "journal").read_bytes()
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10,) * 2)
+
+    done = subprocess.run(case.command(tmp_path, 3), capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == BAD_RUN
+    assert "step 2 could not be written: File too large; the journal is whole and holds 2 steps" in done.stderr
+    assert (tmp_path / "journal").read_bytes() == whole
+    assert not list(tmp_path.glob(".*")), "nothing is left behind"
+    case.train(tmp_path, 3)
+
+
+def test_a_run_starts_from_a_state(case: Case, tmp_path: Path) -> None:
+    from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
+    from executorch.exir.schema import ScalarType
+    from executorch.exir.tensor_layout import TensorLayout
+    from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+
+    state = torch.randn(case.program.parameters, generator=torch.Generator().manual_seed(0)) * 0.1
+    layout = TensorLayout(scalar_type=ScalarType.FLOAT, sizes=[len(state)], dim_order=[0])
+
+    def write(data: bytes) -> Path:
+        payload = DataPayload([data], {"mobizo_lora_b": DataEntry(0, 16, layout)})
+        (tmp_path / "given.ptd").write_bytes(bytes(FlatTensorSerializer().serialize(payload)))
+        return tmp_path / "given.ptd"
+
+    given = str(write(state.numpy().tobytes()))
+    done = case.train(tmp_path / "run", 0, "--load", given, "--save", str(tmp_path / "same.ptd"))
+    assert "warning" not in done.stderr and torch.equal(saved(tmp_path / "same.ptd"), state)
+    with safe_open(tmp_path / "run" / START, framework="pt") as file:
+        assert torch.equal(file.get_tensor("lora_b"), state)
+    again = case.train(tmp_path / "run", 2, "--load", given, "--save", str(tmp_path / "trained.ptd"))
+    assert "the run has begun" in again.stderr
+    session = Session(case.program)
+    session.load_state(state)
+    session.finetune(case.data, steps=2, learning_rate=LEARNING_RATE, run=tmp_path / "python")
+    agree(*(read_journal(tmp_path / name / "journal", case.program) for name in ("run", "python")))
+    torch.testing.assert_close(saved(tmp_path / "trained.ptd"), session.state(), rtol=0, atol=1e-4)
+    case.train(tmp_path / "next", 1, "--load", str(tmp_path / "trained.ptd"))  # its own file, too
+
+    state[3] = torch.inf
+    assert "not finite" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(write(state.numpy().tobytes())))
+    layout.sizes[0] = 4
+    assert "no tensor mobizo_lora_b of" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(write(bytes(16))))
+    assert "no .ptd file" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(case.tokens))
+    assert "cannot be read" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(tmp_path / "none.ptd"))
+    assert "cannot be written" in case.refused(
+        BAD_DATA, tmp_path / "run", 2, "--save", str(tmp_path / "no" / "a" / "b")
+    )
+
+
+class Fragile(nn.Module):
+    """One layer on numbers, which may be NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[2, 3] from [2, 4]."""
+        result: Tensor = self.layer(x)
+        return result
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(host: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    good, target = torch.randn(2, 4), torch.randn(2, 3)
+    bad = good.clone()
+    bad[1, 2] = torch.nan
+    program = mobizo.compile(
+        Fragile().eval(), (good,), LoraConfig(r=2), ZOConfig(queries=2), loss=mobizo.MSELoss(), backend="portable"
+    )
+    data = [((good,), target), ((bad,), target)]
+    case = Case(host, tmp_path, program, data)
+    done = case.train(tmp_path / "run", 3, "--save", str(tmp_path / "state.ptd"))
+    assert "step 1 loss nan (not finite: nothing was changed)" in done.stdout
+    records = read_journal(tmp_path / "run" / "journal", case.program)
+    assert records[1].projected_gradient == (0.0, 0.0) and all(records[2].projected_gradient)
+    (tmp_path / "run" / SNAPSHOT).unlink()
+    assert torch.equal(saved(tmp_path / "state.ptd"), restored(case, tmp_path / "run"))
+    case.finetune(tmp_path / "python", 3)
+    wanted = read_journal(tmp_path / "python" / "journal", case.program)
+    agree([records[0], records[2]], [wanted[0], wanted[2]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["p", "t"], "a program, a token file and a run folder are needed"),
+        (["p", "t", "r", "more"], "a program, a token file and a run folder are needed"),
+        (["p", "t", "r", "--learning-rate", "0.1"], "--steps is needed"),
+        (["p", "t", "r", "--steps", "3"], "--learning-rate is needed"),
+        (["p", "t", "r", "--steps"], "--steps needs a value"),
+        (["p", "t", "r", "--steps", "-1"], "--steps is '-1', which is no whole number"),
+        (["p", "t", "r", "--steps", "3.5"], "--steps is '3.5', which is no whole number"),
+        (["p", "t", "r", "--seed", "x"], "--seed is 'x', which is no whole number"),
+        (["p", "t", "r", "--learning-rate", "nan"], "--learning-rate is nan; it must be a finite number"),
+        (["p", "t", "r", "--learning-rate", "1e99"], "--learning-rate is 1e99; it must be a finite number"),
+        (["p", "t", "r", "--eps", "0"], "--eps is 0; it must be above 0"),
+        (["p", "t", "r", "--threads", "0"], "--threads is 0"),
+        (["p", "t", "r", "--rate", "0"], "there is no option --rate"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], said: str, host: Path) -> None:
+    done = subprocess.run([str(host), *arguments], capture_output=True, text=True)
+    assert done.returncode == BAD_ARGUMENTS and f"error: {said}" in done.stderr and "usage:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("input_ids", "ids", r":1: the program takes no ids"),
+        ("input_ids\tattention_mask", "input_ids\tinput_ids", r":1: the column input_ids must be there once"),
+        ("\n19 ", "\n23 ", r":2: input_ids has the value 23, outside 0\.\.22"),
+        ("\n19 ", "\n-1 ", r":2: input_ids has the value -1, outside 0\.\.22"),
+        ("\n19 ", "\nx ", r":2: input_ids has 'x' where a number of int64 should be"),
+        ("\n19 ", "\n1 19 ", r":2: input_ids has 8 values in a row, the program takes 7"),
+        ("-100 -100", "-99 -100", r":2: labels has the value -99, outside 0\.\.22"),
+        ("\t-100 -100 4", "", r":2: there are 2 columns, the first line has 3"),
+        ("\n22 ", "\n\n22 ", r"there are 7 rows; the program takes 3 in a step"),
+    ],
+)
+def test_bad_tokens(old: str, new: str, said: str, case: Case, tmp_path: Path) -> None:
+    text = case.tokens.read_text()
+    assert old in text
+    (tmp_path / "tokens").write_text(text.replace(old, new, 1))
+    assert re.search(said, case.refused(BAD_DATA, tmp_path / "run", tokens=tmp_path / "tokens"))
+    assert not (tmp_path / "run").exists(), "nothing has begun"
+
+
+def test_labels_that_cannot_be(case: Case, tmp_path: Path) -> None:
+    head, *rows = [line.split("\t") for line in case.tokens.read_text().splitlines()]
+    path = tmp_path / "tokens"
+    for labels, said in (
+        ("5 -100 -100 -100 -100 -100 -100", ":4: nothing is labelled in this batch"),  # the first never counts
+        ("1 1 1 1 1 1 1", ":2: there are 6 labels; the loss was compiled for at most 5 in a row"),
+    ):
+        lines = [head, *([*row[:2], labels] for row in rows)]
+        path.write_text("\n".join("\t".join(line) for line in lines))
+        program = edited(case, tmp_path, '"max_labels": 6', '"max_labels": 5')
+        assert said in case.refused(BAD_DATA, tmp_path / "run", tokens=path, program=program)
+    path.write_text("")
+    assert "the file is empty" in case.refused(BAD_DATA, tmp_path / "run", tokens=path)
+    assert "cannot be opened" in case.refused(BAD_DATA, tmp_path / "run", tokens=tmp_path / "none")
+
+
+def edited(case: Case, folder: Path, old: str, new: str) -> Path:
+    """The program file with some bytes of it changed."""
+    data = case.path.read_bytes()
+    assert old.encode() in data and len(old) == len(new)
+    (folder / "edited.pte").write_bytes(data.replace(old.encode(), new.encode()))
+    return folder / "edited.pte"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"format_version": 5', '"format_version": 9', "the program has format 9, this host reads format 5"),
+        ('"format_version"', '"format_versi0n"', "the field format_version is missing"),
+        ('"labels": {', '"labels": [', "no JSON"),
+        ('"state": "shared"', '"state": "sharem"', "the state is sharem, not shared or io"),
+        ("XnnpackBackend", "XnnpackBackenb", "it needs XnnpackBackenb, and this host was linked without it"),
+        ('"dtype": "int64"', '"dtype": "int63"', "cannot make the input input_ids"),
+    ],
+)
+def test_programs_that_it_cannot_run(old: str, new: str, said: str, case: Case, tmp_path: Path) -> None:
+    assert said in case.refused(BAD_PROGRAM, tmp_path / "run", program=edited(case, tmp_path, old, new))
+
+
+def test_files_that_are_no_programs(case: Case, tmp_path: Path) -> None:
+    from executorch.exir import to_edge
+
+    (tmp_path / "empty.pte").write_bytes(b"")
+    (tmp_path / "cut.pte").write_bytes(case.path.read_bytes()[:5000])
+    for name in ("none.pte", "empty.pte", "cut.pte"):
+        assert "it cannot be loaded" in case.refused(BAD_PROGRAM, tmp_path / "run", program=tmp_path / name)
+    layer = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    (tmp_path / "other.pte").write_bytes(to_edge(layer).to_executorch().buffer)
+    said = case.refused(BAD_PROGRAM, tmp_path / "run", program=tmp_path / "other.pte")
+    assert "no program of mobizo-compiler" in said
+    (tmp_path / "file").write_text("")
+    case.refused(BAD_RUN, tmp_path / "file")
+
+
+def test_the_calls_of_a_phone(passed: Case) -> None:
+    """What `examples/android` and `examples/ios` call, in the same order, with nothing that these bindings lack."""
+    from executorch.runtime import Runtime
+
+    module = Runtime.get().load_program(passed.path)
+    execute = {name: module.load_method(name).execute for name in module.method_names}
+    manifest = json.loads(execute["mobizo_manifest"]([])[0])
+    assert manifest["format_version"] == 4 and manifest["state"] == "io"
+    state = torch.zeros(sum(site["r"] * site["out_features"] for site in manifest["sites"]))
+
+    (rows, labels) = passed.data[0]
+    assert len(rows) == len(manifest["inputs"])
+    session = Session(passed.program)
+    journal = []
+    rate, eps = torch.tensor([LEARNING_RATE]), torch.tensor([manifest["eps"]])
+    for step in range(3):
+        seed = torch.tensor([step_seed(0, step)], dtype=torch.int32)
+        outputs = execute["train_step"]([*rows, labels, seed, rate, eps, state])
+        assert [list(output.shape) for output in outputs] == [[1], [2 * QUERIES], [QUERIES], list(state.shape)]
+        journal.append((seed, outputs[2].clone()))
+        state = outputs[3].clone()
+        wanted = session.train_step(rows, labels, seed=int(seed), learning_rate=LEARNING_RATE)
+        assert torch.equal(outputs[2], wanted.projected_gradient) and float(outputs[0]) == wanted.loss
+        assert torch.equal(state, session.state())
+    (logits,) = execute["evaluate"]([*rows, state])
+    assert torch.equal(logits, session.evaluate(rows))
+    again = torch.zeros_like(state)
+    for seed, gradient in journal:
+        again = execute["replay"]([seed, gradient, rate, again])[0].clone()
+    assert state.any() and torch.equal(again, state)
+
+
+def test_the_sources_for_phones_name_what_there_is(passed: Case) -> None:
+    """Methods and fields of the manifest; the format that they know is the one that is written."""
+    manifest = json.loads(passed.program.manifest.to_json())
+    fields = {*manifest, *manifest["labels"], *manifest["sites"][0]}
+    kotlin = (ROOT / "examples" / "android" / "Trainer.kt").read_text()
+    swift = (ROOT / "examples" / "ios" / "Trainer.swift").read_text()
+    methods = {"train_step", "evaluate", "replay", "mobizo_manifest"}
+    assert set(re.findall(r'execute\(\s*"(\w+)"', kotlin)) == set(re.findall(r'execute\(\s*"(\w+)"', swift)) == methods
+    assert set(re.findall(r'(?:get\w+|isNull)\("(\w+)"\)', kotlin)) <= fields
+    declared = swift[swift.index("struct Manifest") :]
+    named = re.findall(r"let (\w+):", declared)
+    assert len(named) > 10 and {re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name) for name in named} <= fields
+    for source in (kotlin, swift):
+        assert re.findall(r'(?:"format_version"\)|formatVersion) == (\d+)', source) == [str(FORMAT_VERSION)]
+
+
+def test_the_documented_commands(host: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The code of docs/hosts.md from top to bottom; the host is built already."""
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "hosts.md").read_text(), re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "python"] and "cmake" in blocks[0][1]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for kind, code in blocks[1:]:
+        if kind == "python":
+            exec(compile(code, "hosts.md", "exec"), names)
+        else:
+            command = code.replace("build/cpp_host/mobizo_host", str(host)).split()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    session = names["session"]
+    assert isinstance(session, Session) and session.state().any() and Path("state.ptd").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "8da4w"])
+def test_smollm2(quantization: str | None, host: Path, tmp_path: Path) -> None:
+    """The whole model: the journal of Python, in a process of a size that phones have."""
+    from examples.smollm2 import cache_folder, load_smollm2
+
+    tokenizer, model = load_smollm2()
+    texts = ["A quiet film that says much. It was great", "Two hours that feel like four. It was terrible"]
+    tokenizer.padding_side = "right"
+    encoded = tokenizer(texts, padding="max_length", max_length=64, return_tensors="pt")
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    last = inputs["attention_mask"].sum(1) - 1
+    labels = torch.full((2, 64), -100)
+    labels[range(2), last] = inputs["input_ids"][range(2), last]
+    program = mobizo.compile(
+        model,
+        inputs,
+        zo=ZOConfig(queries=4),
+        loss=CausalLMLoss(max_labels=1),
+        quantization=quantization,
+        cache_dir=cache_folder() / "programs",
+    )
+    del model
+    case = Case(host, tmp_path, program, [(inputs, labels)])
+    done = case.train(tmp_path / "cpp", 3, "--save", str(tmp_path / "state.ptd"))
+    case.finetune(tmp_path / "python", 3)
+    found, wanted = (read_journal(tmp_path / name / "journal", case.program) for name in ("cpp", "python"))
+    assert (tmp_path / "cpp" / "journal").read_bytes()[:64] == (tmp_path / "python" / "journal").read_bytes()[:64]
+    agree(found, wanted)
+    assert torch.equal(saved(tmp_path / "state.ptd"), restored(case, tmp_path / "cpp"))
+    (peak,) = re.findall(r"peak memory (\d+) kB", done.stdout)
+    assert int(peak) * 1024 < 2 * case.path.stat().st_size, (
+        "one copy of the weights, the file's pages, and a little more"
+    )

@@ -1,0 +1,146 @@
+"""Programs whose prefix is a method of its own, and the file that keeps what it made of every row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import LoraConfig, Session, ZOConfig
+from mobizo_compiler.costs import multiply_adds
+from mobizo_compiler.errors import ConfigError, InputError, JournalLockedError
+from mobizo_compiler.losses import CausalLMLoss
+from mobizo_compiler.testing import TinyCausalLM
+
+LAYERS, ROWS, TOKENS = 4, 3, 6
+LORA = {
+    "last block": LoraConfig(r=3, layers_to_transform=3),
+    "last feed-forward": LoraConfig(r=3, target_modules=("up_proj", "down_proj"), layers_to_transform=3),
+}
+
+
+def batch(step: int) -> tuple[Any, torch.Tensor]:
+    """Rows of an epoch of five batches."""
+    ids = torch.randint(1, 23, (5, ROWS, TOKENS), generator=torch.Generator().manual_seed(0))[step % 5]
+    return (ids, torch.ones_like(ids)), torch.cat((torch.full((ROWS, TOKENS - 1), -100), ids[:, -1:]), 1)
+
+
+def program(where: str, backend: str, split: bool = True, **options: Any) -> mobizo.Program:
+    torch.manual_seed(0)
+    return mobizo.compile(
+        TinyCausalLM(layers=LAYERS).eval(),
+        batch(0)[0],
+        LORA[where],
+        ZOConfig(queries=2, **options),
+        CausalLMLoss(max_labels=1),
+        backend=backend,
+        split_prefix=split,
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("xnnpack", marks=pytest.mark.slow), "portable"])
+@pytest.mark.parametrize("where", LORA)
+def test_a_step_from_the_prefix_is_the_whole_step(where: str, backend: str, tmp_path: Path) -> None:
+    whole, split = program(where, "eager", split=False), program(where, backend)
+    sessions = Session(whole), Session(split), Session(split, prefix_cache=tmp_path / "rows")
+    for step in range(11):
+        options: dict[str, Any] = {"seed": step, "learning_rate": 0.05, "eps": 0.05}
+        results = [session.train_step(*batch(step), **options) for session in sessions]
+        torch.testing.assert_close(results[0].lane_losses, results[1].lane_losses, rtol=0, atol=2e-5)
+        assert torch.equal(results[1].lane_losses, results[2].lane_losses)
+    assert torch.equal(sessions[1].state(), sessions[2].state())
+    torch.testing.assert_close(sessions[0].state(), sessions[1].state(), rtol=0, atol=1e-3)
+    assert sessions[0].state().abs().max() > 1e-3
+    first, second = sessions[0].evaluate(batch(1)[0]), sessions[1].evaluate(batch(1)[0])
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", LORA)
+def test_the_step_no_longer_has_the_prefix(where: str) -> None:
+    whole, split = program(where, "eager", split=False), program(where, "eager")
+
+    def products(graph: Any) -> int:
+        return sum(map(multiply_adds, graph.graph.nodes))
+
+    step, rest = products(whole.methods["train_step"]), products(split.methods["train_step"])
+    assert rest + products(split.methods["prefix"]) == step
+    assert rest < 0.8 * step
+    assert "input_ids" not in str(split.methods["train_step"].inputs)
+
+
+def test_a_row_is_computed_once(tmp_path: Path) -> None:
+    split = program("last block", "eager")
+    session = Session(split, prefix_cache=tmp_path / "rows")
+    calls: list[str] = []
+    inner = session._runner.call
+    session._runner.call = lambda method, given: (calls.append(method), inner(method, given))[1]  # type: ignore[method-assign]
+    for step in range(10):
+        session.train_step(*batch(step), seed=step, learning_rate=0.1)
+    assert calls.count("prefix") == 5 and calls.count("train_step") == 10
+    with pytest.raises(JournalLockedError):
+        Session(split, prefix_cache=tmp_path / "rows")
+    session.close()
+    size = (tmp_path / "rows").stat().st_size
+    again = Session(split, prefix_cache=tmp_path / "rows")
+    inner_again, later = again._runner.call, []
+    again._runner.call = lambda method, given: (later.append(method), inner_again(method, given))[1]  # type: ignore[method-assign]
+    again.train_step(*batch(0), seed=0, learning_rate=0.1)
+    assert later == ["train_step"] and (tmp_path / "rows").stat().st_size == size
+    again.close()
+    limited = Session(split, prefix_cache=tmp_path / "small", prefix_cache_bytes=size // 2)
+    for step in range(10):
+        limited.train_step(*batch(step), seed=step, learning_rate=0.1)
+    assert torch.equal(limited.state(), session.state())
+    assert 0 < (tmp_path / "small").stat().st_size <= size // 2
+
+
+def test_damage_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    split, path = program("last block", "eager"), tmp_path / "rows"
+    session = Session(split, prefix_cache=path)
+    expected = [session.train_step(*batch(s), seed=s, learning_rate=0.0).lane_losses for s in range(5)]
+    session.close()
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        place = int(torch.randint(0, len(whole), (1,), generator=generator))
+        cut = int(torch.randint(0, 2, (1,), generator=generator))
+        path.write_bytes(whole[:place] + (b"" if cut else bytes([whole[place] ^ 16]) + whole[place + 1 :]))
+        damaged = Session(split, prefix_cache=path)
+        for s in range(5):
+            found = damaged.train_step(*batch(s), seed=s, learning_rate=0.0).lane_losses
+            assert torch.equal(found, expected[s])
+        damaged.close()
+    other = program("last feed-forward", "eager")
+    foreign = Session(other, prefix_cache=path)
+    foreign.train_step(*batch(0), seed=0, learning_rate=0.0)
+    foreign.close()
+
+
+def test_what_has_no_prefix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no prefix"):
+        Session(program("last block", "eager", split=False), prefix_cache=tmp_path / "rows")
+    with pytest.raises(ConfigError, match="exclude"):
+        mobizo.compile(
+            TinyCausalLM().eval(),
+            batch(0)[0],
+            backend="eager",
+            split_prefix=True,
+            dynamic_shapes={name: {1: torch.export.Dim("tokens", max=9)} for name in (0, 1)},
+        )
+
+
+def test_runs_with_a_prefix_resume(tmp_path: Path) -> None:
+    split = program("last feed-forward", "portable", estimator="one-sided", normalize=True)
+    whole, part = Session(split), Session(split, prefix_cache=tmp_path / "rows")
+    whole.finetune(batch, steps=8, learning_rate=0.05, run=tmp_path / "whole")
+    part.finetune(batch, steps=3, learning_rate=0.05, run=tmp_path / "part")
+    resumed = Session(split)
+    resumed.finetune(batch, steps=8, learning_rate=0.05, run=tmp_path / "part")
+    assert torch.equal(resumed.state(), whole.state())
+    split.save(tmp_path / "program.pte")
+    loaded = Session(tmp_path / "program.pte")
+    loaded.restore(tmp_path / "whole")
+    assert torch.equal(loaded.state(), whole.state())
