@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all lint docs docs-site clean
 
 demo: $(READY)  ## compile SmolLM2, fine-tune it, show the gain
 	$(BIN)/python -m examples.demo
@@ -25,6 +25,9 @@ lint: $(READY)
 
 docs: $(READY)  ## write the generated pages again
 	$(BIN)/python -m docs.generate
+
+docs-site: $(READY)  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in [(3, 11), (3, 12)] and f"needs Python 3.11 or 3.12, not {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'

@@ -1,19 +1,26 @@
-"""Write the pages that are made from the code: passes, errors, coverage, and the noise vectors of the program format.
+"""Write what is made from the code: pages about passes, errors, coverage, public names; excerpts; noise vectors.
 
 python -m docs.generate [--check]
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import logging
 import re
 import sys
+import tempfile
+import textwrap
 from pathlib import Path
 
+from docs import error_examples
+from docs.blocks import section
+from docs.docstrings import reference_page
 from mobizo_compiler import backends, noise, passes
 from mobizo_compiler.backends import get_backend
-from mobizo_compiler.errors import raised_errors
+from mobizo_compiler.errors import MobizoError, raised_errors
 from mobizo_compiler.noise import noise_words
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.quantization import DEFAULT_EPS
@@ -40,11 +47,52 @@ def passes_page() -> str:
 
 
 def errors_page() -> str:
-    """Every error with its code."""
-    lines = [MARKER, "# Errors\n", "| code | class | meaning |", "| --- | --- | --- |"]
-    for error in raised_errors():
-        lines.append(f"| {error.code} | `{error.__name__}` | {' '.join((inspect.getdoc(error) or '').split())} |")
+    """Every error: what it means, a message that was provoked just now, and what to do."""
+    shared = section(Path(error_examples.__file__), "setup")
+    lines = [MARKER, (DOCS / "errors_text.md").read_text(), "```python", shared + "```\n"]
+    lines += ["| code | class | meaning |", "| --- | --- | --- |"]
+    parts = {error: (inspect.getdoc(error) or "").partition("\n\n") for error in raised_errors()}
+    for error, (meaning, _, _) in parts.items():
+        name = error.__name__
+        lines.append(
+            f"| [{error.code}](#{error.code.lower()}-{name.lower()}) | `{name}` | {' '.join(meaning.split())} |"
+        )
+    for error, (meaning, _, advice) in parts.items():
+        code, message = error_example(error)
+        lines += [f"\n## {error.code} {error.__name__}\n", f"{meaning}\n", f"{advice}\n"]
+        lines += [f"<!-- raises {error.code} -->\n```python\n{code}```\n", f"```text\n{message}\n```"]
     return "\n".join(lines) + "\n"
+
+
+def error_example(error: type[MobizoError]) -> tuple[str, str]:
+    """What provokes an error, and what it then says, without what differs between machines."""
+    provoke = getattr(error_examples, error.code.lower())
+    code = textwrap.dedent(inspect.getsource(provoke).partition("\n")[2])
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        logging.disable(logging.ERROR)  # torch logs what fails while sizes are computed
+        try:
+            provoke()
+        except MobizoError as raised:
+            assert type(raised) is error, f"{provoke.__name__} raises {raised!r}"
+            message = str(raised).replace(f"{DOCS.parent}/", "")
+            return code, re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2g}", message)
+        finally:
+            logging.disable(logging.NOTSET)
+    raise AssertionError(f"{provoke.__name__} raises nothing")
+
+
+def api_page() -> str:
+    """The public names."""
+    return "\n".join([MARKER, "# Reference\n", *reference_page()])
+
+
+def with_sections(page: str) -> str:
+    """A page with the parts of files that its notes ask for."""
+
+    def filled(match: re.Match[str]) -> str:
+        return f"{match[1]}\n```python\n{section(DOCS.parent / match[3], match[2])}```"
+
+    return re.sub(r"(<!-- section (\w+) of (\S+) -->)\n```python\n.*?```", filled, page, flags=re.DOTALL)
 
 
 def coverage_page() -> str:
@@ -111,8 +159,8 @@ def quantization_page() -> str:
             default = DEFAULT_EPS[None if recipe == "none" else recipe]
             lines.append(f"| {'float32' if recipe == 'none' else recipe} | {' | '.join(row)} | {default} |")
         lines.append("")
-    for section in ("cost", "accuracy"):
-        lines += [f"## {section.capitalize()}\n", *measured[section], ""]
+    for part in ("cost", "accuracy"):
+        lines += [f"## {part.capitalize()}\n", *measured[part], ""]
     return "\n".join(lines)
 
 
@@ -142,6 +190,8 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "passes.md": passes_page(),
         DOCS / "errors.md": errors_page(),
+        DOCS / "api.md": api_page(),
+        DOCS / "from_scratch.md": with_sections((DOCS / "from_scratch.md").read_text()),
         DOCS / "coverage.md": coverage_page(),
         DOCS / "quantization.md": quantization_page(),
         format_page: filled,

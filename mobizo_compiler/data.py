@@ -321,17 +321,41 @@ class TextData:
         rows = [[row.ids, row.labelled, row.choice] for row in self.encoded]
         return hashlib.sha256(json.dumps([rows, self.choices]).encode()).hexdigest()
 
-    def batches(self, seed: int) -> Callable[[int], tuple[dict[str, Tensor], Tensor]]:
-        """The batch of every step: all rows once, in an order of their own for each epoch, then all of them again."""
-        count, size = len(self.encoded), self.layout.rows
+    def batches(self, seed: int, balanced: bool = False) -> Callable[[int], tuple[dict[str, Tensor], Tensor]]:
+        """The batch of every step: all rows once, in an order of their own for each epoch, then all of them again.
 
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> list[int]:
-            return random.Random(f"{seed} {epoch}").sample(range(count), count)
+        Args:
+            seed: Of the order.
+            balanced: Take the answers in turns, so that each is as often there as the others; rows of rare answers come
+                again sooner.
+
+        Raises:
+            ConfigError: Balanced, and the answers are no closed set.
+        """
+        groups: list[list[int]] = [list(range(len(self.encoded)))]
+        if balanced:
+            if self.choices is None:
+                raise ConfigError(
+                    "balanced batches need answers that are a closed set", hint="name them with --choices"
+                )
+            by_choice = [
+                [place for place, row in enumerate(self.encoded) if row.choice == choice]
+                for choice in range(len(self.choices))
+            ]
+            groups = [group for group in by_choice if group]
+
+        @functools.lru_cache(maxsize=2 * len(groups))
+        def order(group: int, epoch: int) -> list[int]:
+            name = f"{seed} {epoch}" if len(groups) == 1 else f"{seed} {epoch} {group}"
+            return random.Random(name).sample(groups[group], len(groups[group]))
+
+        def row(place: int) -> Encoded:
+            turn, group = divmod(place, len(groups))
+            epoch, index = divmod(turn, len(groups[group]))
+            return self.encoded[order(group, epoch)[index]]
 
         def batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
-            places = range(step * size, (step + 1) * size)
-            rows = [self.encoded[order(place // count)[place % count]] for place in places]
+            rows = [row(place) for place in range(step * self.layout.rows, (step + 1) * self.layout.rows)]
             return self.inputs([row.ids for row in rows]), self.labels(rows)
 
         return batch

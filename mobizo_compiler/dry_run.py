@@ -93,7 +93,7 @@ def estimate(program: Program) -> Estimate:
         weights |= {tensor.data_ptr(): tensor for target, tensor in method.tensors().values() if target != STATE}
     return Estimate(
         sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
-        4 * program.parameters,
+        4 * program.manifest.state_size,
         peak_bytes(step),
         peak_bytes(evaluate),
         sum(map(multiply_adds, step.graph.nodes)),

@@ -27,6 +27,9 @@ class Score:
         accuracy: Share of samples whose answer is the most likely choice.
         auc: Area under the ROC curve, for two choices that are both there: how often a sample of the second has more
             probability of it than a sample of the first.
+        chosen: Share of samples for which each choice is the most likely.
+        calibrated: Accuracy with the mean log-probability of each choice over all samples taken off: what the accuracy
+            would be without a liking for one of the answers.
     """
 
     rows: int
@@ -34,6 +37,13 @@ class Score:
     choice_loss: float | None = None
     accuracy: float | None = None
     auc: float | None = None
+    chosen: tuple[float, ...] | None = None
+    calibrated: float | None = None
+
+    @property
+    def biased(self) -> bool:
+        """Whether most of what is wrong is a liking for one of the answers."""
+        return self.calibrated is not None and self.calibrated - (self.accuracy or 0.0) > 0.05
 
 
 def score(session: Session, data: TextData, done: Callable[[int], bool | None] = lambda rows: None) -> Score | None:
@@ -64,7 +74,10 @@ def score(session: Session, data: TextData, done: Callable[[int], bool | None] =
     known = answers >= 0
     choice_loss = -log_NC[known].gather(1, answers[known, None]).mean() if bool(known.any()) else torch.tensor(math.nan)
     auc = _auc(log_NC[:, 1] - log_NC[:, 0], answers) if log_NC.shape[1] == 2 else None
-    return Score(len(losses), loss, float(choice_loss), float(right.double().mean()), auc)
+    shares = F.one_hot(log_NC.argmax(dim=-1), log_NC.shape[1]).double().mean(dim=0)
+    calibrated = ((log_NC - log_NC.mean(dim=0)).argmax(dim=-1) == answers).double().mean()
+    accuracy = float(right.double().mean())
+    return Score(len(losses), loss, float(choice_loss), accuracy, auc, tuple(map(float, shares)), float(calibrated))
 
 
 def _auc(scores: Tensor, answers: Tensor) -> float | None:

@@ -104,7 +104,7 @@ def bind_example(
             f"example_inputs must be a tuple of tensors or a dict, not {type(example_inputs).__name__}"
         )
     ordered = _in_program_order(model, example_inputs)
-    ordered = dict(ordered) if isinstance(ordered, Mapping) else tuple(ordered)
+    ordered = _distinct(dict(ordered) if isinstance(ordered, Mapping) else tuple(ordered))
     values = flat_names(ordered)
     tensors = {name: value for name, value in values if isinstance(value, Tensor)}
     if not tensors:
@@ -174,6 +174,20 @@ def _dims(tensors: Mapping[str, Tensor], shapes: DynamicShapes | None) -> dict[s
                 raise ExampleInputError(f"dynamic_shapes[{name!r}] speaks of axis {axis!r}; the input has {rank} axes")
             found.setdefault(str(name), {})[axis % rank] = dim
     return found
+
+
+def _distinct(inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs with a copy wherever a tensor is given again: torch.export takes one tensor for one input."""
+    seen: set[int] = set()
+
+    def once(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and id(leaf) in seen:
+            return leaf.clone()
+        seen.add(id(leaf))
+        return leaf
+
+    distinct: ExampleInputs = pytree.tree_map(once, inputs)
+    return distinct
 
 
 def _in_program_order(model: object, example_inputs: ExampleInputs) -> ExampleInputs:

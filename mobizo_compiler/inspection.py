@@ -32,7 +32,10 @@ def inspect_file(path: Path) -> dict[str, Any]:
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,
-        **{name: described[name] for name in ("format_version", "backend", "state", "quantization", "eps", "loss")},
+        **{
+            name: described[name]
+            for name in ("format_version", "backend", "state", "quantization", "eps", "loss", "rule", "prefix")
+        },
         "cannot_run_here": getattr(program.artifact, "cannot_run", None),
         "inputs": described["inputs"],
         "labels": described["labels"],

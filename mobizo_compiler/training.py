@@ -43,6 +43,7 @@ class TrainingConfig(JsonConfig):
         final_rate: Share of the learning rate that is left at the end.
         eps: Size of the perturbation; if not given, what suits the program's quantization.
         seed: Of noise, of the order of samples, and of the split.
+        balanced: Take the answers in turns, so that rare ones are learnt as often as common ones.
         validation_share: Share of the samples that is held out, where no other file is for validation; 0 for none.
         validation_rows: Most samples that one validation measures.
         validate_every: Steps between validations.
@@ -60,6 +61,7 @@ class TrainingConfig(JsonConfig):
     final_rate: float = 0.0
     eps: float | None = None
     seed: int = 0
+    balanced: bool = False
     validation_share: float = 0.1
     validation_rows: int = 200
     validate_every: int = 50
@@ -188,7 +190,7 @@ def train(
         validate(done)  # also what a run that was killed had no time for
     record.write(found)
     summary = session.finetune(
-        training.batches(config.seed),
+        training.batches(config.seed, config.balanced),
         steps=steps,
         learning_rate=config.rates(steps),
         run=folder,

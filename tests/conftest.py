@@ -78,13 +78,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    wide = {"initializer_range": 0.2}  # so that logits differ, and few steps can move them
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **ids)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **ids, **wide)).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
 
 
-COMPILE = ("--rows", "2", "--tokens", "12", "--zo-queries", "2", "--lora-r", "3", "--lora-target-modules", "all-linear")
+COMPILE = ("--rows", "2", "--tokens", "12", "--zo-queries", "4", "--lora-r", "3")
+COMPILE += ("--lora-target-modules", "v_proj,down_proj")
 CHOICE = ("--loss", "choice", "--loss-choices", "happy,sad")
 
 

@@ -17,7 +17,7 @@ from mobizo_compiler.errors import ConfigError
 
 
 def run(*arguments: Any, code: int = 0) -> str:
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "100"}, catch_exceptions=False)
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "160"}, catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.stdout if code == 0 else result.output
 
@@ -30,20 +30,21 @@ def test_the_same_input_gives_the_same_bytes(
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.pte").read_bytes() == tiny_program.read_bytes()
     found = json.loads(again.stdout)
-    assert found["lanes"] == 4 and found["file_bytes"] == tiny_program.stat().st_size
+    assert found["lanes"] == 8 and found["file_bytes"] == tiny_program.stat().st_size
     assert "Traceback" not in again.stderr and "capture" in again.stderr
 
 
 def test_what_was_asked_for_is_in_the_program(tiny_program: Path, tiny_model: Path) -> None:
     manifest = mobizo.load(tiny_program).manifest
-    assert (manifest.lora.r, manifest.zo.queries, manifest.backend) == (3, 2, "xnnpack")
+    assert (manifest.lora.r, manifest.zo.queries, manifest.backend) == (3, 4, "xnnpack")
     assert [spec.shape for spec in manifest.inputs] == [(2, 12), (2, 12)]
     assert manifest.base_model == str(tiny_model) and manifest.max_labels == 1
     assert manifest.history["train_step"][0] == "capture()"
-    assert any(step.startswith("DuplicateLanes(lanes=4") for step in manifest.history["train_step"])
+    assert any(step.startswith("DuplicateLanes(lanes=8") for step in manifest.history["train_step"])
     blocks = {block.name: block for block in manifest.outline}
     layer = blocks["model.layers.0"]
-    assert layer.kind == "LlamaDecoderLayer" and layer.lanes == "some" and layer.adapters["q_proj"] == 1
+    assert layer.kind == "LlamaDecoderLayer" and layer.lanes == "some"
+    assert layer.adapters == {"v_proj": 1, "down_proj": 1}
     # q, o: 32 x 32; k, v: 32 x 16; gate, up, down: 32 x 48, for 2 x 12 tokens; attention: 2 x 12 x 12 x 32 each.
     weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     assert layer.multiply_adds == 24 * weights + 2 * 2 * 12 * 12 * 32
@@ -77,12 +78,11 @@ def test_sequence_classification_and_a_file_of_options(tiny_model: Path, tmp_pat
         'tokens = 5\nrows = 3\n[compile.lora]\nr = 2\ntarget_modules = ["q_proj"]\n[compile.zo]\nqueries = 7\n'
         "[finetune]\nsteps = 3\n"
     )
-    file = tmp_path / "classes.pte"
-    run("compile", "--config", config, "--zo-queries", "1", "-o", file, "--quiet")
-    manifest = mobizo.load(file).manifest
-    assert manifest.loss.startswith("SequenceClassificationLoss") and manifest.labels.shape == (3,)
-    assert manifest.zo.queries == 1, "the command line goes before the file"
-    assert manifest.lora.target_modules == ("q_proj",) and manifest.lora.r == 2
+    text = run("compile", "--config", config, "--zo-queries", "1", "--dry-run", "--json", "--quiet")
+    found = json.loads(text)
+    assert found["loss"].startswith("SequenceClassificationLoss") and found["backend"] == "portable"
+    assert found["lanes"] == 2, "the command line goes before the file"
+    assert found["sites"] == ["model.layers.0.self_attn.q_proj"] and found["parameters"] == 2 * 32
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from mobizo_compiler.training import restore_best
 
 ROOT = Path(__file__).parent.parent
 HAPPY, SAD = ("great", "good", "fine", "lovely"), ("awful", "bad", "poor", "grim")
-PROMPT = ("--template", r"Message : {text}\nTone :", "--answer-column", "tone")
-FAST = ("--learning-rate", "0.3", "--schedule", "constant", "--validation-share", "0.25", "--validate-every", "10")
+PROMPT = ("--template", r"Message :\n{text}", "--answer-column", "tone")
+FAST = ("--learning-rate", "0.03", "--schedule", "constant", "--validation-share", "0.25", "--validate-every", "10")
 
 
 def run(*arguments: Any, code: int = 0) -> str:
@@ -38,9 +38,9 @@ def run(*arguments: Any, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is to be learnt: the tone is in the first word."""
+    """What is to be learnt: the tone is in the last word."""
     path = tmp_path_factory.mktemp("data") / "messages.csv"
-    rows = [f"{word} {thing},{tone}" for words, tone in ((HAPPY, "happy"), (SAD, "sad")) for word in words
+    rows = [f"{thing} {word},{tone}" for words, tone in ((HAPPY, "happy"), (SAD, "sad")) for word in words
             for thing in ("day", "food", "rain", "work")]  # fmt: skip
     path.write_text("text,tone\n" + "\n".join(rows) + "\n")
     return path
@@ -65,10 +65,10 @@ def test_a_run_learns_and_says_so(trained: tuple[Path, dict[str, Any]]) -> None:
     assert (found["ended"], found["steps"], found["resumed_at"]) == ("done", 40, 0)
     assert [v["step"] for v in found["validations"]] == [0, 10, 20, 30, 40]
     first, last = found["validations"][0]["score"], found["validations"][-1]["score"]
-    assert first["choice_loss"] == pytest.approx(0.69, abs=0.05), "a random model does not know the tones"
-    assert last["choice_loss"] < 0.5 and last["accuracy"] >= 0.75, last
+    assert first["choice_loss"] > 0.6 and first["accuracy"] < 0.75, "a random model does not know the tones"
+    assert last["choice_loss"] < 0.4 and last["accuracy"] >= 0.75, last
     record = json.loads((folder / "run.json").read_text())
-    assert len(record["summary"]["losses"]) == 40 and record["settings"]["learning_rate"] == 0.3
+    assert len(record["summary"]["losses"]) == 40 and record["settings"]["learning_rate"] == 0.03
     assert record["data"]["prompt"]["choices"] == ["happy", "sad"]
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -97,7 +97,7 @@ def test_another_run_is_refused(trained: tuple[Path, dict[str, Any]], tiny_progr
     before = state(tiny_program, trained[0])
     output = run(*line, *PROMPT, "--seed", 1, code=1)
     assert "[MBZ704]" in output
-    assert "[MBZ704]" in run(*line, "--template", "Tone of {text} :", "--answer-column", "tone", code=1)
+    assert "[MBZ704]" in run(*line, "--template", "Tone : {text}", "--answer-column", "tone", code=1)
     assert "another seed" not in output or "0 before, 1 now" in output
     assert torch.equal(state(tiny_program, trained[0]), before)
 
@@ -137,7 +137,7 @@ def test_evaluate_is_what_a_plain_loop_computes(
     losses, choice_losses, margins, classes = [], [], [], []
     for line in data.read_text().splitlines()[1:]:
         text, tone = line.split(",")
-        ids = tokenizer(f"Message : {text}\nTone :", add_special_tokens=False, return_tensors="pt").input_ids
+        ids = tokenizer(f"Message :\n{text}", add_special_tokens=False, return_tensors="pt").input_ids
         with torch.no_grad():
             logits = model(ids).logits[0, -1].double()
         right = ["happy", "sad"].index(tone)
@@ -234,7 +234,7 @@ def test_an_interrupt_leaves_a_run_to_go_on_with(tiny_program: Path, data: Path,
     with subprocess.Popen(whole, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
         journal = tmp_path / "run" / "journal"
         deadline = time.monotonic() + 300
-        while not journal.exists() or journal.stat().st_size < 64 + 3 * 32:
+        while not journal.exists() or journal.stat().st_size < 64 + 3 * 40:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -244,9 +244,9 @@ def test_an_interrupt_leaves_a_run_to_go_on_with(tiny_program: Path, data: Path,
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     done = record["summary"]["steps"]
     assert record["summary"]["ended"] == "interrupted" and done >= 3
-    assert journal.stat().st_size == 64 + done * 32, "24 + 4q bytes a step"
+    assert journal.stat().st_size == 64 + done * 40, "24 + 4q bytes a step"
     run(*line, "--steps", done + 5, "--quiet")
-    run(*line[:4], tmp_path / "other", *line[5:], "--steps", done + 5, "--quiet")
+    run(*line[:5], tmp_path / "other", *line[6:], "--steps", done + 5, "--quiet")
     assert torch.equal(state(tiny_program, tmp_path / "run"), state(tiny_program, tmp_path / "other"))
 
 

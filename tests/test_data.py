@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, ZOConfig
-from mobizo_compiler.data import IGNORED, PromptConfig, Sample, TextData, found_choices, samples, split
+from mobizo_compiler.data import IGNORED, Encoded, Layout, PromptConfig, Sample, TextData, found_choices, samples, split
 from mobizo_compiler.errors import ConfigError, DataError, MissingPackageError
+from mobizo_compiler.evaluation import score
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.rows import read_rows
+from mobizo_compiler.training import TrainingConfig, train
 
 TOKENS = 8
 
@@ -37,17 +40,16 @@ class Classes(Words):
         return super().forward(input_ids, attention_mask)[:, 0, :3]
 
 
-def manifest_of(model: nn.Module, loss: Any, rows: int = 2) -> Manifest:
-    ids = torch.zeros(rows, TOKENS, dtype=torch.int64)
+def compiled(model: nn.Module, loss: Any) -> mobizo.Program:
+    ids = torch.zeros(2, TOKENS, dtype=torch.int64)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    torch.manual_seed(0)
     lora, zo = LoraConfig(r=2, target_modules=("head",)), ZOConfig(queries=1)
-    return mobizo.compile(model.eval(), inputs, lora, zo, loss, backend="eager").manifest
+    return mobizo.compile(model.eval(), inputs, lora, zo, loss, backend="eager")
 
 
 @pytest.fixture(scope="module")
 def causal() -> Manifest:
-    return manifest_of(Words(), mobizo.CausalLMLoss())
+    return compiled(Words(), mobizo.CausalLMLoss()).manifest
 
 
 def changed(manifest: Manifest, labels: Any = None, **fields: Any) -> Manifest:
@@ -210,18 +212,32 @@ def test_what_the_program_cannot_take(words: Any, causal: Manifest) -> None:
         TextData.encode([sample("good", "happy")], shifted, words, PROMPT)
 
 
-def test_classes(words: Any) -> None:
-    manifest = manifest_of(Classes(), mobizo.SequenceClassificationLoss())
+def test_classes(words: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Classes()
+    program = compiled(model, mobizo.SequenceClassificationLoss())
     texts = [sample("good", "1"), sample("bad", "2"), sample("day", "0")]
-    data = TextData.encode(texts, manifest, words, PROMPT)
+    data = TextData.encode(texts, program.manifest, words, PROMPT)
     inputs, labels = data.batches(seed=3)(0)
     answers = {text.cells["text"]: text.answer for text in texts}
     for ids, label in zip(inputs["input_ids"], labels, strict=True):
         assert answers[words.decode(ids[:1])] == str(int(label))
     names = PromptConfig(template="{text}", choices=("low", "mid", "high"))
-    assert TextData.encode([sample("good", "high")], manifest, words, names).encoded[0].choice == 2
+    assert TextData.encode([sample("good", "high")], program.manifest, words, names).encoded[0].choice == 2
     with pytest.raises(DataError, match="3 classes"):
-        TextData.encode([sample("good", "up"), sample("bad", "down")], manifest, words, PROMPT)
+        TextData.encode([sample("good", "up"), sample("bad", "down")], program.manifest, words, PROMPT)
+
+    session = mobizo.Session(program)
+    found = score(session, data)
+    rows = data.inputs([row.ids for row in data.encoded])
+    expected = float(F.cross_entropy(model(**rows), torch.tensor([1, 2, 0])))
+    assert found is not None and found.rows == 3 and found.loss == pytest.approx(expected, abs=1e-5)
+    assert found.choice_loss == pytest.approx(expected, abs=1e-5) and found.auc is None
+    config = TrainingConfig(epochs=20, learning_rate=0.3, validate_every=10)
+    outcome = train(session, data, data, config, tmp_path / "run")
+    assert outcome.steps == 30 and [v.step for v in outcome.validations] == [0, 10, 20, 30]
+    assert outcome.best is not None and outcome.best.score.loss < expected - 0.2, "the loss comes down"
+    assert score(session, data) == outcome.validations[-1].score
 
 
 def test_an_epoch_has_every_row_once_and_batches_depend_on_the_step_alone(causal: Manifest, words: Any) -> None:
@@ -246,3 +262,20 @@ def test_equal_prompts_are_on_one_side() -> None:
     assert split(texts, 0.2, seed=0) == (training, validation) != split(texts, 0.2, seed=1)
     with pytest.raises(DataError, match="cannot be split"):
         split(texts[:1], 0.5, seed=0)
+
+
+def test_balanced_batches_take_the_answers_in_turns() -> None:
+    encoded = tuple(Encoded((1, 2, 3 + choice), 1, choice, 0) for choice in (0, 0, 0, 0, 0, 1, 2, 1))
+    layout = Layout(
+        rows=2, tokens=4, shortest=4, vocabulary=9, inputs=("input_ids",), max_labels=1, classes=None, choices=None
+    )
+    data = TextData(encoded, layout, ("a", "b", "c"), (), 0, PromptConfig())
+    batch = data.batches(seed=1, balanced=True)
+    labels = [int(label) for step in range(30) for label in batch(step)[1].max(dim=1).values]
+    assert [labels.count(3 + choice) for choice in range(3)] == [20, 20, 20]
+    again = data.batches(seed=1, balanced=True)
+    assert torch.equal(again(17)[0]["input_ids"], batch(17)[0]["input_ids"])
+    plain = [int(v) for step in range(4) for v in data.batches(1)(step)[1].max(dim=1).values]
+    assert sorted(plain) == sorted(row.ids[-1] for row in encoded), "an epoch has every row once"
+    with pytest.raises(ConfigError, match="closed set"):
+        TextData(encoded, layout, None, (), 0, PromptConfig()).batches(0, balanced=True)

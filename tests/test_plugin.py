@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -234,16 +233,6 @@ def example_module(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.syspath_prepend(EXAMPLE)
     return importlib.import_module(name)
-
-
-def test_code_in_the_docs_is_code_of_the_example() -> None:
-    pages = [ROOT / "docs" / "writing_a_backend.md", ROOT / "docs" / "backends" / "openvino.md"]
-    quotes = [q for page in pages for q in re.findall(r"<!-- of (\S+) -->\n+```\w+\n(.*?)```", page.read_text(), re.S)]
-    assert len(quotes) >= 4
-    for file, quote in quotes:
-        lines = [line.strip() for line in quote.splitlines() if line.strip()]
-        inside = "\n".join(line.strip() for line in (EXAMPLE / file).read_text().splitlines() if line.strip())
-        assert "\n".join(lines) in inside, f"{file} has no:\n{quote}"
 
 
 # -- plugins that are broken ------------------------------------------------------------------------------------------

@@ -250,6 +250,21 @@ def test_bad_row_axes(row_axes: Any, message: str) -> None:
         compile_tokens(row_axes=row_axes)
 
 
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.first(x) - self.second(y)
+
+
+def test_one_example_for_two_inputs_leaves_them_two_inputs() -> None:
+    model, x, y = Difference().eval(), torch.randn(3, 6), torch.randn(3, 6)
+    session = Session(mobizo.compile(model, (x, x), loss=mobizo.MSELoss(), backend="eager"))
+    torch.testing.assert_close(session.evaluate((x, y)), model(x, y))
+
+
 def test_positional_inputs_are_counted() -> None:
     session = Session(compile_tokens())
     with pytest.raises(InputError, match="takes 1 inputs, 2 were given"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ class EagerRunner:
 
     def __init__(self, methods: dict[str, GraphProgram]) -> None:
         self._methods = methods
-        self._state = _initial_state(methods["train_step"])
+        self._state = _initial_state(methods.values())
         self._tensors = {name: self._placeholders(program) for name, program in methods.items()}
 
     def _placeholders(self, program: GraphProgram) -> list[Tensor | None]:
@@ -85,9 +85,12 @@ class EagerRunner:
         return [result.clone() for result in results]
 
 
-def _initial_state(program: GraphProgram) -> Tensor:
-    """What the state starts from; zeros where it is passed in and out."""
-    for name, tensor in program.tensors().values():
-        if name == STATE:
-            return tensor.clone()
-    return torch.zeros(tuple(program.inputs[STATE_INPUT].shape))
+def _initial_state(methods: Iterable[GraphProgram]) -> Tensor:
+    """What the state starts from; zeros where it is passed in and out, and nothing where no method has one."""
+    for program in methods:
+        for name, tensor in program.tensors().values():
+            if name == STATE:
+                return tensor.clone()
+        if STATE_INPUT in program.inputs:
+            return torch.zeros(tuple(program.inputs[STATE_INPUT].shape))
+    return torch.zeros(0)

@@ -35,6 +35,7 @@ from mobizo_compiler.losses import (
 )
 from mobizo_compiler.quantization import ROUND_ACTIVATIONS, QuantizationConfig
 from mobizo_compiler.rows import TEXT, read_rows
+from mobizo_compiler.rules import RULES, get_rule
 
 LOSSES: dict[str, type[JsonConfig]] = {
     "causal-lm": CausalLMLoss,
@@ -60,9 +61,21 @@ class LossChoice:
     choices: tuple[str, ...] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class RuleChoice:
+    """Which update rule.
+
+    Args:
+        rule: sgd, momentum, sign, adam or scalar-adam.
+    """
+
+    rule: str = "sgd"
+
+
 SECTIONS = (
     Section("lora", (LoraConfig,), "lora", "Adapters"),
     Section("zo", (ZOConfig,), "zo", "Gradient estimate"),
+    Section("rule", (RuleChoice, *RULES.values()), "rule", "Update rule", head="rule"),
     Section("loss", (LossChoice, *LOSSES.values()), "loss", "Loss", head="kind", text=("choices",)),
     Section("quantization", (QuantizationConfig,), "quantization", "Quantization of the frozen weights", head="recipe"),
 )
@@ -73,6 +86,7 @@ SECTIONS = (
 def compile_model(
     lora: dict[str, Any],
     zo: dict[str, Any],
+    rule: dict[str, Any],
     loss: dict[str, Any],
     quantization: dict[str, Any],
     model: Annotated[
@@ -92,7 +106,15 @@ def compile_model(
         int | None, typer.Option(min=2, help="Take any number of rows up to this.", show_default=False)
     ] = None,
     backend: Annotated[str, typer.Option(help="See mobizo backends.")] = "xnnpack",
-    state: Annotated[str, typer.Option(help="shared, or io for Android and iOS.")] = "shared",
+    state: Annotated[
+        str, typer.Option(help="shared, data (begins from a .ptd), or io for Android and iOS.")
+    ] = "shared",
+    split_prefix: Annotated[
+        bool,
+        typer.Option(
+            "--split-prefix", help="Make what no adapter reaches a method whose results are kept; see mobizo finetune."
+        ),
+    ] = False,
     examples: Annotated[
         Path | None,
         typer.Option(
@@ -161,6 +183,8 @@ def compile_model(
         _dynamic(inputs, max_rows, max_tokens),
         state=state,
         adapter=adapter,
+        rule=get_rule({"rule": "sgd", **rule}),
+        split_prefix=split_prefix,
         base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
         dump_dir=None if dry_run else dump_dir,
         cache_dir=None if dry_run else cache_dir,
@@ -317,7 +341,8 @@ def _show(program: Program, described: dict[str, Any], dry_run: bool) -> None:
         else f"{described['file']}, {megabytes(described['file_bytes'] or 0)}",
         "backend": manifest.backend,
         "loss": manifest.loss,
-        "estimator": f"{manifest.zo.queries} queries, {manifest.zo.lanes} lanes; eps {manifest.eps:g}",
+        "estimator": f"{manifest.zo.estimator}, {manifest.zo.queries} queries, {manifest.zo.lanes} lanes; "
+        f"eps {manifest.eps:g}; {manifest.rule['rule']}",
         "adapters": f"{program.parameters:,} parameters in {len(program.sites)} layers",
     }
     if dry_run:

@@ -53,7 +53,8 @@ class Section:
         """Type and help of every field, by name."""
         found: dict[str, tuple[Any, str]] = {}
         for cls in self.types:
-            hints, helps = get_type_hints(cls), argument_texts(cls)
+            hints = get_type_hints(cls)
+            helps = {name: text for base in reversed(cls.__mro__) for name, text in argument_texts(base).items()}
             for field in dataclasses.fields(cls):
                 hint = tuple[str, ...] if field.name in self.text else hints[field.name]
                 default = "" if field.default in (None, dataclasses.MISSING) else f" [default: {_shown(field.default)}]"
@@ -166,7 +167,6 @@ def with_sections(*sections: Section) -> Callable[[Callable[..., None]], Callabl
         ordered = sorted(parameters.values(), key=lambda p: p.default is not inspect.Parameter.empty)
         run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in ordered}
-        run.__dict__["sections"] = sections
         _SECTIONS[command.__name__] = sections
         return run
 

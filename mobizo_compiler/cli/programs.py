@@ -51,7 +51,8 @@ def show_program(
         "format": f"{found['format_version']}, state {found['state']}",
         "weights": found["quantization"] or "as they were",
         "loss": found["loss"],
-        "estimator": f"{zo['queries']} queries, {found['lanes']} lanes, {zo['noise']}; eps {found['eps']:g}",
+        "estimator": f"{zo['queries']} queries, {found['lanes']} lanes, {zo['estimator']}, {zo['noise']}; "
+        f"eps {found['eps']:g}; {found['rule']['rule']}",
         "adapters": f"{found['parameters']:,} parameters in {len(found['sites'])} layers: "
         + ", ".join(f"{count} x {name}" for name, count in found["layers"].items())
         + f"; r {found['lora']['r']}, alpha {found['lora']['lora_alpha']:g}",

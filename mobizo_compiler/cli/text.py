@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.table import Table
 
+from mobizo_compiler.api import load
 from mobizo_compiler.artifact import StepResult
 from mobizo_compiler.cli.app import INTERRUPTED, AsJson, Best, ProgramFile, Quiet, Remarks, RunFolder, app, print_json
 from mobizo_compiler.cli.compiling import unescaped
@@ -44,7 +45,7 @@ TokenizerName = Annotated[
     str | None,
     typer.Option("--tokenizer", help="Folder or name of the tokenizer; the model's if left out.", show_default=False),
 ]
-PLOT = "plot.png"
+PLOT, PREFIX = "plot.png", "prefix"
 
 
 @app.command("finetune")
@@ -66,13 +67,15 @@ def finetune_program(
 ) -> None:
     """Fine-tune a program on rows with a prompt and an answer.
 
-    Only answers are labelled. Ctrl-C ends the step in flight and leaves a run that the same command goes on with; its
-    exit code is 130.
+    Only answers are labelled. What no adapter reaches is computed once for every row, and kept in the folder, if the
+    program was compiled with --split-prefix. Ctrl-C ends the step in flight and leaves a run that the same command goes
+    on with; its exit code is 130.
     """
     remark = Remarks(quiet)
     options = TrainingConfig.from_json(training)
-    session = Session(file)
-    manifest = session.program.manifest
+    program = load(file)
+    session = Session(program, prefix_cache=run / PREFIX if program.manifest.prefix else None)
+    manifest = program.manifest
     source = _tokenizer_name(tokenizer, manifest)
     spelling = load_tokenizer(source)
     prompt = _prompt(prompts)
@@ -151,6 +154,7 @@ def evaluate_program(
     for name, value in {"after steps": str(steps), "rows": str(found.rows), **_numbers(found)}.items():
         table.add_row(name, value)
     Console().print(table)
+    _say_bias(remark, found, rows.choices)
 
 
 @app.command("generate")
@@ -297,6 +301,17 @@ class _Bar:
 def _numbers(found: Score) -> dict[str, str]:
     named = {"loss": found.loss, "choice loss": found.choice_loss, "accuracy": found.accuracy, "AUC": found.auc}
     return {name: f"{value:.3f}" for name, value in named.items() if value is not None}
+
+
+def _say_bias(remark: Remarks, found: Score, choices: tuple[str, ...] | None) -> None:
+    """Warn where accuracy says more about a liking for an answer than about the rows."""
+    if found.biased and found.chosen and choices:
+        favourite = max(range(len(choices)), key=found.chosen.__getitem__)
+        remark(
+            f"{choices[favourite]!r} is chosen for {found.chosen[favourite]:.0%} of the rows; without this liking the "
+            f"accuracy would be {found.calibrated:.3f}, so the first gains of training will be no more than that",
+            "yellow",
+        )
 
 
 def _plot(record: dict[str, Any], path: Path, remark: Remarks) -> bool:

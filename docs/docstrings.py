@@ -1,0 +1,168 @@
+"""The page about the public names, from their docstrings."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from mobizo_compiler.config import JsonConfig
+
+# What people write programs with, then what they write extensions with. None: what the module's `__all__` says.
+PUBLIC: dict[str, tuple[str, ...] | None] = {
+    "mobizo_compiler": None,
+    "mobizo_compiler.recipes": ("MobizoRecipeType",),
+    "mobizo_compiler.reference": ("ReferenceStep",),
+    "mobizo_compiler.backends": (
+        "Artifact",
+        "Backend",
+        "Runner",
+        "assert_backend_contract",
+        "backend_names",
+        "get_backend",
+    ),
+    "mobizo_compiler.pipeline": ("Pass", "Pipeline"),
+    "mobizo_compiler.axes": ("Call", "Layout", "RowsMix", "axis_rule"),
+    "mobizo_compiler.testing": None,
+}
+_FIRST = ("compile", "load", "Program", "Session", "StepResult")  # the others follow by name
+_SECTION = re.compile(r"^(Args|Returns|Raises|Yields):$", re.MULTILINE)
+
+
+def reference_page() -> list[str]:
+    """Lines of the page: every public name with its signature and docstring."""
+    lines = []
+    for module_name, chosen in PUBLIC.items():
+        module = importlib.import_module(module_name)
+        lines += [f"## {module_name}\n", _first_paragraph(module)]
+        for name in sorted(chosen or module.__all__, key=lambda name: (name not in _FIRST, name.lower())):
+            value = getattr(module, name)
+            if value.__name__ != name:
+                lines.append(f"### `{name}`\n\nAnother name of [`{value.__name__}`](#{value.__name__.lower()}).\n")
+            else:
+                lines += _described(name, value)
+    return lines
+
+
+def _first_paragraph(module: ModuleType) -> str:
+    return _prose((inspect.getdoc(module) or "").split("\n\n")[0]) + "\n"
+
+
+def _described(name: str, value: Any) -> list[str]:
+    lines = [f"### `{name}`\n"]
+    if not inspect.isclass(value):
+        return [*lines, _signature(name, value), _docstring(value)]
+    bases = [base.__name__ for base in value.__bases__ if base.__module__ not in ("builtins", "typing", "abc")]
+    bases = [base for base in bases if not base.startswith("_")]
+    if not issubclass(value, BaseException) and value.__init__ is not object.__init__ and not _is_protocol(value):
+        lines.append(_signature(name, value))
+    lines.append(_docstring(value))
+    if bases:
+        lines.append(f"Bases: {', '.join(f'`{base}`' for base in bases)}.\n")
+    for member, item in _members(value):
+        kind = "property" if isinstance(item, property) else "method"
+        target = item.fget if isinstance(item, property) else getattr(item, "__func__", item)
+        lines.append(f"#### `{name}.{member}`\n")
+        lines.append(f"A {kind}.\n" if kind == "property" else _signature(member, target))
+        lines.append(_docstring(target))
+    return lines
+
+
+def _is_protocol(cls: type) -> bool:
+    return bool(getattr(cls, "_is_protocol", False))
+
+
+def _members(cls: type) -> list[tuple[str, Any]]:
+    """Public methods and properties of this package, those of base classes included, in the order of the source."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if base.__module__.startswith("mobizo_compiler") and base is not JsonConfig:
+            for name, item in vars(base).items():
+                public = not name.startswith("_") or (name == "__call__" and _is_protocol(cls))
+                if public and (isinstance(item, (property, classmethod, staticmethod)) or inspect.isfunction(item)):
+                    found[name] = item
+    return list(found.items())
+
+
+def _signature(name: str, item: Any) -> str:
+    """The signature as its source has it, over several lines where it is long."""
+    if inspect.isclass(item):
+        written, returned = _fields(item) if dataclasses.is_dataclass(item) else _arguments(item.__init__)[0], ""
+    else:
+        written, returned = _arguments(item)
+    arrow = f" -> {returned}" if returned else ""
+    text = f"{name}({', '.join(written)}){arrow}"
+    if len(text) > 110:
+        text = "\n".join([f"{name}(", *(f"    {argument}," for argument in written), f"){arrow}"])
+    return f"```text\n{text}\n```\n"
+
+
+def _arguments(function: Callable[..., Any]) -> tuple[list[str], str]:
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    assert isinstance(node, ast.FunctionDef)
+    arguments = node.args
+    if arguments.args and arguments.args[0].arg in ("self", "cls", "session"):  # what a method is bound to
+        del arguments.args[0]
+    positional = [ast.unparse(argument) for argument in arguments.args]
+    for position, default in enumerate(reversed(arguments.defaults), start=1):
+        positional[-position] += f" = {ast.unparse(default)}"
+    keywords = [
+        ast.unparse(argument) + (f" = {ast.unparse(default)}" if default else "")
+        for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    ]
+    star = [f"*{ast.unparse(arguments.vararg)}"] if arguments.vararg else ["*"] if keywords else []
+    more = [f"**{ast.unparse(arguments.kwarg)}"] if arguments.kwarg else []
+    return [*positional, *star, *keywords, *more], ast.unparse(node.returns) if node.returns else ""
+
+
+def _fields(cls: type) -> list[str]:
+    fields = [field for field in dataclasses.fields(cls) if field.init] if dataclasses.is_dataclass(cls) else []
+    written = []
+    for field in fields:
+        default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+        default = default if field.default_factory is dataclasses.MISSING else " = ..."
+        written.append(f"{field.name}: {field.type}{default}")
+    return written
+
+
+def _docstring(item: Any) -> str:
+    """A docstring as Markdown: the prose, its sections as lists, its doctest as text."""
+    text = inspect.getdoc(item) or ""
+    if dataclasses.is_dataclass(item) and text.startswith(f"{getattr(item, '__name__', '')}("):
+        text = ""
+    text, _, example = text.partition(">>> ")
+    parts = _SECTION.split(text)
+    lines = [_prose(parts[0]), ""]
+    for title, body in zip(parts[1::2], parts[2::2], strict=True):
+        items, rest = _section(body)
+        lines += [f"**{title}**\n", "\n".join(items), "", rest] if items else [f"**{title}** {rest}", ""]
+    if example:
+        lines.append(f"```pycon\n>>> {example.rstrip()}\n```")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).strip()) + "\n"
+
+
+def _section(body: str) -> tuple[list[str], str]:
+    """Items of a section, and the prose that follows it."""
+    items: list[str] = []
+    rest: list[str] = []
+    for line in body.strip("\n").splitlines():
+        if (line and not line.startswith(" ")) or rest:
+            rest.append(line)
+        elif match := re.match(r"    (\*{0,2}\w+): (.*)", line):
+            items.append(f"- `{match[1]}`: {_prose(match[2])}")
+        elif line.strip() and items:
+            items[-1] += " " + _prose(line.strip())
+        elif line.strip():
+            rest.append(line.strip())
+    return items, _prose("\n".join(rest))
+
+
+def _prose(text: str) -> str:
+    """Docstring text that Markdown shows as it is written."""
+    return re.sub(r"(?<=\n)    (?=\S)", "", text.strip())
