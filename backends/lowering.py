@@ -351,10 +351,9 @@ class ExecuTorchRunner:
         if self._artifact.manifest.state != "data":
             yield None
             return
-        (size,) = _load(self._artifact.path).metadata("train_step").attribute_tensor_meta(0).sizes()
         with tempfile.TemporaryDirectory(prefix="mobizo-") as folder:
             path = Path(folder) / "state.ptd"
-            path.write_bytes(data_file.packed(torch.zeros(size)))
+            path.write_bytes(data_file.packed(torch.zeros(self._artifact.manifest.state_size)))
             yield path
 
     def _load_method(self, name: str) -> Any:

@@ -81,10 +81,11 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
         "init_lora_weights": True,
         "task_type": None,
     }
-    described = {"made_by": MADE_BY, "sha256": _checksum(config, tensors)}
+    described = {"format": "pt", "made_by": MADE_BY}
+    described["sha256"] = _checksum(config, described, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / WEIGHTS) as file:
-        file.write(save(tensors, metadata={"format": "pt", **described}))
+        file.write(save(tensors, metadata=described))
     with whole_file(folder / CONFIG) as file:
         file.write(json.dumps(config, indent=2, sort_keys=True).encode())
 
@@ -110,7 +111,7 @@ def read_peft(folder: Path) -> PeftAdapter:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise AdapterError(f"the adapter cannot be read: {error!r}", where=str(folder)) from None
     ours = "sha256" in described or "made_by" in described  # what peft saves has neither
-    if ours and described.get("sha256") != _checksum(config, stored):
+    if ours and described.get("sha256") != _checksum(config, described, stored):
         raise AdapterError(
             "the adapter is damaged: its checksum is not that of its two files",
             where=str(folder),
@@ -204,10 +205,12 @@ def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
             weight += delta
 
 
-def _checksum(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _checksum(config: Mapping[str, Any], described: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Of both files; the name of the base model may be changed."""
+    left_out = ("base_model_name_or_path", "sha256")
+    said = [*((CONFIG, *item) for item in config.items()), *((WEIGHTS, *item) for item in described.items())]
     options = {
-        name: json.dumps(value, sort_keys=True) for name, value in config.items() if name != "base_model_name_or_path"
+        f"{file} {name}": json.dumps(value, sort_keys=True) for file, name, value in said if name not in left_out
     }
     return checksum.of_tensors(options, tensors)
 

@@ -206,6 +206,19 @@ def test_an_adapter_may_be_renamed_and_saved_again_but_not_changed(
     session.import_adapter(tmp_path)
 
 
+def test_every_bit_of_what_an_adapter_says_counts(trained: tuple[Session, Path], tmp_path: Path) -> None:
+    session, folder = trained
+    (tmp_path / CONFIG).write_bytes((folder / CONFIG).read_bytes())
+    whole = (folder / WEIGHTS).read_bytes()
+    start = whole.index(b'"__metadata__"')
+    for bit in range(8 * start, 8 * (whole.index(b"}", start) + 1)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / WEIGHTS).write_bytes(data)
+        with pytest.raises(AdapterError):
+            session.import_adapter(tmp_path)
+
+
 def test_merging_into_another_model_changes_nothing(trained: tuple[Session, Path]) -> None:
     session, _ = trained
     model = llama()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from examples.cpp_host.write_tokens import write_tokens
-from mobizo_compiler import CausalLMLoss, JournalWarning, LoraConfig, Session, ZOConfig
+from mobizo_compiler import CausalLMLoss, JournalWarning, LoraConfig, Session, ZOConfig, checksum, data_file
 from mobizo_compiler.errors import JournalLockedError
 from mobizo_compiler.finetune import SNAPSHOT, START, step_seed
 from mobizo_compiler.journal import Journal, Record, read_journal
@@ -378,7 +378,7 @@ def test_a_run_starts_from_a_state(case: Case, tmp_path: Path) -> None:
 
     def write(data: bytes) -> Path:
         payload = DataPayload([data], {"mobizo_lora_b": DataEntry(0, 16, layout)})
-        (tmp_path / "given.ptd").write_bytes(bytes(FlatTensorSerializer().serialize(payload)))
+        (tmp_path / "given.ptd").write_bytes(checksum.sealed(bytes(FlatTensorSerializer().serialize(payload))))
         return tmp_path / "given.ptd"
 
     given = str(write(state.numpy().tobytes()))
@@ -399,7 +399,9 @@ def test_a_run_starts_from_a_state(case: Case, tmp_path: Path) -> None:
     assert "not finite" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(write(state.numpy().tobytes())))
     layout.sizes[0] = 4
     assert "no tensor mobizo_lora_b of" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(write(bytes(16))))
-    assert "no .ptd file" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(case.tokens))
+    (tmp_path / "given.ptd").write_bytes(checksum.sealed(b"FT01" * 100))
+    assert "no .ptd file" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", given)
+    assert "no checksum at its end" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(case.tokens))
     assert "cannot be read" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(tmp_path / "none.ptd"))
     assert "cannot be written" in case.refused(
         BAD_DATA, tmp_path / "run", 2, "--save", str(tmp_path / "no" / "a" / "b")
@@ -502,10 +504,11 @@ def test_labels_that_cannot_be(case: Case, tmp_path: Path) -> None:
 
 
 def edited(case: Case, folder: Path, old: str, new: str) -> Path:
-    """The program file with some bytes of it changed."""
+    """The program file with some bytes of it changed on purpose: with the right checksum."""
     data = case.path.read_bytes()
     assert old.encode() in data and len(old) == len(new)
     (folder / "edited.pte").write_bytes(data.replace(old.encode(), new.encode()))
+    checksum.seal(folder / "edited.pte")
     return folder / "edited.pte"
 
 
@@ -529,14 +532,55 @@ def test_files_that_are_no_programs(case: Case, tmp_path: Path) -> None:
 
     (tmp_path / "empty.pte").write_bytes(b"")
     (tmp_path / "cut.pte").write_bytes(case.path.read_bytes()[:5000])
-    for name in ("none.pte", "empty.pte", "cut.pte"):
-        assert "it cannot be loaded" in case.refused(BAD_PROGRAM, tmp_path / "run", program=tmp_path / name)
+    (tmp_path / "text.pte").write_bytes(checksum.sealed(b"this is no program"))
+    said = {
+        "none.pte": "it cannot be read: No such file",
+        "empty.pte": "it has no checksum at its end",
+        "cut.pte": "it has no checksum at its end",
+        "text.pte": "it cannot be loaded",
+    }
+    for name, problem in said.items():
+        assert problem in case.refused(BAD_PROGRAM, tmp_path / "run", program=tmp_path / name)
     layer = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
-    (tmp_path / "other.pte").write_bytes(to_edge(layer).to_executorch().buffer)
-    said = case.refused(BAD_PROGRAM, tmp_path / "run", program=tmp_path / "other.pte")
-    assert "no program of mobizo-compiler" in said
+    (tmp_path / "other.pte").write_bytes(checksum.sealed(to_edge(layer).to_executorch().buffer))
+    assert "no program of mobizo-compiler" in case.refused(
+        BAD_PROGRAM, tmp_path / "run", program=tmp_path / "other.pte"
+    )
     (tmp_path / "file").write_text("")
     case.refused(BAD_RUN, tmp_path / "file")
+
+
+def test_damaged_programs_and_data_files(case: Case, tmp_path: Path) -> None:
+    session = Session(case.program)
+    session.load_state(torch.randn(session.state().shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    data = session.export_ptd(tmp_path / "state.ptd")
+    damaged, rng = tmp_path / "damaged", random.Random(0)
+    for turn in range(60):
+        original = data if turn % 2 else case.path
+        content = bytearray(original.read_bytes())
+        if turn % 3:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        else:
+            del content[rng.randrange(len(content)) :]
+        damaged.write_bytes(content)
+        said = (
+            case.refused(BAD_DATA, tmp_path / "run" / str(turn), 1, "--load", str(damaged))
+            if turn % 2
+            else case.refused(BAD_PROGRAM, tmp_path / "run" / str(turn), program=damaged)
+        )
+        assert "checksum" in said
+
+
+def test_data_files_go_back_and_forth(case: Case, tmp_path: Path) -> None:
+    session = Session(case.program)
+    session.load_state(torch.randn(session.state().shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    given = session.export_ptd(tmp_path / "given.ptd")
+    case.train(tmp_path / "run", 0, "--load", str(given), "--save", str(tmp_path / "back.ptd"))
+    other = Session(case.program)
+    other.import_ptd(tmp_path / "back.ptd")
+    assert torch.equal(other.state(), session.state())
+    given.write_bytes(data_file.packed(session.state(), bytes(32)))
+    assert "state of another program" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(given))
 
 
 def test_the_calls_of_a_phone(passed: Case) -> None:
@@ -546,7 +590,7 @@ def test_the_calls_of_a_phone(passed: Case) -> None:
     module = Runtime.get().load_program(passed.path)
     execute = {name: module.load_method(name).execute for name in module.method_names}
     manifest = json.loads(execute["mobizo_manifest"]([])[0])
-    assert manifest["format_version"] == 4 and manifest["state"] == "io"
+    assert manifest["format_version"] == FORMAT_VERSION and manifest["state"] == "io"
     state = torch.zeros(sum(site["r"] * site["out_features"] for site in manifest["sites"]))
 
     (rows, labels) = passed.data[0]

@@ -164,7 +164,7 @@ void train(const Options& options) {
   }
   if (journal.records().empty() && !std::filesystem::exists(options.run / host::kStart)) {
     if (!options.load.empty()) {
-      program.load_state(host::load_ptd(options.load, manifest.state_size));
+      program.load_state(host::load_ptd(options.load, program));
     }
     host::write_state(options.run / host::kStart, program, 0);
   } else {

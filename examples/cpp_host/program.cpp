@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "checksum.h"
 #include "errors.h"
 
 namespace host {
@@ -42,6 +43,11 @@ std::vector<float> floats(const EValue& value) {
 // The file is mapped, not read; and the methods share their planned memory, and with it the state.
 Program::Program(const std::filesystem::path& path)
     : path_(path), module_(path.string(), Module::LoadMode::Mmap, nullptr, nullptr, nullptr, true) {
+  try {
+    check_file(path);  // before anything in it is mapped: the runtime trusts what is in a file
+  } catch (const std::runtime_error& error) {
+    fail(error.what());
+  }
   // Without this, XNNPACK packs the weights once for each method.
   executorch::runtime::BackendOptions<1> options;
   executorch::runtime::LoadBackendOptionsMap by_backend;

@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
 
+#include "checksum.h"
 #include "errors.h"
 #include "files.h"
 
@@ -20,6 +22,7 @@ using executorch::extension::FlatTensorDataMap;
 using executorch::extension::FlatTensorHeader;
 
 constexpr char kKey[] = "mobizo_lora_b";
+constexpr char kFingerprint[] = "mobizo_fingerprint";
 constexpr size_t kTables = 48;  // where the flatbuffer goes on after ExecuTorch's header
 constexpr size_t kData = 256;   // where it ends, and the data begins
 
@@ -78,16 +81,22 @@ void save_ptd(const std::filesystem::path& path, const State& state) {
   std::string data = flat_tensor_front(state.size());
   data.append(reinterpret_cast<const char*>(state.data()), state.size() * sizeof(float));
   try {
-    write_whole_file(path, data);
+    write_whole_file(path, sealed(std::move(data)));
   } catch (const std::runtime_error& error) {
     throw Failure(Exit::bad_data, error.what());
   }
 }
 
-State load_ptd(const std::filesystem::path& path, size_t parameters) {
+State load_ptd(const std::filesystem::path& path, const Program& program) {
+  const size_t size = program.manifest().state_size;
   const auto fail = [&path](const std::string& problem) {
     return Failure(Exit::bad_data, path.string() + ": " + problem);
   };
+  try {
+    check_file(path);
+  } catch (const std::runtime_error& error) {
+    throw fail(error.what());
+  }
   auto loader = FileDataLoader::from(path.c_str(), alignof(std::max_align_t));
   if (!loader.ok()) {
     throw fail("it cannot be read");
@@ -98,10 +107,16 @@ State load_ptd(const std::filesystem::path& path, size_t parameters) {
   }
   const auto layout = tensors->get_tensor_layout(kKey);
   if (!layout.ok() || layout->scalar_type() != executorch::aten::ScalarType::Float ||
-      layout->nbytes() != parameters * sizeof(float)) {
-    throw fail("it has no tensor " + std::string(kKey) + " of " + std::to_string(parameters) + " float32");
+      layout->nbytes() != size * sizeof(float)) {
+    throw fail("it has no tensor " + std::string(kKey) + " of " + std::to_string(size) + " float32");
   }
-  State state(parameters);
+  if (auto fingerprint = tensors->get_data(kFingerprint); fingerprint.ok()) {
+    const Sha256::Digest& wanted = program.fingerprint();
+    if (fingerprint->size() != wanted.size() || std::memcmp(fingerprint->data(), wanted.data(), wanted.size()) != 0) {
+      throw fail("it has the state of another program");
+    }
+  }
+  State state(size);
   if (tensors->load_data_into(kKey, state.data(), layout->nbytes()) != executorch::runtime::Error::Ok) {
     throw fail("it cannot be read");
   }

@@ -1,4 +1,5 @@
-// The state in a `.ptd` file (FlatTensor), ExecuTorch's format for tensors: one tensor `mobizo_lora_b`, float32 [P].
+// The state in a `.ptd` file (FlatTensor), ExecuTorch's format for tensors: `mobizo_lora_b`, float32 [S], and a checksum at
+// the end. Python's `Session.export_ptd` also writes `mobizo_fingerprint`, of the program; it is compared where it is there.
 #pragma once
 
 #include <filesystem>
@@ -10,7 +11,8 @@ namespace host {
 // The file appears whole or not at all. Throws `Failure`.
 void save_ptd(const std::filesystem::path& path, const State& state);
 
-// Throws `Failure` where there is no such tensor of `parameters` finite numbers.
-State load_ptd(const std::filesystem::path& path, size_t parameters);
+// Throws `Failure` where there is no such tensor of as many finite numbers as the program's state has, or where the file
+// is damaged or of another program.
+State load_ptd(const std::filesystem::path& path, const Program& program);
 
 }  // namespace host
