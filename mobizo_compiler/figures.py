@@ -116,13 +116,13 @@ def _drawn_blocks(outline: Sequence[Block]) -> list[Block]:
 class _Drawing:
     """Two columns of boxes, from the top down; the unit of both axes is the height of a row."""
 
-    LEFT, RIGHT, WIDTH, HEIGHT = 0.2, 6.9, 5.0, 0.66
-    STATE = 13.2
+    LEFT, RIGHT, WIDTH, HEIGHT = 0.2, 7.1, 5.3, 0.66
+    STATE = 13.6
 
     def __init__(self, plt: Any, rows: int) -> None:
         self._patches = optional("matplotlib.patches", "a drawing")
         self.figure, self._axes = plt.subplots(figsize=(12.4, 0.72 * (rows + 1.6)), layout="constrained")
-        self._axes.set(xlim=(0, 16.4), ylim=(rows + 0.7, -1.3))
+        self._axes.set(xlim=(0, 16.8), ylim=(rows + 0.7, -1.3))
         self._axes.axis("off")
 
     def inference(self, manifest: Manifest, blocks: Sequence[Block]) -> None:
@@ -228,7 +228,7 @@ def _named(block: Block) -> str:
 
 
 def _described(block: Block) -> str:
-    parts = [block.kind, f"{block.calls} operators"]
+    parts = [block.kind, f"{block.calls} operator{'s' * (block.calls != 1)}"]
     parts += [f"{short(block.parameter_bytes)}B"] * bool(block.parameter_bytes)
     parts += [f"{short(block.multiply_adds)} multiply-adds"] * bool(block.multiply_adds)
     return ", ".join(part for part in parts if part)
