@@ -1,4 +1,4 @@
-"""`mobizo finetune`, `evaluate` and `generate`: rows of text in, an adapter, numbers or text out."""
+"""`mobizo finetune`, `tune`, `evaluate` and `generate`: rows of text in, an adapter, numbers or text out."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.rows import read_rows
 from mobizo_compiler.session import Session
 from mobizo_compiler.training import Outcome, TrainingConfig, Validation, read_record, restore_best, train
+from mobizo_compiler.tuning import Trial, tune
 
 PROMPTS = Section("prompts", (PromptConfig,), "", "Prompts and answers")
 DataFile = Annotated[
@@ -116,6 +117,38 @@ def finetune_program(
             f"interrupted after step {outcome.summary.steps} of {outcome.steps}; the same command goes on from there"
         )
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command("tune")
+@with_sections(PROMPTS)
+def tune_program(
+    prompts: dict[str, Any],
+    file: ProgramFile,
+    data: DataFile,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the run that it is for.")] = 200,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Most that the search may take of them.")] = 0.1,
+    eps: Annotated[float | None, typer.Option(help="Not searched for if given.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the run.")] = 0,
+    tokenizer: TokenizerName = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search for the size of the perturbation and the learning rate of a run, in a small part of its steps."""
+    remark = Remarks(quiet)
+    session = Session(file)
+    spelling = load_tokenizer(_tokenizer_name(tokenizer, session.program.manifest))
+    prompt = _prompt(prompts)
+    rows = TextData.encode(samples(read_rows(data), prompt), session.program.manifest, spelling, prompt)
+
+    def say(what: str, trial: Trial) -> None:
+        remark(f"{what} {trial.value:.3g}: {'agreement' if what == 'eps' else 'loss'} {trial.score:.3f}")
+
+    found = tune(session, rows.batches(seed), steps=steps, share=share, eps=eps, seed=seed, on_trial=say)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        typer.echo(f"--eps {found.eps:g} --learning-rate {found.learning_rate:.3g}")
 
 
 @app.command("evaluate")
