@@ -174,3 +174,12 @@ def test_examples_are_what_quantization_measures(tiny_model: Path, tmp_path: Pat
     assert seen[0]["attention_mask"].sum() == 4
     assert "random tokens" in run("compile", tiny_model, "--dry-run", "--quantization", "8da8w", code=1)
     assert seen[1]["input_ids"].shape == (2, 64)
+
+
+def test_the_file_of_options_in_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "command_line.md").read_text()
+    (tmp_path / "a.toml").write_text(page.split("```toml\n")[1].split("```")[0])
+    found = read_config(tmp_path / "a.toml", "compile", {"model", "output", "tokens"}, SECTIONS)
+    assert found["lora_r"] == "8" and found["loss"] == "causal-lm" and found["loss_max_labels"] == "4"
+    trained = read_config(tmp_path / "a.toml", "finetune", {"template", "answer_column", "steps"}, ())
+    assert trained["template"] == "Message: {message}\nIntent:" and trained["steps"] == "150"

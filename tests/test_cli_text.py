@@ -226,6 +226,14 @@ def test_generation_ends_at_the_end_of_text(tiny_program: Path, words: Any) -> N
     assert generate(session, Other(), "good day", 5).stopped == "end"
 
 
+def test_tune_prints_options_for_finetune(tiny_program: Path, data: Path) -> None:
+    found = run("tune", tiny_program, "--data", data, *PROMPT, "--steps", 400)
+    assert found.startswith("--eps ") and " --learning-rate " in found
+    described = json.loads(run("tune", tiny_program, "--data", data, *PROMPT, "--steps", 400, "--eps", 0.02, "--json"))
+    assert described["eps"] == 0.02 and described["steps"] <= 40 and len(described["rate_trials"]) == 5
+    assert "a search pays from" in run("tune", tiny_program, "--data", data, *PROMPT, "--steps", 10, code=1)
+
+
 def test_an_interrupt_leaves_a_run_to_go_on_with(tiny_program: Path, data: Path, tmp_path: Path) -> None:
     """Ctrl-C in a process of its own: exit code 130, a whole journal, and the state of an uninterrupted run."""
     line = ["finetune", tiny_program, "--data", data, "--run", tmp_path / "run", *PROMPT, *FAST, "--no-plot"]
