@@ -633,7 +633,9 @@ def test_the_sources_for_phones_name_what_there_is(passed: Case) -> None:
 
 def test_the_documented_commands(host: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The code of docs/hosts.md from top to bottom; the host is built already."""
-    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "hosts.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"^```(bash|python)\n(.*?)^```", (ROOT / "docs" / "hosts.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "python"] and "cmake" in blocks[0][1]
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
