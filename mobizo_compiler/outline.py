@@ -16,6 +16,7 @@ from mobizo_compiler.costs import multiply_adds, size_hint, tensor_bytes
 from mobizo_compiler.duplication import perturbed_by
 from mobizo_compiler.program import STATE, STATE_INPUT, GraphProgram, Site
 
+_Key = tuple[str, str]  # name and kind of a block
 Lanes = Literal["none", "some", "all"]
 ROOT = "(the model itself)"
 _DEPTH = 2  # how many names of a path make a block, where no layer is repeated
@@ -72,13 +73,14 @@ def outline(captured: GraphProgram, methods: Mapping[str, GraphProgram], rows: i
     sites = methods["train_step"].sites
     lanes = _lanes(methods["evaluate"], methods["train_step"])
     scale = rows / _captured_rows(captured, rows)
-    blocks: dict[tuple[str, str], list[fx.Node]] = {}
-    indices: dict[tuple[str, str], set[str]] = {}
+    blocks: dict[_Key, list[fx.Node]] = {}
+    indices: dict[_Key, set[str]] = {}
     for node in captured.graph.nodes:
         if node.op == "call_function":
             key, index = _block(node)
             blocks.setdefault(key, []).append(node)
             indices.setdefault(key, set()).add(index)
+    owned = _owners(sites, indices)
     seen: set[fx.Node] = set()
     found = []
     for key, nodes in blocks.items():
@@ -93,7 +95,7 @@ def outline(captured: GraphProgram, methods: Mapping[str, GraphProgram], rows: i
                 len(nodes),
                 round(sum(map(multiply_adds, nodes)) * scale),
                 sum(tensor_bytes(node) for node in weights if node.name not in captured.inputs),
-                dict(Counter(_adapters(sites, key[0], members))),
+                dict(Counter(owned[key])),
                 _of_all(lanes.get(key, set())),
             )
         )
@@ -134,14 +136,20 @@ def _captured_rows(captured: GraphProgram, rows: int) -> int:
     return next((size_hint(inputs[name].shape[axis]) for name, axis in captured.rows.items()), rows)
 
 
-def _adapters(sites: Sequence[Site], name: str, members: set[str]) -> Iterable[str]:
+def _owners(sites: Sequence[Site], blocks: Mapping[_Key, set[str]]) -> dict[_Key, list[str]]:
+    """The last names of the adapted layers of each block; a weight that is no module's belongs to what uses it."""
+    found: dict[_Key, list[str]] = {key: [] for key in blocks}
     for site in sites:
-        block, index = _name(site.fqn)
-        if block == name and index in members:
-            yield site.fqn.rpartition(".")[2]
+        name, index = _name(site.fqn)
+        inside = [key for key, members in blocks.items() if key[0] == name and index in members]
+        around = [key for key in blocks if key[0] == ROOT or site.fqn.startswith(key[0] + ".")]
+        nearest = sorted(around, key=lambda key: (key[0] == ROOT, -len(key[0])))
+        for key in (inside or nearest)[:1]:
+            found[key].append(site.fqn.rpartition(".")[2])
+    return found
 
 
-def _lanes(evaluate: GraphProgram, step: GraphProgram) -> dict[tuple[str, str], set[bool]]:
+def _lanes(evaluate: GraphProgram, step: GraphProgram) -> dict[_Key, set[bool]]:
     """Of every block, whether values of it are there once (False) or in every lane (True).
 
     A value that depends on the state differs from lane to lane. Any other was repeated if it is larger than the same
@@ -153,7 +161,7 @@ def _lanes(evaluate: GraphProgram, step: GraphProgram) -> dict[tuple[str, str], 
         if node.op == "placeholder" and (target == STATE or node.name == STATE_INPUT):
             differ |= perturbed_by(node)
     sizes = {key: tensor_bytes(node) for key, node in _numbered(evaluate)}
-    found: dict[tuple[str, str], set[bool]] = {}
+    found: dict[_Key, set[bool]] = {}
     for key, node in _numbered(step):
         if node in differ or key in sizes:
             found.setdefault(_block(node)[0], set()).add(node in differ or tensor_bytes(node) > sizes[key])
