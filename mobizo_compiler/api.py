@@ -136,7 +136,7 @@ def compile(
     ...     model, (torch.zeros(2, 5, dtype=torch.long),), LoraConfig(r=2, target_modules=("1",)), backend="eager"
     ... )
     >>> program.sites
-    (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=()),)
+    (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=(), a_offset=None),)
     """
     say = progress or (lambda line: None)
     given: Mapping[str, Tensor] = {}

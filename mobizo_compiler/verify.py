@@ -98,7 +98,7 @@ def check_program(program: Program, loss: Loss, example_inputs: Sequence[Tensor]
     # The update is that of the graphs from the gradient that was found: rules may make much of a small difference.
     _, wanted = run(graphs, "replay", [scalars[0], found_gradient.clone(), scalars[1]], start)
     moved = UPDATE_TOLERANCE * float((wanted - start).norm())
-    compare("train_step", "update", (found_state - wanted).norm(), torch.zeros(()), moved)
+    compare("train_step", "change of the state", (found_state - wanted).norm(), torch.zeros(()), moved)
     if torch.equal(found_state, start) and not torch.equal(updated, start):
         raise LoweringError("train_step does not change the state", where=f"backend {program.manifest.backend!r}")
     _, replayed = run(lowered, "replay", [scalars[0], found_gradient.clone(), scalars[1]], start)
@@ -107,7 +107,7 @@ def check_program(program: Program, loss: Loss, example_inputs: Sequence[Tensor]
         again = [scalars[0] + 1, found_gradient.clone(), scalars[1]]
         (_, wanted), (_, found) = run(graphs, "replay", again, found_state), run(lowered, "replay", again, found_state)
         moved = UPDATE_TOLERANCE * float((wanted - found_state).norm())
-        compare("replay", "second update", (found - wanted).norm(), torch.zeros(()), moved)
+        compare("replay", "second change of the state", (found - wanted).norm(), torch.zeros(()), moved)
     found_outputs, kept = run(lowered, "evaluate", inputs, first)
     for position, (a, b) in enumerate(zip(found_outputs, outputs, strict=True)):
         allowed = OUTPUT_TOLERANCE * max(1.0, float(b.abs().max())) + rounding[1 + position]

@@ -33,6 +33,7 @@ from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "v_proj", "down_proj"))
 IDS = torch.zeros(2, 5, dtype=torch.int64)
 pytestmark = [
+    pytest.mark.xdist_group("aot_inductor"),  # one process, so that its programs are made once
     pytest.mark.skipif(AotInductorBackend().unavailable() is not None, reason=str(AotInductorBackend().unavailable())),
     pytest.mark.xdist_group("aot_inductor"),  # one process, so that the fixture's program is compiled once
 ]
@@ -254,6 +255,7 @@ class Words(nn.Module):
         return first, second, noise_values(seed, 3, 1001, "rademacher"), noise_values(seed, 3, 1001, "gaussian")
 
 
+@pytest.mark.slow
 def test_the_integer_stream_is_that_of_eager_pytorch(tmp_path: Path) -> None:
     exported = torch.export.export(Words(), (torch.tensor([3], dtype=torch.int32),))
     options = {**OPTIONS, "aot_inductor.output_path": str(tmp_path / "words")}

@@ -20,6 +20,8 @@ from mobizo_compiler.errors import ArtifactError, NotSupportedYetError
 from mobizo_compiler.manifest import Manifest
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
+pytestmark = pytest.mark.xdist_group("artifact")  # one process, so that its programs are made once
+
 IDS = torch.zeros(2, 5, dtype=torch.int64)
 
 

@@ -15,6 +15,8 @@ from mobizo_compiler.cli.compiling import SECTIONS
 from mobizo_compiler.cli.options import read_config
 from mobizo_compiler.errors import ConfigError
 
+pytestmark = pytest.mark.xdist_group("cli")  # one process, so that its programs are made once
+
 
 def run(*arguments: Any, code: int = 0) -> str:
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "160"}, catch_exceptions=False)

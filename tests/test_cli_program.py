@@ -51,7 +51,12 @@ def test_inspect_for_pipelines(file: Path) -> None:
 
 def test_inspect_for_people(file: Path) -> None:
     text = run("inspect", file)
-    for part in ("xnnpack", "2 queries, 4 lanes, gaussian; eps 0.1", "144 parameters in 2 layers", "int64 [2, 5]"):
+    for part in (
+        "xnnpack",
+        "2 queries, 4 lanes, two-sided, gaussian; eps 0.1",
+        "144 parameters in 2 layers",
+        "int64 [2, 5]",
+    ):
         assert part in text, text
     assert max(map(len, text.splitlines())) <= 100
 

@@ -24,6 +24,8 @@ from mobizo_compiler.evaluation import generate, score
 from mobizo_compiler.rows import read_rows
 from mobizo_compiler.training import restore_best
 
+pytestmark = pytest.mark.xdist_group("cli")  # one process, so that its programs are made once
+
 ROOT = Path(__file__).parent.parent
 HAPPY, SAD = ("great", "good", "fine", "lovely"), ("awful", "bad", "poor", "grim")
 PROMPT = ("--template", r"Message :\n{text}", "--answer-column", "tone")

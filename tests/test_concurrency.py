@@ -20,6 +20,8 @@ from mobizo_compiler import LoraConfig, Session, StepResult, ZOConfig
 from mobizo_compiler.errors import MobizoError, SessionBusyError
 from mobizo_compiler.testing import TokenWise
 
+pytestmark = pytest.mark.xdist_group("concurrency")  # one process, so that its programs are made once
+
 ROOT = Path(__file__).parent.parent
 TRAINING: dict[str, Any] = {"learning_rate": 0.1, "eps": 0.02}
 STEPS = 6

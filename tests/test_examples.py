@@ -77,6 +77,7 @@ def test_the_demo_from_end_to_end(
     assert [e["loss"] for e in again["history"]] == [e["loss"] for e in record["history"]], "same seed, same run"
 
 
+@pytest.mark.slow
 def test_a_reward_on_generated_text_is_learnt() -> None:
     before, after = reward.main(["--steps", "100"])
     assert after > before + 0.2

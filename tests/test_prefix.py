@@ -41,8 +41,12 @@ def program(where: str, backend: str, split: bool = True, **options: Any) -> mob
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("xnnpack", marks=pytest.mark.slow), "portable"])
-@pytest.mark.parametrize("where", LORA)
+@pytest.mark.parametrize(
+    ("where", "backend"),
+    [(where, "eager") for where in LORA]
+    + [("last block", "portable"), pytest.param("last feed-forward", "portable", marks=pytest.mark.slow)]
+    + [pytest.param(where, "xnnpack", marks=pytest.mark.slow) for where in LORA],
+)
 def test_a_step_from_the_prefix_is_the_whole_step(where: str, backend: str, tmp_path: Path) -> None:
     whole, split = program(where, "eager", split=False), program(where, backend)
     sessions = Session(whole), Session(split), Session(split, prefix_cache=tmp_path / "rows")

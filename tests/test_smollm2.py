@@ -63,6 +63,7 @@ def agree_over_five_steps(tokenizer: Any, model: Any, lora: LoraConfig, queries:
     reference.remove()
 
 
+@pytest.mark.slow
 def test_two_layers_with_all_seven_targets(smollm2: tuple[Any, Any]) -> None:
     tokenizer, model = smollm2
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=ALL_TARGETS)

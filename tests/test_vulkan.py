@@ -131,7 +131,7 @@ def test_the_network_is_one_delegate(recipe: str, state: str) -> None:
     assert set(delegation["train_step"].outside) <= MASK | LABELS | NOISE | UPDATE, delegation["train_step"].outside
 
 
-@pytest.mark.parametrize("recipe", ["int4", "8da4w"])
+@pytest.mark.parametrize("recipe", ["int4", pytest.param("8da4w", marks=pytest.mark.slow)])
 def test_layers_and_embeddings_that_compile_quantizes(recipe: str) -> None:
     """Rows of quantized tables are looked up and decoded outside; the check after lowering runs where it can."""
     program = mobizo.compile(
