@@ -33,7 +33,6 @@ from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "v_proj", "down_proj"))
 IDS = torch.zeros(2, 5, dtype=torch.int64)
 pytestmark = [
-    pytest.mark.xdist_group("aot_inductor"),  # one process, so that its programs are made once
     pytest.mark.skipif(AotInductorBackend().unavailable() is not None, reason=str(AotInductorBackend().unavailable())),
     pytest.mark.xdist_group("aot_inductor"),  # one process, so that the fixture's program is compiled once
 ]
