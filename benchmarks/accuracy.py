@@ -251,11 +251,11 @@ def run(
     batches = _balanced_batches(sentences, method.rows, seed)
     before = score(evaluated, prompter, held_out, method.rows)
     history, losses, seconds = [], [], 0.0
+    rate = mobizo.schedule("linear", method.learning_rate, options.steps)
     for number in range(options.steps):
         inputs, labels, _ = prompter.encode(next(batches))
         start = time.perf_counter()
-        rate = method.learning_rate * (1 - number / options.steps)
-        losses.append(step(inputs, labels, seed * 1_000_003 + number, rate))
+        losses.append(step(inputs, labels, seed * 1_000_003 + number, rate(number)))
         seconds += time.perf_counter() - start
         if options.measure_every and (number + 1) % options.measure_every == 0 and number + 1 < options.steps:
             found = score(evaluated, prompter, held_out, method.rows)

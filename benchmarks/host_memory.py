@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mobizo_compiler as mobizo
 from benchmarks.compiled import CACHE, compiled
-from benchmarks.machine import MEMORY_FIELDS, describe
+from benchmarks.machine import describe, memory_mb
 from benchmarks.workload import Workload
 from examples.cpp_host.write_tokens import write_tokens
 
@@ -50,13 +50,7 @@ def measured(command: list[str], steps: int) -> dict[str, float]:
         found: dict[str, float] = {}
         for line in process.stdout:
             if line.startswith(f"step {steps - 1} "):
-                status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-                kilobytes = {
-                    name: int(value.split()[0])
-                    for name, _, value in (s.partition(":") for s in status)
-                    if " kB" in value
-                }
-                found = {name: round(kilobytes[name] / 1e3, 1) for name in MEMORY_FIELDS}
+                found = memory_mb(process.pid)
             elif line.startswith("peak memory"):
                 found["VmHWM"] = round(int(line.split()[2]) / 1e3, 1)
     if process.returncode:

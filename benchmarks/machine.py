@@ -11,9 +11,9 @@ from typing import Any
 MEMORY_FIELDS = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
 
 
-def memory_mb() -> dict[str, float]:
-    """Resident memory of this process: the peak so far, and now in all, of its own, and mapped from files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def memory_mb(process: int | str = "self") -> dict[str, float]:
+    """Resident memory of a process, given its number: the peak so far, and now in all, of its own, of files."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     kilobytes = {
         name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if value[-3:] == " kB"
     }

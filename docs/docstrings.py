@@ -14,19 +14,13 @@ from typing import Any
 
 from mobizo_compiler.config import JsonConfig
 
-# What people write programs with, then what they write extensions with. None: what the module's `__all__` says.
+# What people write programs with, then what they write extensions with. None: the classes and functions in the
+# module's `__all__`.
 PUBLIC: dict[str, tuple[str, ...] | None] = {
     "mobizo_compiler": None,
     "mobizo_compiler.recipes": ("MobizoRecipeType",),
     "mobizo_compiler.reference": ("ReferenceStep",),
-    "mobizo_compiler.backends": (
-        "Artifact",
-        "Backend",
-        "Runner",
-        "assert_backend_contract",
-        "backend_names",
-        "get_backend",
-    ),
+    "mobizo_compiler.backends": None,
     "mobizo_compiler.pipeline": ("Pass", "Pipeline"),
     "mobizo_compiler.axes": ("Call", "Layout", "RowsMix", "axis_rule"),
     "mobizo_compiler.testing": None,
@@ -41,7 +35,8 @@ def reference_page() -> list[str]:
     for module_name, chosen in PUBLIC.items():
         module = importlib.import_module(module_name)
         lines += [f"## {module_name}\n", _first_paragraph(module)]
-        for name in sorted(chosen or module.__all__, key=lambda name: (name not in _FIRST, name.lower())):
+        names = chosen or [name for name in module.__all__ if callable(getattr(module, name))]
+        for name in sorted(names, key=lambda name: (name not in _FIRST, name.lower())):
             value = getattr(module, name)
             if value.__name__ != name:
                 lines.append(f"### `{name}`\n\nAnother name of [`{value.__name__}`](#{value.__name__.lower()}).\n")

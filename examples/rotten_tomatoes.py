@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import importlib.util
 import io
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mobizo_compiler.evaluation import auc
 
 PROMPT = "{text} It was"
 VERBALISERS = (" terrible", " great")
@@ -133,6 +136,5 @@ def accuracy_and_auc(scores: Tensor, fresh: Tensor) -> tuple[float, float]:
     (0.75, 0.75)
     """
     accuracy = ((scores > 0) == (fresh == 1)).double().mean()
-    difference = scores[fresh == 1][:, None] - scores[fresh == 0][None]
-    auc = (difference > 0).double().mean() + 0.5 * (difference == 0).double().mean()
-    return float(accuracy), float(auc)
+    area = auc(scores, fresh)
+    return float(accuracy), math.nan if area is None else area

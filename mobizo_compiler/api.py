@@ -250,6 +250,7 @@ def rewrite(
     lanes: list[Pass] = [
         passes.InsertMPLoRA(lora, given=given, rule=rule),
         passes.MergeSiblings(),
+        passes.SliceOutputs(),
         passes.DuplicateLanes(zo.lanes),
     ]
     step: list[Pass] = [passes.Perturb(zo), passes.DifferenceLosses(zo), passes.UpdateState(rule)]
@@ -416,7 +417,7 @@ def _manifest(
             if name.startswith(PREFIX)
         ),
         rule=described_rule(rule),
-        memory=memory_size(rule, sum(site.trained for site in train_step.sites)),
+        memory=memory_size(rule, train_step.parameters),
         model=_digest(captured),
         state=state,
         quantization=described(quantization),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +24,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from mobizo_compiler.errors import PassContractError
-from mobizo_compiler.program import STATE, STATE_INPUT, GraphProgram, flat_call_graph
+from mobizo_compiler.program import ROWS, STATE, STATE_INPUT, GraphProgram, flat_call_graph
 
 aten = torch.ops.aten
 
@@ -130,7 +132,8 @@ class Editor:
     def remove_input(self, node: fx.Node) -> None:
         """Remove a user input; what was made of it must not be needed any more."""
         self._drop_dead_code()
-        self.values = {name: value for name, value in self.values.items() if value in set(self.graph.nodes)}
+        alive = set(self.graph.nodes)
+        self.values = {name: value for name, value in self.values.items() if value in alive}
         self.rows.pop(node.name, None)
         self.graph.erase_node(node)
 
@@ -152,8 +155,23 @@ class Editor:
 
     def shared_constant(self, name: str, tensor: Tensor) -> fx.Node:
         """The tensor of that name, which is added if it is not there."""
-        known = (node for node in self._placeholders() if self._input_specs[node.name].target == name)
-        return next(known, None) or self.add_constant(name, tensor)
+        return self._placeholder_of(name) or self.add_constant(name, tensor)
+
+    def some_rows(self, node: fx.Node, rows: Sequence[int]) -> fx.Node:
+        """A placeholder for some rows of the tensor behind another one, of the same kind."""
+        whole = self._input_specs[node.name]
+        assert whole.target is not None
+        name = f"{whole.target}{ROWS}{hashlib.sha256(repr(rows).encode()).hexdigest()[:8]}"
+        if (known := self._placeholder_of(name)) is not None:
+            return known
+        tensor = self._tensors[whole.target].detach()[list(rows)]
+        if whole.kind is InputKind.PARAMETER:
+            tensor = torch.nn.Parameter(tensor, requires_grad=False)
+        value = self.mode.from_tensor(tensor, static_shapes=True)
+        few = self._placeholder(f"{node.name}_rows", value, node.next)
+        self._input_specs[few.name] = dataclasses.replace(whole, arg=TensorArgument(few.name), target=name)
+        self._tensors[name] = tensor
+        return few
 
     def add_state(self, initial: Tensor) -> fx.Node:
         """Add the flat state, float32 [S], with what it is at the start."""
@@ -293,6 +311,10 @@ class Editor:
 
     def _placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def _placeholder_of(self, target: str) -> fx.Node | None:
+        """The placeholder of the tensor of that name."""
+        return next((node for node in self._placeholders() if self._input_specs[node.name].target == target), None)
 
     def _placeholder(self, name: str, value: Any, anchor: fx.Node) -> fx.Node:
         with self.graph.inserting_before(anchor):

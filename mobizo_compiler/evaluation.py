@@ -73,14 +73,15 @@ def score(session: Session, data: TextData, done: Callable[[int], bool | None] =
     right = log_NC.argmax(dim=-1) == answers
     known = answers >= 0
     choice_loss = -log_NC[known].gather(1, answers[known, None]).mean() if bool(known.any()) else torch.tensor(math.nan)
-    auc = _auc(log_NC[:, 1] - log_NC[:, 0], answers) if log_NC.shape[1] == 2 else None
+    area = auc(log_NC[:, 1] - log_NC[:, 0], answers) if log_NC.shape[1] == 2 else None
     shares = F.one_hot(log_NC.argmax(dim=-1), log_NC.shape[1]).double().mean(dim=0)
     calibrated = ((log_NC - log_NC.mean(dim=0)).argmax(dim=-1) == answers).double().mean()
     accuracy = float(right.double().mean())
-    return Score(len(losses), loss, float(choice_loss), accuracy, auc, tuple(map(float, shares)), float(calibrated))
+    return Score(len(losses), loss, float(choice_loss), accuracy, area, tuple(map(float, shares)), float(calibrated))
 
 
-def _auc(scores: Tensor, answers: Tensor) -> float | None:
+def auc(scores: Tensor, answers: Tensor) -> float | None:
+    """How often a sample with answer 1 has a higher score than one with answer 0; None without one of each."""
     difference = scores[answers == 1][:, None] - scores[answers == 0][None]
     if not difference.numel():
         return None

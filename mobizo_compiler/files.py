@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that one session holds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from filelock import FileLock, Timeout
+
+from mobizo_compiler.errors import JournalLockedError
 
 
 @contextlib.contextmanager
@@ -29,6 +33,20 @@ def whole_file(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file.name)
             raise
+
+
+def hold(path: Path, problem: str, hint: str) -> FileLock:
+    """The lock beside a file, taken until it is released; nobody else gets it, in this process or another.
+
+    Raises:
+        JournalLockedError: Somebody else has it; `problem` and `hint` say what that means.
+    """
+    lock = FileLock(f"{path}.lock", timeout=0, is_singleton=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise JournalLockedError(problem, where=str(path), hint=hint) from None
+    return lock
 
 
 def sync_folder(folder: Path) -> None:

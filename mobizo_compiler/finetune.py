@@ -104,7 +104,7 @@ def finetune(
         for step in range(resumed_at, steps):
             if stop is not None and stop():
                 break
-            inputs, labels = batches(step) if callable(batches) else batches[step % len(batches)]
+            inputs, labels = batch_of(batches, step)
             rate = learning_rate(step) if callable(learning_rate) else learning_rate
             size = session.program.manifest.eps if eps is None else eps
             result = session.train_step(inputs, labels, seed=step_seed(seed, step), learning_rate=rate, eps=size)
@@ -121,6 +121,11 @@ def finetune(
         losses = tuple(record.loss for record in journal.records)
     void = tuple(step for step, loss in enumerate(losses) if not math.isfinite(loss))
     return RunSummary(len(losses), resumed_at, losses, void)
+
+
+def batch_of(batches: Batches, step: int) -> Batch:
+    """The batch of a step; a sequence is gone through again and again."""
+    return batches(step) if callable(batches) else batches[step % len(batches)]
 
 
 def begin(session: Session, run: str | PathLike[str]) -> Path:
@@ -199,7 +204,7 @@ def read_state(path: Path, session: Session) -> tuple[Tensor, int]:
         raise JournalError(f"the saved state cannot be read: {error!r}", where=str(path)) from None
     if wanted != checksum.of_tensors(described, {"lora_b": state}):
         raise JournalError("the saved state is damaged: its checksum is another", where=str(path))
-    if program != fingerprint(session.program).hex() or state.shape != session.state().shape:
+    if program != fingerprint(session.program).hex() or state.shape != (session.program.manifest.state_size,):
         raise JournalError("the saved state is of another program", where=str(path))
     return state, step
 

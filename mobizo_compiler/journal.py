@@ -27,11 +27,10 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from mobizo_compiler.artifact import Program
-from mobizo_compiler.errors import JournalError, JournalLockedError
-from mobizo_compiler.files import sync_folder
+from mobizo_compiler.errors import JournalError
+from mobizo_compiler.files import hold, sync_folder
 from mobizo_compiler.program import raw_bytes
 
 MAGIC, VERSION = b"MBZJRNL\n", 1
@@ -100,15 +99,11 @@ class Journal:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise JournalError(f"there is no folder {str(self.path.parent)!r}", where=str(self.path))
-        self._lock = FileLock(f"{self.path}.lock", timeout=0, is_singleton=False)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise JournalLockedError(
-                "another session is training with this journal",
-                where=str(self.path),
-                hint="wait for it to end, or give this one a folder of its own",
-            ) from None
+        self._lock = hold(
+            self.path,
+            "another session is training with this journal",
+            "wait for it to end, or give this one a folder of its own",
+        )
         try:
             self._header = _header(program)
             self._layout = _record(program.manifest.zo.queries)

@@ -16,11 +16,11 @@ from os import PathLike
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from mobizo_compiler.artifact import Program
-from mobizo_compiler.errors import InputError, JournalLockedError
+from mobizo_compiler.errors import InputError
+from mobizo_compiler.files import hold
 from mobizo_compiler.manifest import TensorSpec
 from mobizo_compiler.program import raw_bytes
 
@@ -56,15 +56,7 @@ class PrefixCache:
         self.path, self._specs, self._max_bytes = Path(path), specs, max_bytes
         self._row_bytes = sum(_row_bytes(spec) for spec in specs)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(f"{self.path}.lock", timeout=0, is_singleton=False)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise JournalLockedError(
-                "another session has this prefix cache open",
-                where=str(self.path),
-                hint="give this one a file of its own",
-            ) from None
+        self._lock = hold(self.path, "another session has this prefix cache open", "give this one a file of its own")
         header = MAGIC + _identity(program)
         self._file = self.path.open("a+b")
         self._file.seek(0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import mobizo_compiler.finetune as runs
-from mobizo_compiler.adapters import merge_into, read_peft, state_of, write_peft
+from mobizo_compiler.adapters import lora_a, merge_into, read_peft, state_of, write_peft
 from mobizo_compiler.artifact import Program, StepResult
 from mobizo_compiler.config import MAX_SEED
 from mobizo_compiler.errors import ConfigError, InputError, LabelError, SessionBusyError, StateError
@@ -262,8 +262,7 @@ class Session:
     def lora_a(self, fqn: str) -> Tensor:
         """A copy of A of one site, float32 [r, in_features], as it is now."""
         site = self.program.site(fqn)
-        frozen = site.a_offset is None
-        return self.program.lora_a(fqn) if frozen else site.lora_a(self._runner.state()).contiguous().clone()
+        return lora_a(self.program, site, self._runner.state()).clone(memory_format=torch.contiguous_format)
 
     def export_adapter(self, folder: str | PathLike[str], base_model: str | None = None) -> Path:
         """Write the adapter in peft's format and return the folder; `PeftModel.from_pretrained` loads it.

@@ -6,6 +6,7 @@ Both are read off training steps of the program itself, on the first batches of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mobizo_compiler.errors import ConfigError, InputError
-from mobizo_compiler.finetune import Batch, Batches, step_seed
+from mobizo_compiler.finetune import Batch, Batches, batch_of, step_seed
 from mobizo_compiler.session import Session
 
 EPS_CANDIDATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -97,9 +98,7 @@ def tune(
             hint=f"a search pays from {needed} steps on; else give eps, or fewer learning rates",
         )
 
-    def batch(step: int) -> Batch:
-        return batches(step) if callable(batches) else batches[step % len(batches)]
-
+    batch = functools.partial(batch_of, batches)
     try:
         eps_trials = _eps_trials(session, batch, sizes, seed)
         for trial in eps_trials:

@@ -14,6 +14,7 @@ from mobizo_compiler.passes.prefix import AfterPrefix, Prefix
 from mobizo_compiler.passes.quantize import Quantize
 from mobizo_compiler.passes.replay import Replay
 from mobizo_compiler.passes.slice_labels import SliceLabels
+from mobizo_compiler.passes.slice_outputs import SliceOutputs
 from mobizo_compiler.passes.specialize import Specialize
 from mobizo_compiler.passes.update_state import UpdateState
 
@@ -32,6 +33,7 @@ __all__ = [
     "Quantize",
     "Replay",
     "SliceLabels",
+    "SliceOutputs",
     "Specialize",
     "UpdateState",
     "capture",

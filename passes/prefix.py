@@ -36,14 +36,12 @@ class AfterPrefix(Pass):
         values = cut(edit)
         copies = _copies(edit)
         for index, value in enumerate(values):
-            name = f"{PREFIX}{index}"
-            axis = next((_row_axis(copy) for copy in copies if operand(copy) is value), edit.rows.get(value.name))
-            given = edit.add_input(
-                name, value.meta["val"].shape, value.meta["val"].dtype, before=edit.inputs[LABELS], row_axis=axis
-            )
-            for copy in copies:
-                if operand(copy) is value:
-                    copy.args = (given, copy.args[1])
+            repeated = [copy for copy in copies if operand(copy) is value]
+            axis = _row_axis(repeated[0]) if repeated else edit.rows.get(value.name)
+            shape, dtype = value.meta["val"].shape, value.meta["val"].dtype
+            given = edit.add_input(f"{PREFIX}{index}", shape, dtype, before=edit.inputs[LABELS], row_axis=axis)
+            for copy in repeated:
+                copy.args = (given, copy.args[1])
             if value.op == "placeholder":
                 edit.replace(value, given)
         for name, node in edit.inputs.items():
@@ -73,8 +71,8 @@ def cut(edit: Editor) -> list[fx.Node]:
     """The values from which a step can start: what is repeated for the lanes, and inputs that all lanes share."""
     copies = _copies(edit)
     values = list(dict.fromkeys(operand(copy) for copy in copies if operand(copy).name != LABELS))
-    ends = [node for node in edit.outputs.values()]
-    pending, needed = ends, set(ends)
+    pending = list(edit.outputs.values())
+    needed = set(pending)
     while pending:  # what the step is made of, without what is before the cut
         node = pending.pop()
         for inner in node.all_input_nodes if node not in copies else []:

@@ -25,7 +25,7 @@ from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import QuantizationError
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import operand, raw_bytes
+from mobizo_compiler.program import ROWS, operand, raw_bytes
 from mobizo_compiler.quantization import (
     GROUP_SUMS,
     ROUND_ACTIVATIONS,
@@ -87,7 +87,7 @@ class Quantize(Pass):
             return
         group_size = getattr(self.config, "group_size", 0)
         key = (name, str(recipe), fqn if recipe is self.config else "")
-        factor = self.smoothing.get(name) if recipe in ROUND_ACTIVATIONS else None
+        factor = self.smoothing.get(name.partition(ROWS)[0]) if recipe in ROUND_ACTIVATIONS else None
         if key not in self.stored:
             straight = weight.contiguous() if factor is None else weight / factor
             asymmetric = getattr(self.config, "asymmetric", False)

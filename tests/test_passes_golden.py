@@ -147,6 +147,39 @@ def test_slice_labels_moves_a_selection_of_the_first_token(golden: Callable[[str
     golden("slice_labels_first_token.txt", program_text(passes.SliceLabels()(program)))
 
 
+def test_slice_outputs(golden: Callable[[str, str], None]) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 23)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = 3 * torch.tanh(self.head(x) / 3)
+            return torch.cat([logits[..., 7:8], logits[..., -4:-2]], dim=-1)
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 6)
+    model = Head().eval()
+    program = passes.Canonicalize()(passes.capture(model, bind_example(None, (x,))))
+    few = passes.SliceOutputs()(program)
+    golden("slice_outputs.txt", program_text(few))
+    torch.testing.assert_close(few.exported.module()(x)[0], model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_outputs_that_are_read_whole_are_made_whole() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 23)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.head(x)
+            return logits[..., 7:8], logits.sum()
+
+    program = passes.Canonicalize()(passes.capture(Both().eval(), bind_example(None, (torch.zeros(3, 7, 6),))))
+    assert program_text(passes.SliceOutputs()(program)) == program_text(program)
+
+
 def test_late_duplication(golden: Callable[[str, str], None]) -> None:
     lora = LoraConfig(r=4, lora_alpha=6, target_modules=("q_proj", "v_proj"), layers_to_transform=(1,))
     before = Pipeline([passes.SliceLabels(), passes.InsertMPLoRA(lora)]).run(with_labels(layers=2))
