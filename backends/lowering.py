@@ -369,9 +369,7 @@ class ExecuTorchRunner:
 
     def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run one method."""
-        if self._passed is None:
-            return list(self._methods[method].execute(list(inputs)))
-        if method == "prefix":
+        if self._passed is None or method == "prefix":
             return list(self._methods[method].execute(list(inputs)))
         results = list(self._methods[method].execute([*inputs, self._passed]))
         if method in ("train_step", "replay"):

@@ -259,6 +259,7 @@ class Session:
         """A copy of B of one site, float32 [r, out_features]."""
         return self.program.site(fqn).lora_b(self._runner.state()).clone()
 
+    @_by_one_thread
     def lora_a(self, fqn: str) -> Tensor:
         """A copy of A of one site, float32 [r, in_features], as it is now."""
         site = self.program.site(fqn)

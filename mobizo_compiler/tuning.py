@@ -88,13 +88,13 @@ def tune(
     """
     start, budget = session.state(), int(steps * share)
     sizes = EPS_CANDIDATES if eps is None else ()
-    probes = len(sizes) * _SEEDS_PER_EPS
+    probes = len(sizes) * _SEEDS_PER_EPS + (learning_rates is None and _follows_the_gradient(session))
     count = len(learning_rates) if learning_rates is not None else len(_RATES)
     each = (budget - probes) // count if count else 0
     if each < _FEWEST:
         needed = math.ceil((probes + count * _FEWEST) / share) if share > 0 else 0
         raise ConfigError(
-            f"{share:.0%} of {steps} steps is too little for {probes} probes of eps and {count} learning rates",
+            f"{share:.0%} of {steps} steps is too little for {probes} probes and {count} learning rates",
             hint=f"a search pays from {needed} steps on; else give eps, or fewer learning rates",
         )
 
@@ -140,15 +140,18 @@ def _eps_trials(session: Session, batch: Callable[[int], Batch], sizes: Sequence
 
 def _candidates(session: Session, batch: Callable[[int], Batch], eps: float, seed: int) -> list[float]:
     """Learning rates around one that fits the size of the gradient."""
-    manifest = session.program.manifest
-    if manifest.rule["rule"] in _SIZELESS:
-        return list(_FIXED_RATES)
-    if manifest.zo.normalize:
-        return list(_RATES)
+    if not _follows_the_gradient(session):
+        return list(_FIXED_RATES if session.program.manifest.rule["rule"] in _SIZELESS else _RATES)
     inputs, labels = batch(0)
     result = session.train_step(inputs, labels, seed=step_seed(seed, 0), learning_rate=0.0, eps=eps)
     size = float(result.projected_gradient.square().mean().sqrt())
     return [rate / size if math.isfinite(size) and size > 0 else rate for rate in _RATES]
+
+
+def _follows_the_gradient(session: Session) -> bool:
+    """Whether a step is as large as the gradient is."""
+    manifest = session.program.manifest
+    return not manifest.zo.normalize and manifest.rule["rule"] not in _SIZELESS
 
 
 def _loss(session: Session, batch: Callable[[int], Batch], rate: float, eps: float, steps: int, seed: int) -> float:

@@ -45,7 +45,8 @@ def program(where: str, backend: str, split: bool = True, **options: Any) -> mob
     ("where", "backend"),
     [(where, "eager") for where in LORA]
     + [("last block", "portable"), pytest.param("last feed-forward", "portable", marks=pytest.mark.slow)]
-    + [pytest.param(where, "xnnpack", marks=pytest.mark.slow) for where in LORA],
+    + [pytest.param(where, "xnnpack", marks=pytest.mark.slow) for where in LORA]
+    + [pytest.param("last feed-forward", "aot_inductor", marks=pytest.mark.slow)],
 )
 def test_a_step_from_the_prefix_is_the_whole_step(where: str, backend: str, tmp_path: Path) -> None:
     whole, split = program(where, "eager", split=False), program(where, backend)

@@ -38,7 +38,6 @@ MAGIC = b"PK\x03\x04"
 SUFFIX = ".pt2"
 MANIFEST, TARGET, WEIGHTS = "mobizo/manifest.json", "mobizo/target.json", "mobizo/weights.safetensors"
 LORA_A = "mobizo_lora_a."
-METHODS = ("train_step", "evaluate", "replay")
 _VECTORS = ("DEFAULT", "AVX2", "AVX512")  # of x86 processors, as PyTorch names them
 
 
@@ -179,7 +178,7 @@ class AotInductorRunner:
         self._live = self._state.to(self._device)
         # The libraries keep addresses, not references, so the tensors must live as long as the methods.
         self._weights = {name: value.to(self._device) for name, value in _map_weights(artifact.path).items()}
-        self._methods = {name: self._load(name) for name in METHODS}
+        self._methods = {name: self._load(name) for name in artifact.manifest.methods}
 
     def _load(self, name: str) -> Any:
         path = str(self._artifact.path)
@@ -205,7 +204,8 @@ class AotInductorRunner:
         if copied:
             self._live.copy_(self._state)
         given = [value.to(self._device) for value in inputs]
-        results = list(self._methods[method].boxed_run([*given, self._live] if self._passed else given))
+        passed = self._passed and method != "prefix"
+        results = list(self._methods[method].boxed_run([*given, self._live] if passed else given))
         if self._passed and changes:
             self._live.copy_(results.pop())
         if copied and changes:

@@ -109,4 +109,4 @@ class CudaRunner(ExecuTorchRunner):
                 f"the ExecuTorch runtime cannot load this program and its weights: {error}", where=str(artifact.path)
             ) from error
         self._passed = torch.zeros(artifact.manifest.state_size)
-        self._methods = {name: self._load_method(name) for name in ("train_step", "evaluate", "replay")}
+        self._methods = {name: self._load_method(name) for name in artifact.manifest.methods}
