@@ -1,9 +1,10 @@
-"""Accuracy of SmolLM2 on review sentences after fine-tuning, against forward rows, minutes and memory.
+"""What SmolLM2 learns by fine-tuning, against forward rows, minutes and memory.
 
-python -m benchmarks.accuracy train --method library --seed 0 [--prompt A] [--steps 4000] [--backend xnnpack]
-python -m benchmarks.accuracy table runs/accuracy
+python -m benchmarks.accuracy train --method library --seed 0 1 2 [--task A] [--steps 6000] [--backend xnnpack]
+python -m benchmarks.accuracy publish runs/accuracy
 
-`train` fine-tunes once and writes a record; `table` prints all records of a folder, with means over seeds, as Markdown.
+`train` fine-tunes once for every method and seed and writes a record; `publish` writes all records of a folder to
+docs/accuracy.json, of which docs/generate.py makes the page, and plots them.
 
 Methods of this library adapt the feed-forward block of the last layer, start from the prefix, and keep it on disk. The
 others are what they are compared with: `backpropagation` is LoRA on every `q_proj` and `v_proj` with AdamW; `mezo` the
@@ -16,10 +17,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import random
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,17 @@ import torch
 from torch import Tensor
 
 import mobizo_compiler as mobizo
-from benchmarks.machine import describe, memory_mb
+from benchmarks.machine import describe, memory_mb, set_threads
 from benchmarks.record import write_json
-from examples.demo import score
-from examples.rotten_tomatoes import Prompter, balanced, load_sentences, split_by_movie
+from benchmarks.tasks import TASKS, Evaluate, Options, Task
 from examples.smollm2 import cache_folder, load_smollm2
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.rules import UpdateRule, get_rule
 
-ROWS, TOKENS = 16, 48
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-LAST = mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=FEED_FORWARD, layers_to_transform=29)
+LAST = mobizo.LoraConfig(r=16, lora_alpha=32, target_modules=FEED_FORWARD, layers_to_transform=29)
 EVERYWHERE = mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
-PROMPTS = {
-    "A": ("{text} It was", (" terrible", " great")),
-    "B": ("Review: {text}\nSentiment:", (" negative", " positive")),
-}
+PYTORCH = ("mezo", "mobizo", "backpropagation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +48,13 @@ class Method:
         learning_rate: At the start; it falls to zero linearly.
         zo: The estimator.
         rule: The update rule.
-        rows: Sentences of a step.
+        rows: Texts of a step.
     """
 
     learning_rate: float
     zo: mobizo.ZOConfig
     rule: str | UpdateRule = "sgd"
-    rows: int = ROWS
+    rows: int = 64
 
 
 _PLAIN = mobizo.ZOConfig(queries=16)
@@ -69,6 +63,7 @@ _NORMALIZED = mobizo.ZOConfig(queries=16, normalize=True)
 _ONE_SIDED = mobizo.ZOConfig(queries=31, normalize=True, estimator="one-sided", noise="rademacher")
 METHODS = {
     "library": Method(0.1, _NORMALIZED),
+    "library, small": Method(0.1, mobizo.ZOConfig(queries=4, normalize=True), rows=4),
     **{f"sgd {rate:g}": Method(rate, _PLAIN) for rate in (0.03, 0.1, 0.3, 1.0, 3.0)},
     "one-sided": Method(0.1, _ONE_SIDED),
     "momentum": Method(0.1, _NORMALIZED, "momentum"),
@@ -77,7 +72,7 @@ METHODS = {
     "sign": Method(3e-4, _PLAIN, "sign"),
     "mezo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4),
     "mobizo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4),
-    "backpropagation": Method(1e-3, _PLAIN),
+    "backpropagation": Method(1e-3, _PLAIN, rows=16),
 }
 
 
@@ -87,46 +82,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     train_parser = commands.add_parser("train")
     train_parser.add_argument("--method", choices=METHODS, required=True, nargs="+")
-    train_parser.add_argument("--prompt", choices=PROMPTS, default="A")
+    train_parser.add_argument("--task", choices=TASKS, default="A")
     train_parser.add_argument("--seed", type=int, default=[0], nargs="+")
-    train_parser.add_argument("--steps", type=int, default=4000)
-    train_parser.add_argument("--train-rows", type=int, help="sentences to train on; all of the split if left out")
+    train_parser.add_argument("--steps", type=int, default=6000)
+    train_parser.add_argument("--train-rows", type=int, help="texts to train on; all of the split if left out")
     train_parser.add_argument("--held-out", type=int, default=400)
     train_parser.add_argument("--measure-every", type=int, default=0, help="steps between measurements on the way")
     train_parser.add_argument("--backend", default="xnnpack")
+    train_parser.add_argument("--threads", type=int, default=2)
     train_parser.add_argument("--output", type=Path, default=Path("runs/accuracy"))
     train_parser.set_defaults(run=train)
-    table_parser = commands.add_parser("table")
-    table_parser.add_argument("folder", type=Path)
-    table_parser.set_defaults(run=lambda options: print(table(options.folder)))
+    publish_parser = commands.add_parser("publish")
+    publish_parser.add_argument("folder", type=Path)
+    publish_parser.set_defaults(run=publish)
     options = parser.parse_args(arguments)
     options.run(options)
 
 
 def train(options: argparse.Namespace) -> None:
     """One record for every method and seed."""
-    parts = split_by_movie(load_sentences())
-    held_out = balanced(parts["test"], options.held_out, seed=0)
-    sentences = parts["train"]
-    if options.train_rows:
-        sentences = balanced(sentences, options.train_rows, seed=5)
+    set_threads(options.threads)
     for name in options.method:
         method = METHODS[name]
         tokenizer, model = load_smollm2()
-        prompter = Prompter(tokenizer, TOKENS, *PROMPTS[options.prompt])
+        task = TASKS[options.task](tokenizer, Options(options.train_rows, options.held_out))
         start = time.monotonic()
         program = None
-        if name not in ("mezo", "mobizo", "backpropagation"):
-            program = compile_method(method, model, prompter, sentences, options.backend)
+        if name not in PYTORCH:
+            program = compile_method(method, model, task, options.backend)
             del model
         compile_seconds = time.monotonic() - start
         for seed in options.seed:
             if program is not None:
-                cache = options.output / f"prefix-{options.prompt}-{options.backend}"
-                step, evaluated = library_steps(program, method, prompter, cache)
+                cache = options.output / f"prefix-{options.task}-{options.backend}"
+                session = mobizo.Session(program, prefix_cache=cache if task.rows_are_small else None)
+                record = run(options, method, task, seed, library_step(session), session.evaluate)
+                session.close()
             else:
-                step, evaluated = pytorch_steps(name, method, load_smollm2()[1], prompter)
-            record = run(options, method, sentences, held_out, seed, step, evaluated, prompter)
+                record = run(options, method, task, seed, *pytorch_step(name, method, load_smollm2()[1], task))
             record |= {
                 "method": name,
                 "options": dataclasses.asdict(method) | {"rule": repr(method.rule)},
@@ -136,22 +129,19 @@ def train(options: argparse.Namespace) -> None:
                 "peak_mb": memory_mb()["VmHWM"],
                 "machine": describe(),
             }
-            place = options.output / f"{name.replace(' ', '-')}-{options.prompt}-{record['backend']}-{seed}.json"
-            write_json(place, record)
+            words = (name, options.task, record["backend"], str(options.steps), str(seed))
+            write_json(options.output / ("-".join(words).replace(" ", "-").replace(",", "") + ".json"), record)
             print(json.dumps({k: v for k, v in record.items() if k not in ("machine", "options")}), flush=True)
-            if isinstance(evaluated, mobizo.Session):
-                evaluated.close()
 
 
-def compile_method(method: Method, model: Any, prompter: Any, sentences: Any, backend: str) -> mobizo.Program:
+def compile_method(method: Method, model: Any, task: Task, backend: str) -> mobizo.Program:
     """The program, from the cache where it was compiled before."""
-    inputs, _, _ = prompter.encode(sentences[: method.rows])
     return mobizo.compile(
         model,
-        inputs,
+        next(task.batches(method.rows, seed=0))[0],
         LAST,
         method.zo,
-        mobizo.ChoiceLoss(prompter.answers),
+        task.loss,
         backend=backend,
         rule=method.rule,
         split_prefix=True,
@@ -163,26 +153,18 @@ def compile_method(method: Method, model: Any, prompter: Any, sentences: Any, ba
 Step = Callable[[dict[str, Tensor], Tensor, int, float], float]
 
 
-def library_steps(program: mobizo.Program, method: Method, prompter: Any, cache: Path) -> tuple[Step, mobizo.Session]:
+def library_step(session: mobizo.Session) -> Step:
     """A step of `Session`, from the prefix of its rows where they were seen before."""
-    session = mobizo.Session(program, prefix_cache=cache)
 
     def step(inputs: dict[str, Tensor], labels: Tensor, seed: int, rate: float) -> float:
         return session.train_step(inputs, labels, seed=seed, learning_rate=rate).loss
 
-    return step, session
+    return step
 
 
-class _Model:
-    """A PyTorch model with what `score` calls on a session."""
-
-    def __init__(self, evaluate: Callable[[dict[str, Tensor]], Any]) -> None:
-        self.evaluate = evaluate
-
-
-def pytorch_steps(name: str, method: Method, model: Any, prompter: Any) -> tuple[Step, _Model]:
-    """A step of a method in eager PyTorch."""
-    loss = mobizo.ChoiceLoss(prompter.answers)
+def pytorch_step(name: str, method: Method, model: Any, task: Task) -> tuple[Step, Evaluate]:
+    """A step of a method in eager PyTorch, and the model it trains."""
+    loss = task.loss
     if name == "backpropagation":
         from peft import LoraConfig, get_peft_model
 
@@ -200,7 +182,7 @@ def pytorch_steps(name: str, method: Method, model: Any, prompter: Any) -> tuple
             optimizer.step()
             return float(total)
 
-        return step, _Model(torch.no_grad()(lambda inputs: adapted(**inputs)))
+        return step, torch.no_grad()(lambda inputs: adapted(**inputs))
     matrices, sites = _everywhere(model)
     reference = ReferenceStep(model, sites, matrices, zo=method.zo, loss=loss)
 
@@ -221,7 +203,7 @@ def pytorch_steps(name: str, method: Method, model: Any, prompter: Any) -> tuple
         reference.state = begin - rate / len(z_QP) * (gradient @ z_QP)
         return float(values.mean())
 
-    return (sequential if name == "mezo" else parallel), _Model(reference.evaluate)
+    return (sequential if name == "mezo" else parallel), reference.evaluate
 
 
 def _everywhere(model: Any) -> tuple[dict[str, Tensor], tuple[mobizo.Site, ...]]:
@@ -238,82 +220,74 @@ def _everywhere(model: Any) -> tuple[dict[str, Tensor], tuple[mobizo.Site, ...]]
 
 
 def run(
-    options: argparse.Namespace,
-    method: Method,
-    sentences: Sequence[Any],
-    held_out: Sequence[Any],
-    seed: int,
-    step: Step,
-    evaluated: Any,
-    prompter: Any,
+    options: argparse.Namespace, method: Method, task: Task, seed: int, step: Step, evaluate: Evaluate
 ) -> dict[str, Any]:
     """Fine-tune, and measure before, on the way and after; measuring is not counted in the minutes."""
-    batches = _balanced_batches(sentences, method.rows, seed)
-    before = score(evaluated, prompter, held_out, method.rows)
-    history, losses, seconds = [], [], 0.0
+    batches = task.batches(method.rows, seed)
+    lanes = 1 if method is METHODS["backpropagation"] else method.zo.lanes
     rate = mobizo.schedule("linear", method.learning_rate, options.steps)
+    losses, seconds, history = [], 0.0, []
+
+    def measure() -> None:
+        found = task.scores(evaluate, method.rows)
+        rows = len(losses) * method.rows * lanes
+        history.append({"step": len(losses), "forward_rows": rows, "minutes": round(seconds / 60, 3), **found})
+        print(history[-1], flush=True)
+
+    measure()
     for number in range(options.steps):
-        inputs, labels, _ = prompter.encode(next(batches))
+        inputs, labels = next(batches)
         start = time.perf_counter()
         losses.append(step(inputs, labels, seed * 1_000_003 + number, rate(number)))
         seconds += time.perf_counter() - start
-        if options.measure_every and (number + 1) % options.measure_every == 0 and number + 1 < options.steps:
-            found = score(evaluated, prompter, held_out, method.rows)
-            history.append({"step": number + 1, "minutes": round(seconds / 60, 3), **found})
-            print(f"step {number + 1}: {found}, {seconds / 60:.1f} minutes", flush=True)
+        if number + 1 == options.steps or (options.measure_every and (number + 1) % options.measure_every == 0):
+            measure()
     return {
-        "prompt": options.prompt,
+        "task": options.task,
         "seed": seed,
         "steps": options.steps,
-        "train_rows": len(sentences),
-        "held_out_rows": len(held_out),
-        "forward_rows": options.steps * method.rows * (1 if method is METHODS["backpropagation"] else method.zo.lanes),
-        "minutes": round(seconds / 60, 3),
-        "before": before,
-        "after": score(evaluated, prompter, held_out, method.rows),
+        "train_rows": options.train_rows,
+        "held_out": options.held_out,
+        "forward_rows": history[-1]["forward_rows"],
+        "minutes": history[-1]["minutes"],
         "last_loss": statistics.mean(losses[-50:]),
         "history": history,
     }
 
 
-def _balanced_batches(sentences: Sequence[Any], rows: int, seed: int) -> Any:
-    """Batches with as many fresh as rotten sentences, each of which comes up once in an epoch of its class."""
-    generator = random.Random(seed)
-    classes = [[s for s in sentences if s.fresh == fresh] for fresh in (0, 1)]
-    queues: list[list[Any]] = [[], []]
-    while True:
-        batch = []
-        for members, queue in zip(classes, queues, strict=True):
-            for _ in range(rows // 2):
-                if not queue:
-                    queue.extend(generator.sample(members, len(members)))
-                batch.append(queue.pop())
-        yield batch
+def publish(options: argparse.Namespace) -> None:
+    """All records of a folder in docs/accuracy.json, and the plot of the page."""
+    records = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]
+    write_json(Path("docs/accuracy.json"), records)
+    plot(records, Path("docs/accuracy.png"))
 
 
-def table(folder: Path) -> str:
-    """All records of a folder: mean over seeds, and in brackets the lowest and the highest."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
-        groups[record["prompt"], record["method"], record["backend"], record["steps"]].append(record)
-    lines = [
-        "| prompt | method | engine | steps | forward rows | minutes | peak MB | seeds | accuracy | AUC |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for (prompt, method, backend, steps), records in sorted(groups.items(), key=str):
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy on review sentences over forward rows and over minutes: a line per method, its seeds as points."""
+    import matplotlib
 
-        def spread(key: str, records: list[dict[str, Any]] = records) -> str:
-            values = [record["after"][key] for record in records]
-            ends = "" if len(values) == 1 else f" ({min(values):.3f} to {max(values):.3f})"
-            return f"{statistics.mean(values):.3f}{ends}"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
 
-        minutes = statistics.mean(record["minutes"] for record in records)
-        memory = max(record["peak_mb"] for record in records)
-        cells = [prompt, method, backend, steps, f"{records[0]['forward_rows']:,}", f"{minutes:.1f}", f"{memory:.0f}"]
-        cells += [len(records), spread("accuracy"), spread("auc")]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    shown = [record for record in records if record["task"] == "A"]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True, sharey=True)
+    for axes, key, title in zip(panels, ("forward_rows", "minutes"), ("forward rows", "minutes"), strict=True):
+        for index, group in enumerate(sorted({(r["method"], r["backend"], r["steps"]) for r in shown})):
+            runs = [r["history"] for r in shown if (r["method"], r["backend"], r["steps"]) == group]
+            colour = f"C{index % 10}"
+            points = [[(p[key], p["accuracy"]) for p in history if p[key] > 0] for history in runs]
+            for each in points:
+                axes.plot(*zip(*each, strict=True), ".", color=colour, alpha=0.4)
+            same = [column for column in zip(*points, strict=False)]
+            line = [tuple(statistics.mean(p[i] for p in column) for i in (0, 1)) for column in same]
+            axes.plot(*zip(*line, strict=True), color=colour, marker="o", label=f"{group[0]} ({group[1]})")
+        axes.set(xscale="log", xlabel=title)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="accuracy on held-out sentences, prompt A")
+    panels[1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
 
 
 if __name__ == "__main__":

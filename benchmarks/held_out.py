@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 import mobizo_compiler as mobizo
-from examples.demo import TOKENS, compile_program, score
+from examples.demo import SETUPS, TOKENS, compile_program, score
 from examples.rotten_tomatoes import Prompter, balanced, load_sentences, split_by_movie
 
 
@@ -23,16 +21,17 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--adapters", choices=SETUPS, default="last-block")
     options = parser.parse_args()
     console = Console()
-    tokenizer, program, _ = compile_program(console, "xnnpack", "choice")
+    setup = SETUPS[options.adapters]
+    tokenizer, program, _ = compile_program(console, "xnnpack", "choice", setup=setup)
     session, prompter = mobizo.Session(program), Prompter(tokenizer, TOKENS)
     sentences = balanced(split_by_movie(load_sentences())[options.split], options.rows, seed=2)
-    console.print("zero-shot", score(session, prompter, sentences))
+    console.print("zero-shot", score(session, prompter, sentences, setup.rows))
     for folder in options.folders:
-        adapter = load_file(folder / "adapter.safetensors")
-        session.load_state(torch.cat([adapter[f"{site.fqn}.lora_B"].flatten() for site in program.sites]))
-        console.print(str(folder), score(session, prompter, sentences))
+        session.import_adapter(folder / "adapter")
+        console.print(str(folder), score(session, prompter, sentences, setup.rows))
 
 
 if __name__ == "__main__":

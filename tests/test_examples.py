@@ -25,7 +25,7 @@ def test_sentences_are_clean_and_split_by_movie() -> None:
     assert not movies["train"] & movies["test"] and not movies["train"] & movies["validation"]
     assert not movies["validation"] & movies["test"]
     chosen = balanced(parts["test"], 400)
-    assert sum(s.fresh for s in chosen) == 200 and len({s.text for s in chosen}) == 400
+    assert sum(s.label for s in chosen) == 200 and len({s.text for s in chosen}) == 400
     assert chosen == balanced(parts["test"], 400)
 
 
@@ -37,7 +37,7 @@ def test_prompts(smollm2: tuple[Any, Any]) -> None:
     for row, sentence in enumerate(sentences):
         count = int(inputs["attention_mask"][row].sum())
         text = tokenizer.decode(inputs["input_ids"][row, :count])
-        assert text.endswith(" It was great" if sentence.fresh else " It was terrible")
+        assert text.endswith(" It was great" if sentence.label else " It was terrible")
         assert last[row] == count - 2
         assert (labels[row] != -100).nonzero().tolist() == [[count - 1]]
         if count < 48:
@@ -56,21 +56,27 @@ def test_auc_against_scipy() -> None:
     assert accuracy_and_auc(scores, fresh)[1] == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("adapters", ["last-block", pytest.param("all-blocks", marks=pytest.mark.slow)])
 def test_the_demo_from_end_to_end(
-    smollm2: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    adapters: str,
+    smollm2: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(demo, "load_smollm2", lambda: smollm2)
     monkeypatch.setattr(demo, "cache_folder", lambda: tmp_path / "cache")
-    arguments = ["--steps", "3", "--rows", "8", "--output", str(tmp_path / "run")]
+    arguments = ["--steps", "3", "--rows", "16", "--adapters", adapters, "--output", str(tmp_path / "run")]
     demo.main(arguments)
     first = capsys.readouterr().out
     assert "lower" in first and "zero-shot: accuracy" in first and "gain" in first
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(record["history"]) == 3 and record["versions"]["executorch"].startswith("1.5")
     assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
-    with safe_open(tmp_path / "run" / "adapter.safetensors", "pt") as adapter:
-        b = adapter.get_tensor("model.layers.1.self_attn.q_proj.lora_B")
-    assert b.shape == (8, 576) and b.abs().max() > 0
+    layer, rank = {"last-block": ("mlp.down_proj", 16), "all-blocks": ("self_attn.q_proj", 8)}[adapters]
+    with safe_open(tmp_path / "run" / "adapter" / "adapter_model.safetensors", "pt") as adapter:
+        b = adapter.get_tensor(f"base_model.model.model.layers.1.{layer}.lora_B.weight")
+    assert b.shape == (576, rank) and b.abs().max() > 0
     demo.main(arguments)
     assert "cached" in capsys.readouterr().out
     again = json.loads((tmp_path / "run" / "run.json").read_text())

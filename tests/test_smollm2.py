@@ -83,17 +83,18 @@ def test_the_whole_model_to_peft_and_back(tmp_path: Path) -> None:
     """20 steps on XNNPACK; peft puts the adapter on the original model; the session takes it back."""
     from peft import PeftModel
 
-    from examples.demo import LORA, compile_program, example_inputs
+    from examples.demo import SETUPS, compile_program, example_inputs
     from examples.rotten_tomatoes import Prompter, load_sentences, split_by_movie
     from examples.smollm2 import load_smollm2
 
-    tokenizer, program, _ = compile_program(Console(), "xnnpack", "choice")
+    setup = SETUPS["all-blocks"]
+    tokenizer, program, _ = compile_program(Console(), "xnnpack", "choice", setup=setup)
     prompter, session = Prompter(tokenizer, 48), Session(program)
     train = split_by_movie(load_sentences())["train"]
     for seed in range(20):
         inputs, labels, _ = prompter.encode(train[2 * seed : 2 * seed + 2])
         session.train_step(inputs, labels, seed=seed, learning_rate=2e-2)
-    state, inputs = session.state(), example_inputs(prompter)
+    state, inputs = session.state(), example_inputs(prompter, setup.rows)
     real = inputs["attention_mask"].bool()
     found = session.evaluate(inputs).logits[real]
 
@@ -104,7 +105,10 @@ def test_the_whole_model_to_peft_and_back(tmp_path: Path) -> None:
         wanted = PeftModel.from_pretrained(model, str(folder)).eval()(**inputs).logits[real]
     size = float(wanted.abs().max())
     error, effect = float((found - wanted).abs().max()) / size, float((wanted - plain).abs().max()) / size
-    print(f"r={LORA.r}, {len(state):,} parameters: logits differ by {error:.2e}, training moved them by {effect:.2e}")
+    print(
+        f"r={setup.lora.r}, {len(state):,} parameters: logits differ by {error:.2e}, "
+        f"training moved them by {effect:.2e}"
+    )
     assert error < 1e-4 and effect > 100 * error
 
     again = Session(program)
