@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -121,7 +120,7 @@ class Text:
             yield _of_windows(ids), ids
 
     def scores(self, evaluate: Evaluate, rows: int) -> dict[str, float]:
-        """Nats of a token, and perplexity."""
+        """Nats of a token."""
         total, count = 0.0, 0
         for windows in _padded(range(len(self.held_out)), rows):
             new = len(self.held_out) - count if count + rows > len(self.held_out) else rows
@@ -129,7 +128,7 @@ class Text:
             logits = evaluate(_of_windows(ids)).logits[:new, :-1].float()
             total += float(F.cross_entropy(logits.reshape(-1, logits.shape[2]), ids[:new, 1:].reshape(-1))) * new
             count += new
-        return {"loss": total / count, "perplexity": math.exp(total / count)}
+        return {"loss": total / count}
 
 
 @dataclasses.dataclass(frozen=True)

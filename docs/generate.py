@@ -14,6 +14,7 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from docs import error_examples
 from docs.blocks import section
@@ -164,6 +165,46 @@ def quantization_page() -> str:
     return "\n".join(lines)
 
 
+TASKS = {
+    "A": "Review sentences, prompt A: `{text} It was` answered by `great` or `terrible`",
+    "B": "Review sentences, prompt B: `Review: {text}`, `Sentiment:`, answered by `positive` or `negative`",
+    "topics": "Seven topics of words and phrases: `Word: {text}`, `Topic:`",
+    "hamlet": "Every next token of Hamlet, windows of 64 tokens",
+}
+
+
+def accuracy_page() -> str:
+    """What fine-tuning reached, from the records of benchmarks/accuracy.py."""
+    lines = [MARKER, "# What training reaches\n", (DOCS / "accuracy_text.md").read_text()]
+    records = json.loads((DOCS / "accuracy.json").read_text())
+    for task, title in TASKS.items():
+        groups: dict[tuple[str, str, int, Any], list[dict[str, Any]]] = {}
+        for record in records:
+            if record["task"] == task:
+                key = record["method"], record["backend"], record["steps"], record["train_rows"] or "all"
+                groups.setdefault(key, []).append(record)
+        if not groups:
+            continue
+        names = [name for name in ("accuracy", "auc", "loss") if name in next(iter(groups.values()))[0]["history"][0]]
+        lines += [f"## {title}\n"]
+        columns = ["method", "engine", "rows", "steps", "forward rows", "minutes", "peak MB", "seeds"]
+        columns += [f"{'AUC' if name == 'auc' else name} {when}" for name in names for when in ("before", "after")]
+        lines += [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
+        for (method, backend, steps, rows), runs in sorted(groups.items(), key=lambda group: (group[0][1], str(group))):
+            minutes = [run["minutes"] for run in runs]
+            cells = [method, backend, rows, steps, f"{runs[0]['forward_rows']:,}"]
+            cells += [f"{min(minutes):.1f} to {max(minutes):.1f}" if len(runs) > 1 else f"{minutes[0]:.1f}"]
+            cells += [f"{max(run['peak_mb'] for run in runs):.0f}", len(runs)]
+            for name in names:
+                cells.append(f"{runs[0]['history'][0][name]:.3f}")
+                found = [run["history"][-1][name] for run in runs]
+                ends = f" ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else ""
+                cells.append(f"{sum(found) / len(found):.3f}{ends}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def noise_vectors() -> str:
     """Words and values for some seeds, queries and elements."""
     import torch
@@ -194,6 +235,7 @@ def pages() -> dict[Path, str]:
         DOCS / "from_scratch.md": with_sections((DOCS / "from_scratch.md").read_text()),
         DOCS / "coverage.md": coverage_page(),
         DOCS / "quantization.md": quantization_page(),
+        DOCS / "accuracy.md": accuracy_page(),
         format_page: filled,
     }
 

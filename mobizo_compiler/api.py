@@ -236,7 +236,7 @@ def rewrite(
     rule: UpdateRule = PLAIN,
     split_prefix: bool = False,
     state: str = "shared",
-    store: Sequence[Pass] = (),
+    store: Sequence[passes.Quantize] = (),
     given: Mapping[str, Tensor] = MappingProxyType({}),
     observer: Callable[[str], Observer | None] = lambda method: None,
 ) -> dict[str, GraphProgram]:
@@ -250,7 +250,7 @@ def rewrite(
     lanes: list[Pass] = [
         passes.InsertMPLoRA(lora, given=given, rule=rule),
         passes.MergeSiblings(),
-        passes.SliceOutputs(),
+        *([passes.SliceOutputs()] if all(step.by_row for step in store) else []),
         passes.DuplicateLanes(zo.lanes),
     ]
     step: list[Pass] = [passes.Perturb(zo), passes.DifferenceLosses(zo), passes.UpdateState(rule)]
@@ -276,7 +276,7 @@ def rewrite(
     return methods
 
 
-def _store(captured: GraphProgram, quantization: Any, example: Example) -> list[Pass]:
+def _store(captured: GraphProgram, quantization: Any, example: Example) -> list[passes.Quantize]:
     """What quantizes the base weights, if anything."""
     if quantization is None:
         return []

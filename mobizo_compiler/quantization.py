@@ -96,6 +96,11 @@ class QuantizationConfig(JsonConfig):
         """Whether the inputs of the layer at a path are smoothed."""
         return self.smoothing != 0 and self.recipe_of(fqn, is_head) in ROUND_ACTIVATIONS
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of a weight is stored by itself, so that some rows alone are what they are in the whole."""
+        return "nf4" not in (self.recipe, self.head)  # it has scales of scales, over many rows
+
     def recipe_of(self, fqn: str, is_head: bool) -> str:
         """Recipe of the layer at a path; "none" if it stays float32."""
         if any(fqn == name or fqn.endswith("." + name) for name in self.skip):

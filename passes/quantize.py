@@ -60,6 +60,11 @@ class Quantize(Pass):
     needs = frozenset({facts.STATIC})
     breaks = frozenset({facts.CANONICAL})
 
+    @property
+    def by_row(self) -> bool:
+        """Whether some rows of a weight alone are stored as they are in the whole; not known of torchao's own."""
+        return isinstance(self.config, QuantizationConfig) and self.config.by_row
+
     def rewrite(self, edit: Editor) -> None:
         """Replace each layer and table; what has no parameter of its own stays."""
         for fqn, calls in find_targets(edit).items():

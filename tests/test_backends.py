@@ -63,7 +63,8 @@ def test_fifty_steps_agree_with_the_reference(name: str, tmp_path: Path) -> None
     reference.remove()
 
 
-@pytest.mark.parametrize("name", [SLOW_PORTABLE, "xnnpack"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["portable", "xnnpack"])
 def test_methods_share_state_and_sessions_do_not(name: str) -> None:
     torch.manual_seed(0)
     inputs, labels = tiny_batch()

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import accuracy
 from benchmarks.profile import group_events, operator_kind
 from benchmarks.sweep import fits
+from benchmarks.tasks import TASKS, Choice, Options
 from benchmarks.workload import Workload
+from examples.rotten_tomatoes import balanced
+from examples.topics import TOPICS, load_topics
 
 SMALL = ("--layers", "1", "--tokens", "8", "--rows", "1", "--queries", "1")
 ROOT = Path(__file__).parent.parent
@@ -84,3 +90,56 @@ def test_the_slope_of_a_line_through_the_origin_is_one() -> None:
 
     found = fits([point(x, 0.5 * x) for x in (1, 2, 4)])
     assert found["f"]["log_log_slope"] == pytest.approx(1)
+
+
+def test_topics_are_apart() -> None:
+    parts = load_topics()
+    words = [word.text for part in parts.values() for word in part]
+    assert len(words) == len(set(words)) > 8000
+    counts = [sum(word.label == topic for word in parts["test"]) for topic in range(len(TOPICS))]
+    assert len(counts) == 7 and min(counts) > 150
+    held_out = balanced(parts["test"], 400)
+    assert [sum(word.label == topic for word in held_out) for topic in range(7)] == [57] * 7
+
+
+def test_every_task_makes_batches_and_scores_a_model(smollm2: tuple[Any, Any]) -> None:
+    tokenizer, model = smollm2
+    for name, make in TASKS.items():
+        task = make(tokenizer, Options(train_rows=28, held_out=14))
+        batches = task.batches(4, seed=0)
+        seen = [next(batches) for _ in range(14)]
+        texts = Counter(tuple(row.tolist()) for inputs, _ in seen for row in inputs["input_ids"])
+        assert set(texts.values()) == {2}, f"{name}: two epochs have every row twice"
+        assert torch.equal(next(task.batches(4, seed=0))[0]["input_ids"], seen[0][0]["input_ids"])
+        with torch.no_grad():
+            found = task.scores(lambda inputs: model(**inputs), 4)
+            assert found == pytest.approx(task.scores(lambda inputs: model(**inputs), 14), abs=1e-5)
+            losses, weights = task.loss(model(**seen[0][0]), seen[0][1])
+        assert (weights > 0).all() and losses.isfinite().all()
+
+
+def test_a_model_that_knows_scores_all(smollm2: tuple[Any, Any]) -> None:
+    task = TASKS["topics"](smollm2[0], Options(held_out=21))
+    assert isinstance(task, Choice)
+    known = {tuple(task.prompter.encode([word])[0]["input_ids"][0].tolist()): word.label for word in task.held_out}
+
+    def right(inputs: dict[str, torch.Tensor]) -> Any:
+        logits = torch.zeros(*inputs["input_ids"].shape, 49152)
+        for row, ids in enumerate(inputs["input_ids"].tolist()):
+            logits[row, :, task.prompter.answers[known[tuple(ids)]]] = 1.0
+        return SimpleNamespace(logits=logits)
+
+    assert task.scores(right, 4) == {"accuracy": 1.0}
+
+
+def test_records_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = ("task", "method", "backend", "steps", "forward_rows")
+    history = [{"step": n, "forward_rows": 8 * n, "minutes": n / 2, "accuracy": 0.5 + n / 10} for n in (0, 1, 2)]
+    (tmp_path / "docs").mkdir()
+    for seed in range(2):
+        record = dict(zip(shown, ("A", "library", "xnnpack", 2, 16), strict=True)) | {"seed": seed, "history": history}
+        (tmp_path / f"{seed}.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    accuracy.main(["publish", str(tmp_path)])
+    assert len(json.loads((tmp_path / "docs" / "accuracy.json").read_text())) == 2
+    assert (tmp_path / "docs" / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -188,6 +188,26 @@ def test_weights_are_stored_once_and_small(recipe: str) -> None:
     assert all(base[path].data_ptr() == tensor.data_ptr() for path, tensor in shared.items()), "quantized twice"
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_choice_reads_the_head_that_evaluate_has(recipe: str) -> None:
+    """`train_step` has a few rows of the head, and they are stored as the whole head is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64)).eval()
+    tokens = torch.randint(0, 64, (3, 5))
+    labels = torch.full((3, 5), -100)
+    labels[:, 3] = torch.tensor([3, 50, 3])
+    loss = mobizo.ChoiceLoss((3, 50))
+    lora = LoraConfig(r=2, target_modules=("1",))
+    program = mobizo.compile(model, (tokens,), lora, ZOConfig(queries=1), loss, backend="eager", quantization=recipe)
+    session = Session(program)
+    result = session.train_step((tokens,), labels, seed=0, learning_rate=0.0, eps=1e-7)
+    total, count = loss(session.evaluate((tokens,)), labels)
+    torch.testing.assert_close(result.lane_losses, (total.sum() / count.sum()).expand(2), rtol=0, atol=2e-6)
+    few, whole = (program.methods[name].exported for name in ("train_step", "evaluate"))
+    assert ("rows_" in str(few.graph_signature)) == (recipe != "nf4"), "its rows share scales of scales"
+    assert "rows_" not in str(whole.graph_signature)
+
+
 def test_adapters_stay_in_full_precision() -> None:
     model, tokens = wide()
     program = mobizo.compile(

@@ -196,6 +196,7 @@ def test_three_steps_on_vulkan(recipe: str, state: str) -> None:
     compare_steps(program, decoder(recipe), *batch(), loss_error=5e-5 if recipe != "8da4w" else 5e-3)
 
 
+@pytest.mark.slow
 def test_without_a_runtime_programs_are_made_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is a runtime, it is hidden from the question which delegates there are."""
     program, _ = compiled("fp32")
@@ -254,6 +255,7 @@ def test_4_bit_layers_whose_width_lowering_cannot_pad() -> None:
         mobizo.compile(model, batch()[0], LORA, ZOConfig(queries=1), backend="vulkan")
 
 
+@pytest.mark.slow
 def test_one_row_of_8da4w_is_refused_at_its_line() -> None:
     """A batch of one token: `evaluate` has one row, where the kernel leaves activations as they are."""
     inputs, _ = batch(rows=1, tokens=2)
