@@ -19,7 +19,9 @@ from examples.rotten_tomatoes import (
     accuracy_and_auc,
     balanced,
     data_folder,
+    in_turns,
     load_sentences,
+    padded,
     split_by_movie,
 )
 from examples.topics import TOPICS, load_topics
@@ -76,17 +78,15 @@ class Choice:
 
     def batches(self, rows: int, seed: int) -> Iterator[Batch]:
         """Every text of a label comes up once before any does again."""
-        generator = random.Random(seed)
-        classes = [[s for s in self.train if s.label == label] for label in range(len(self.prompter.answers))]
-        endless = itertools.cycle([_shuffled(members, generator) for members in classes])
+        texts = in_turns(self.train, random.Random(seed))
         while True:
-            inputs, labels, _ = self.prompter.encode([next(next(endless)) for _ in range(rows)])
+            inputs, labels, _ = self.prompter.encode(list(itertools.islice(texts, rows)))
             yield inputs, labels
 
     def scores(self, evaluate: Evaluate, rows: int) -> dict[str, float]:
         """Accuracy, and the area under the ROC curve of two answers."""
         logits = []
-        for texts in _padded(self.held_out, rows):
+        for texts in padded(self.held_out, rows):
             inputs, _, last = self.prompter.encode(texts)
             found = evaluate(inputs).logits[torch.arange(rows), last]
             logits.append(found[:, list(self.prompter.answers)].float())
@@ -114,17 +114,19 @@ class Text:
 
     def batches(self, rows: int, seed: int) -> Iterator[Batch]:
         """Every window comes up once before any does again."""
-        windows = _shuffled(range(len(self.train)), random.Random(seed))
+        generator, queue = random.Random(seed), list[int]()
         while True:
-            ids = self.train[[next(windows) for _ in range(rows)]]
+            while len(queue) < rows:
+                queue += generator.sample(range(len(self.train)), len(self.train))
+            ids, queue = self.train[queue[:rows]], queue[rows:]
             yield _of_windows(ids), ids
 
     def scores(self, evaluate: Evaluate, rows: int) -> dict[str, float]:
         """Nats of a token."""
         total, count = 0.0, 0
-        for windows in _padded(range(len(self.held_out)), rows):
+        for windows in padded(range(len(self.held_out)), rows):
             new = len(self.held_out) - count if count + rows > len(self.held_out) else rows
-            ids = self.held_out[list(windows)]
+            ids = self.held_out[windows]
             logits = evaluate(_of_windows(ids)).logits[:new, :-1].float()
             total += float(F.cross_entropy(logits.reshape(-1, logits.shape[2]), ids[:new, 1:].reshape(-1))) * new
             count += new
@@ -187,17 +189,6 @@ def _choice(
     if options.train_rows is not None:
         train = balanced(train, options.train_rows, seed=5)
     return Choice(tokenizer, train, balanced(parts["test"], options.held_out, seed=0), prompt, answers, tokens)
-
-
-def _shuffled(items: Sequence[Any], generator: random.Random) -> Iterator[Any]:
-    while True:
-        yield from generator.sample(items, len(items))
-
-
-def _padded(items: Sequence[Any], rows: int) -> Iterator[Sequence[Any]]:
-    """`rows` items at a time; the last ones are filled up with the first."""
-    for start in range(0, len(items), rows):
-        yield [items[index % len(items)] for index in range(start, start + rows)]
 
 
 def _of_windows(ids: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Personalise SmolLM2-135M on review sentences with forward passes only, and show the gain.
 
-    python -m examples.demo [--seed 0] [--steps 2000] [--adapters last-block] [--output runs/demo]
+    python -m examples.demo [--seed 0] [--steps 800] [--adapters last-block] [--output runs/demo]
 
 Compiles the model to an ExecuTorch program (kept for the next run), measures it on sentences about movies that it
 never trains on, fine-tunes the adapter inside the program, measures again, and leaves everything in one folder.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -27,7 +28,16 @@ from torch import Tensor
 
 import mobizo_compiler as mobizo
 from examples.record import write_record
-from examples.rotten_tomatoes import Prompter, Sentence, accuracy_and_auc, balanced, load_sentences, split_by_movie
+from examples.rotten_tomatoes import (
+    Prompter,
+    Sentence,
+    accuracy_and_auc,
+    balanced,
+    in_turns,
+    load_sentences,
+    padded,
+    split_by_movie,
+)
 from examples.smollm2 import cache_folder, load_smollm2
 from mobizo_compiler.api import installed_versions
 from mobizo_compiler.quantization import RECIPES
@@ -67,8 +77,8 @@ SETUPS = {
     "last-block": Setup(
         mobizo.LoraConfig(r=16, lora_alpha=32, target_modules=("gate_proj", "up_proj", "down_proj")),
         mobizo.ZOConfig(queries=16, normalize=True),
-        rows=16,
-        steps=2000,
+        rows=64,
+        steps=800,
         learning_rate=0.1,
         pool=2000,
         last_block=True,
@@ -142,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "eps": options.eps or program.manifest.eps,
         "quantization": program.manifest.quantization,
         "loss": program.manifest.loss,
-        "lora": program.manifest.lora,
+        "lora": setup.lora.to_json(),
         "zo": setup.zo.to_json(),
         "backend": options.backend,
         "threads": torch.get_num_threads(),
@@ -216,8 +226,9 @@ def fine_tune(
 ) -> list[dict[str, float]]:
     """Train with a falling learning rate; five times on the way, measure on a few validation sentences."""
     generator = random.Random(options.seed * BATCH_SEED)
-    pool = balanced(parts["train"], setup.pool, seed=1) if setup.pool else parts["train"]
-    classes = [[s for s in pool if s.label == fresh] for fresh in (0, 1)]
+    classes = [[s for s in parts["train"] if s.label == fresh] for fresh in (0, 1)]
+    # In turns, so that after one epoch everything before the adapters is known for every batch.
+    kept = in_turns(balanced(parts["train"], setup.pool, seed=1), generator) if setup.pool else None
     validation = balanced(parts["validation"], 64, seed=1)
     often = max(50, options.steps // 6)
     history = []
@@ -235,7 +246,10 @@ def fine_tune(
         task = progress.add_task("fine-tuning", total=options.steps, detail="")
         for step in range(options.steps):
             started = time.monotonic()
-            batch = [generator.choice(members) for members in classes for _ in range(setup.rows // 2)]
+            if kept:
+                batch = list(itertools.islice(kept, setup.rows))
+            else:
+                batch = [generator.choice(members) for members in classes for _ in range(setup.rows // 2)]
             inputs, labels, _ = prompter.encode(batch)
             result = session.train_step(
                 inputs,
@@ -261,12 +275,12 @@ def fine_tune(
 
 
 def score(session: mobizo.Session, prompter: Prompter, sentences: Sequence[Sentence], rows: int) -> dict[str, float]:
-    """Accuracy and AUC; the number of sentences is a multiple of the program's `rows`."""
+    """Accuracy and AUC; `rows` are those of the program."""
     scores: list[Tensor] = []
-    for first in range(0, len(sentences), rows):
-        inputs, _, last = prompter.encode(sentences[first : first + rows])
+    for batch in padded(sentences, rows):
+        inputs, _, last = prompter.encode(batch)
         scores.append(prompter.scores(session.evaluate(inputs).logits, last))
-    accuracy, auc = accuracy_and_auc(torch.cat(scores), torch.tensor([s.label for s in sentences]))
+    accuracy, auc = accuracy_and_auc(torch.cat(scores)[: len(sentences)], torch.tensor([s.label for s in sentences]))
     return {"accuracy": accuracy, "auc": auc}
 
 

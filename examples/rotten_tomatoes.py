@@ -14,7 +14,7 @@ import importlib.util
 import io
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,30 @@ def balanced(sentences: Sequence[Sentence], count: int, seed: int = 0) -> list[S
     chosen = [s for members in classes for s in generator.sample(members, count // len(labels))]
     generator.shuffle(chosen)
     return chosen
+
+
+def in_turns(sentences: Sequence[Sentence], generator: random.Random) -> Iterator[Sentence]:
+    """Sentences without end, one of each label in turn; each comes up once before any of its label does again."""
+    labels = sorted({s.label for s in sentences})
+    endless = [_shuffled([s for s in sentences if s.label == label], generator) for label in labels]
+    while True:
+        for members in endless:
+            yield next(members)
+
+
+def _shuffled(items: Sequence[Any], generator: random.Random) -> Iterator[Any]:
+    while True:
+        yield from generator.sample(items, len(items))
+
+
+def padded(items: Sequence[Any], rows: int) -> Iterator[list[Any]]:
+    """`rows` items at a time; the last ones are filled up with the first, so that a program's batch is full.
+
+    >>> list(padded("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e', 'a']]
+    """
+    for start in range(0, len(items), rows):
+        yield [items[index % len(items)] for index in range(start, start + rows)]
 
 
 class Prompter:
