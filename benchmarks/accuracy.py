@@ -112,14 +112,16 @@ def train(options: argparse.Namespace) -> None:
             program = compile_method(method, model, task, options.backend)
             del model
         compile_seconds = time.monotonic() - start
+        before = None  # adapters that are zero change nothing, so it is the same for all seeds
         for seed in options.seed:
             if program is not None:
                 cache = options.output / f"prefix-{options.task}-{options.backend}"
                 session = mobizo.Session(program, prefix_cache=cache if task.rows_are_small else None)
-                record = run(options, method, task, seed, library_step(session), session.evaluate)
+                record = run(options, method, task, seed, library_step(session), session.evaluate, before)
                 session.close()
             else:
-                record = run(options, method, task, seed, *pytorch_step(name, method, load_smollm2()[1], task))
+                record = run(options, method, task, seed, *pytorch_step(name, method, load_smollm2()[1], task), before)
+            before = record["history"][0]
             record |= {
                 "method": name,
                 "options": dataclasses.asdict(method) | {"rule": repr(method.rule)},
@@ -220,13 +222,19 @@ def _everywhere(model: Any) -> tuple[dict[str, Tensor], tuple[mobizo.Site, ...]]
 
 
 def run(
-    options: argparse.Namespace, method: Method, task: Task, seed: int, step: Step, evaluate: Evaluate
+    options: argparse.Namespace,
+    method: Method,
+    task: Task,
+    seed: int,
+    step: Step,
+    evaluate: Evaluate,
+    before: dict[str, float] | None,
 ) -> dict[str, Any]:
     """Fine-tune, and measure before, on the way and after; measuring is not counted in the minutes."""
     batches = task.batches(method.rows, seed)
     lanes = 1 if method is METHODS["backpropagation"] else method.zo.lanes
     rate = mobizo.schedule("linear", method.learning_rate, options.steps)
-    losses, seconds, history = [], 0.0, []
+    losses, seconds, history = [], 0.0, [before] if before else []
 
     def measure() -> None:
         found = task.scores(evaluate, method.rows)
@@ -234,7 +242,8 @@ def run(
         history.append({"step": len(losses), "forward_rows": rows, "minutes": round(seconds / 60, 3), **found})
         print(history[-1], flush=True)
 
-    measure()
+    if not before:
+        measure()
     for number in range(options.steps):
         inputs, labels = next(batches)
         start = time.perf_counter()
