@@ -37,7 +37,7 @@ from mobizo_compiler.rules import UpdateRule, get_rule
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 LAST = mobizo.LoraConfig(r=16, lora_alpha=32, target_modules=FEED_FORWARD, layers_to_transform=29)
 EVERYWHERE = mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
-PYTORCH = ("mezo", "mobizo", "backpropagation")
+PYTORCH = ("mezo", "mobizo", "backpropagation", "backpropagation, last block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Method:
 
 
 _PLAIN = mobizo.ZOConfig(queries=16)
+_NO_LANES = mobizo.ZOConfig(queries=1)  # backpropagation: a row is a row
 _NORMALIZED = mobizo.ZOConfig(queries=16, normalize=True)
 # One clean lane and 31 others are as many forward rows as 16 pairs.
 _ONE_SIDED = mobizo.ZOConfig(queries=31, normalize=True, estimator="one-sided", noise="rademacher")
@@ -72,7 +73,8 @@ METHODS = {
     "sign": Method(3e-4, _PLAIN, "sign"),
     "mezo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4),
     "mobizo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4),
-    "backpropagation": Method(1e-3, _PLAIN, rows=16),
+    "backpropagation": Method(1e-3, _NO_LANES, rows=16),
+    "backpropagation, last block": Method(3e-3, _NO_LANES, rows=16),
 }
 
 
@@ -167,11 +169,12 @@ def library_step(session: mobizo.Session) -> Step:
 def pytorch_step(name: str, method: Method, model: Any, task: Task) -> tuple[Step, Evaluate]:
     """A step of a method in eager PyTorch, and the model it trains."""
     loss = task.loss
-    if name == "backpropagation":
+    if name.startswith("backpropagation"):
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=EVERYWHERE.r, lora_alpha=EVERYWHERE.lora_alpha, target_modules=["q_proj", "v_proj"])
-        adapted = get_peft_model(model, config)
+        lora = LAST if name.endswith("last block") else EVERYWHERE
+        fields = ("r", "lora_alpha", "target_modules", "layers_to_transform")
+        adapted = get_peft_model(model, LoraConfig(**{field: _listed(getattr(lora, field)) for field in fields}))
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=method.learning_rate)
 
         def step(inputs: dict[str, Tensor], labels: Tensor, seed: int, rate: float) -> float:
@@ -208,6 +211,10 @@ def pytorch_step(name: str, method: Method, model: Any, task: Task) -> tuple[Ste
     return (sequential if name == "mezo" else parallel), reference.evaluate
 
 
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _everywhere(model: Any) -> tuple[dict[str, Tensor], tuple[mobizo.Site, ...]]:
     """Sites and A on every `q_proj` and `v_proj`, as the compiler would lay them out."""
     from mobizo_compiler.passes.insert_mp_lora import initial_lora_a
@@ -232,7 +239,7 @@ def run(
 ) -> dict[str, Any]:
     """Fine-tune, and measure before, on the way and after; measuring is not counted in the minutes."""
     batches = task.batches(method.rows, seed)
-    lanes = 1 if method is METHODS["backpropagation"] else method.zo.lanes
+    lanes = method.zo.lanes if method.zo is not _NO_LANES else 1
     rate = mobizo.schedule("linear", method.learning_rate, options.steps)
     losses, seconds, history = [], 0.0, [before] if before else []
 
@@ -289,7 +296,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
                 axes.plot(*zip(*each, strict=True), ".", color=colour, alpha=0.4)
             same = [column for column in zip(*points, strict=False)]
             line = [tuple(statistics.mean(p[i] for p in column) for i in (0, 1)) for column in same]
-            axes.plot(*zip(*line, strict=True), color=colour, marker="o", label=f"{group[0]} ({group[1]})")
+            axes.plot(*zip(*line, strict=True), color=colour, marker="o", label=f"{group[0]}, {group[2]} steps")
         axes.set(xscale="log", xlabel=title)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
