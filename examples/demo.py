@@ -230,7 +230,7 @@ def fine_tune(
     # In turns, so that after one epoch everything before the adapters is known for every batch.
     kept = in_turns(balanced(parts["train"], setup.pool, seed=1), generator) if setup.pool else None
     validation = balanced(parts["validation"], 64, seed=1)
-    often = max(50, options.steps // 6)
+    often = max(50, -(-options.steps // 6))
     history = []
     smooth = None
     columns = (
