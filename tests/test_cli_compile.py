@@ -24,6 +24,7 @@ def run(*arguments: Any, code: int = 0) -> str:
     return result.stdout if code == 0 else result.output
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(
     tiny_model: Path, tiny_program: Path, mobizo_command: Any, compile_options: tuple[str, ...], tmp_path: Path
 ) -> None:

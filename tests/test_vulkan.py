@@ -118,7 +118,7 @@ CASES = [
     ("fp32", "shared"),
     pytest.param("fp32", "io", marks=pytest.mark.slow),
     pytest.param("4w", "shared", marks=pytest.mark.slow),
-    ("8da4w", "shared"),
+    pytest.param("8da4w", "shared", marks=pytest.mark.slow),
 ]
 
 
