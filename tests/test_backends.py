@@ -83,6 +83,7 @@ def test_methods_share_state_and_sessions_do_not(name: str) -> None:
     assert first.state().any(), "state() must be a copy"
 
 
+@pytest.mark.slow
 def test_results_stay_valid_after_the_next_call() -> None:
     inputs, labels = tiny_batch()
     session = Session(mobizo.compile(TinyCausalLM().eval(), inputs, LoraConfig(r=3), backend="portable"))
