@@ -28,15 +28,14 @@ from torch import Tensor
 
 import mobizo_compiler as mobizo
 from benchmarks.machine import describe, memory_mb, set_threads
-from benchmarks.record import write_json
 from benchmarks.tasks import TASKS, Evaluate, Options, Task
+from examples.demo import SETUPS
+from examples.record import write_json
 from examples.smollm2 import cache_folder, load_smollm2
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.rules import UpdateRule, get_rule
 
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-LAST = mobizo.LoraConfig(r=16, lora_alpha=32, target_modules=FEED_FORWARD, layers_to_transform=29)
-EVERYWHERE = mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"))
+LAST, EVERYWHERE = SETUPS["last-block"], SETUPS["all-blocks"].lora
 PYTORCH = ("mezo", "mobizo", "backpropagation", "backpropagation, last block")
 
 
@@ -54,20 +53,19 @@ class Method:
     learning_rate: float
     zo: mobizo.ZOConfig
     rule: str | UpdateRule = "sgd"
-    rows: int = 64
+    rows: int = LAST.rows
 
 
 _PLAIN = mobizo.ZOConfig(queries=16)
 _NO_LANES = mobizo.ZOConfig(queries=1)  # backpropagation: a row is a row
-_NORMALIZED = mobizo.ZOConfig(queries=16, normalize=True)
 # One clean lane and 31 others are as many forward rows as 16 pairs.
 _ONE_SIDED = mobizo.ZOConfig(queries=31, normalize=True, estimator="one-sided", noise="rademacher")
 METHODS = {
-    "library": Method(0.1, _NORMALIZED),
+    "library": Method(LAST.learning_rate, LAST.zo),
     "library, small": Method(0.1, mobizo.ZOConfig(queries=4, normalize=True), rows=4),
     **{f"sgd {rate:g}": Method(rate, _PLAIN) for rate in (0.03, 0.1, 0.3, 1.0, 3.0)},
     "one-sided": Method(0.1, _ONE_SIDED),
-    "momentum": Method(0.1, _NORMALIZED, "momentum"),
+    "momentum": Method(0.1, LAST.zo, "momentum"),
     "adam": Method(3e-3, _PLAIN, get_rule({"rule": "adam", "beta2": 0.99})),
     "scalar-adam": Method(1e-2, _PLAIN, get_rule({"rule": "scalar-adam", "beta2": 0.99})),
     "sign": Method(3e-4, _PLAIN, "sign"),
@@ -112,7 +110,7 @@ def train(options: argparse.Namespace) -> None:
         program = None
         if name not in PYTORCH:
             program = compile_method(method, model, task, options.backend)
-            del model
+        del model
         compile_seconds = time.monotonic() - start
         before = None  # adapters that are zero change nothing, so it is the same for all seeds
         for seed in options.seed:
@@ -143,7 +141,7 @@ def compile_method(method: Method, model: Any, task: Task, backend: str) -> mobi
     return mobizo.compile(
         model,
         next(task.batches(method.rows, seed=0))[0],
-        LAST,
+        LAST.lora_of(model),
         method.zo,
         task.loss,
         backend=backend,
@@ -172,7 +170,7 @@ def pytorch_step(name: str, method: Method, model: Any, task: Task) -> tuple[Ste
     if name.startswith("backpropagation"):
         from peft import LoraConfig, get_peft_model
 
-        lora = LAST if name.endswith("last block") else EVERYWHERE
+        lora = LAST.lora_of(model) if name.endswith("last block") else EVERYWHERE
         fields = ("r", "lora_alpha", "target_modules", "layers_to_transform")
         adapted = get_peft_model(model, LoraConfig(**{field: _listed(getattr(lora, field)) for field in fields}))
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=method.learning_rate)

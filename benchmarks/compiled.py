@@ -23,8 +23,8 @@ from torch import Tensor
 
 import mobizo_compiler
 from benchmarks.machine import memory_mb
-from benchmarks.record import write_json
 from benchmarks.workload import Workload, stock_inference
+from examples.record import write_json
 from mobizo_compiler.api import installed_versions
 from mobizo_compiler.costs import multiply_adds
 from mobizo_compiler.plan import read_plans

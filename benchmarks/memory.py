@@ -129,7 +129,8 @@ def parent(workload: Workload, options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from benchmarks.compiled import Kind, compiled
-    from benchmarks.record import bar_chart, write_json
+    from benchmarks.record import bar_chart
+    from examples.record import write_json
 
     kinds: dict[str, Kind] = {name: RUNTIME[name][0] if name in RUNTIME else "program" for name in options.children}  # type: ignore[misc]
     files = {kind: compiled(kind, workload, options.cache) for kind in sorted(set(kinds.values()))}

@@ -24,8 +24,9 @@ from rich.table import Table
 
 from benchmarks.compiled import CACHE, compiled
 from benchmarks.machine import describe, set_threads
-from benchmarks.record import bar_chart, write_json
+from benchmarks.record import bar_chart
 from benchmarks.workload import Workload
+from examples.record import write_json
 
 WHOLE, DELEGATE, KERNEL = "Method::execute", "DELEGATE_CALL", "OPERATOR_CALL"
 CROSSING, INTERPRETER = "delegate call, around operators", "interpreter, between calls"

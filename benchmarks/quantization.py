@@ -36,8 +36,8 @@ from torch import Tensor
 import mobizo_compiler as mobizo
 from benchmarks.compiled import CACHE, compiled
 from benchmarks.machine import describe, set_threads
-from benchmarks.record import write_json
 from benchmarks.workload import Workload
+from examples.record import write_json
 from mobizo_compiler.quantization import RECIPES
 
 EPS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.5e-1, 3e-1)
@@ -82,13 +82,13 @@ def quality(options: argparse.Namespace) -> None:
 def demo_session(recipe: str, backend: str) -> tuple[mobizo.Session, Callable[[int], tuple[dict[str, Tensor], Tensor]]]:
     """The demo's program with adapters in all blocks and that recipe, and its batches by seed."""
     from examples.demo import SETUPS, TOKENS, example_inputs
-    from examples.rotten_tomatoes import Prompter, load_sentences, split_by_movie
+    from examples.rotten_tomatoes import Prompter, by_label, load_sentences, split_by_movie
     from examples.smollm2 import cache_folder, load_smollm2
 
     tokenizer, model = load_smollm2()
     prompter, setup = Prompter(tokenizer, TOKENS), SETUPS["all-blocks"]
     train = split_by_movie(load_sentences())["train"]
-    classes = [[s for s in train if s.label == fresh] for fresh in (0, 1)]
+    classes = by_label(train)
 
     def batch(seed: int) -> tuple[dict[str, Tensor], Tensor]:
         generator = random.Random(seed)

@@ -32,8 +32,9 @@ from benchmarks import peers
 from benchmarks.compiled import CACHE, Compiled, Kind, compiled
 from benchmarks.machine import describe, memory_mb, set_threads
 from benchmarks.peers import Peer
-from benchmarks.record import bar_chart, write_json
+from benchmarks.record import bar_chart
 from benchmarks.workload import Workload
+from examples.record import write_json
 
 FILES: dict[str, Kind] = {"a": "stock", "b": "program", "c": "program", "d": "position", "f": "program"}
 RATIOS = ("f/a", "f/b", "f/c", "d/f", "e/f", "e-checkpointed/f")

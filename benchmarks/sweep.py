@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.compiled import CACHE
-from benchmarks.record import write_json
 from benchmarks.step import measure
 from benchmarks.workload import Workload
+from examples.record import write_json
 
 QUANTITIES = ("queries", "rows", "tokens", "rank", "last")
 

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mobizo_compiler as mobizo
+from examples.demo import TOKENS
 from examples.rotten_tomatoes import (
+    PROMPT,
+    VERBALISERS,
     Prompter,
     Sentence,
     accuracy_and_auc,
@@ -150,7 +153,7 @@ def reviews(prompt: str, answers: tuple[str, str]) -> Callable[[Any, Options], T
     """Sentences about movies; those that are held out are about other movies."""
 
     def make(tokenizer: Any, options: Options) -> Task:
-        return _choice(tokenizer, split_by_movie(load_sentences()), options, prompt, answers, 48)
+        return _choice(tokenizer, split_by_movie(load_sentences()), options, prompt, answers, TOKENS)
 
     return make
 
@@ -170,7 +173,7 @@ def hamlet(tokenizer: Any, options: Options) -> Task:
 
 
 TASKS: dict[str, Callable[[Any, Options], Task]] = {
-    "A": reviews("{text} It was", (" terrible", " great")),
+    "A": reviews(PROMPT, VERBALISERS),
     "B": reviews("Review: {text}\nSentiment:", (" negative", " positive")),
     "topics": topics,
     "hamlet": hamlet,

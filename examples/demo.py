@@ -27,12 +27,13 @@ from rich.table import Table
 from torch import Tensor
 
 import mobizo_compiler as mobizo
-from examples.record import write_record
+from examples.record import write_json
 from examples.rotten_tomatoes import (
     Prompter,
     Sentence,
     accuracy_and_auc,
     balanced,
+    by_label,
     in_turns,
     load_sentences,
     padded,
@@ -111,8 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     setup = SETUPS[options.adapters]
-    options.steps = options.steps or setup.steps
-    options.learning_rate = options.learning_rate or setup.learning_rate
+    for name in ("steps", "learning_rate"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(setup, name))
     console = Console()
     start = time.monotonic()
 
@@ -226,7 +228,7 @@ def fine_tune(
 ) -> list[dict[str, float]]:
     """Train with a falling learning rate; five times on the way, measure on a few validation sentences."""
     generator = random.Random(options.seed * BATCH_SEED)
-    classes = [[s for s in parts["train"] if s.label == fresh] for fresh in (0, 1)]
+    classes = by_label(parts["train"])
     # In turns, so that after one epoch everything before the adapters is known for every batch.
     kept = in_turns(balanced(parts["train"], setup.pool, seed=1), generator) if setup.pool else None
     validation = balanced(parts["validation"], 64, seed=1)
@@ -315,7 +317,7 @@ def write_results(folder: Path, record: dict[str, Any], session: mobizo.Session)
     """The adapter as peft stores it, a plot, and settings with the whole history."""
     session.export_adapter(folder / "adapter")
     plot(record, folder / "plot.png")
-    write_record(folder, record)
+    write_json(folder / "run.json", record)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import mobizo_compiler as mobizo
 from examples.minilm import LAYERS, LORA, ROWS, ZO, before_after, encode, load_minilm, measure
-from examples.rotten_tomatoes import Sentence, balanced, load_sentences, split_by_movie
+from examples.rotten_tomatoes import Sentence, balanced, by_label, load_sentences, split_by_movie
 
 LEARNING_RATE = 3e-2
 Batch = Callable[[int], tuple[dict[str, Tensor], Tensor]]
@@ -120,7 +120,7 @@ def by_movie(sentences: Sequence[Sentence], count: int) -> list[list[Sentence]]:
 
 def batches(tokenizer: Any, sentences: Sequence[Sentence], seed: int) -> Batch:
     """For every step a batch, half of it fresh."""
-    classes = [[s for s in sentences if s.label == fresh] for fresh in (0, 1)]
+    classes = by_label(sentences)
 
     def batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
         generator = random.Random(f"{seed} {step}")

@@ -31,8 +31,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
-from examples.record import write_record
-from examples.rotten_tomatoes import Sentence, accuracy_and_auc, balanced, load_sentences, split_by_movie
+from examples.record import write_json
+from examples.rotten_tomatoes import Sentence, accuracy_and_auc, balanced, by_label, load_sentences, split_by_movie
 from mobizo_compiler.api import installed_versions
 
 LAYERS = 4
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train_seconds": round(train_seconds, 1),
         "history": history,
     }
-    write_record(options.output, record)
+    write_json(options.output / "run.json", record)
     console.print(before_after(before, after, len(held_out)))
     console.print(
         f"Compiled in {compile_seconds:.0f} s, trained {options.steps} steps in {train_seconds:.0f} s "
@@ -174,7 +174,7 @@ def fine_tune(
 ) -> list[dict[str, float]]:
     """Train on fresh balanced batches with a falling learning rate; the loss of every step."""
     generator = random.Random(options.seed * BATCH_SEED)
-    classes = [[s for s in sentences if s.label == fresh] for fresh in (0, 1)]
+    classes = by_label(sentences)
     history = []
     for step in track(range(options.steps), description="fine-tuning", console=console):
         batch = [sentence for members in classes for sentence in generator.sample(members, ROWS // 2)]

@@ -1,4 +1,4 @@
-"""The record that an example leaves of a run."""
+"""What a run or a measurement leaves behind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from mobizo_compiler.files import whole_file
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Settings, results and the loss of every step, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "run.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode())

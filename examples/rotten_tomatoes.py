@@ -81,20 +81,23 @@ def split_by_movie(sentences: Sequence[Sentence], seed: int = 0) -> dict[str, li
     return parts
 
 
+def by_label(sentences: Sequence[Sentence]) -> list[list[Sentence]]:
+    """The sentences of each label, in the order of the labels."""
+    return [[s for s in sentences if s.label == label] for label in sorted({s.label for s in sentences})]
+
+
 def balanced(sentences: Sequence[Sentence], count: int, seed: int = 0) -> list[Sentence]:
     """`count` sentences drawn at random, as many of each label."""
     generator = random.Random(seed)
-    labels = sorted({s.label for s in sentences})
-    classes = [[s for s in sentences if s.label == label] for label in labels]
-    chosen = [s for members in classes for s in generator.sample(members, count // len(labels))]
+    classes = by_label(sentences)
+    chosen = [s for members in classes for s in generator.sample(members, count // len(classes))]
     generator.shuffle(chosen)
     return chosen
 
 
 def in_turns(sentences: Sequence[Sentence], generator: random.Random) -> Iterator[Sentence]:
     """Sentences without end, one of each label in turn; each comes up once before any of its label does again."""
-    labels = sorted({s.label for s in sentences})
-    endless = [_shuffled([s for s in sentences if s.label == label], generator) for label in labels]
+    endless = [_shuffled(members, generator) for members in by_label(sentences)]
     while True:
         for members in endless:
             yield next(members)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import random
-from pathlib import Path
 
 from examples.rotten_tomatoes import Sentence, data_folder
 
@@ -26,9 +25,9 @@ TOPICS = {
 
 def load_topics(seed: int = 0) -> dict[str, list[Sentence]]:
     """`train`, `validation` and `test`, 60, 15 and 25 % of the words, with the number of their topic."""
-    path = data_folder() / "roget.csv.bz2"
+    text = bz2.decompress((data_folder() / "roget.csv.bz2").read_bytes()).decode()
     found: dict[str, set[str]] = {}
-    for line in bz2.decompress(Path(path).read_bytes()).decode().splitlines():
+    for line in text.splitlines():
         word, _, topic = line.rpartition(",")
         if topic in TOPICS and word.isascii() and '"' not in word:
             found.setdefault(word.strip(), set()).add(topic)

@@ -203,6 +203,15 @@ def operand(node: fx.Node, position: int = 0) -> fx.Node:
     return cast(fx.Node, node.args[position])
 
 
+def slice_bounds(node: fx.Node) -> tuple[int, int, int | None] | None:
+    """Axis from the front, start and end of a slice; None if a bound is no number, or the step is not 1."""
+    given: tuple[Any, ...] = node.args[1:]
+    axis, start, end, step = given + (0, None, None, 1)[len(given) :]
+    if step != 1 or not all(isinstance(bound, (int, type(None))) for bound in (start, end)):
+        return None
+    return axis % operand(node).meta["val"].dim(), start or 0, end
+
+
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes with all that they are made of."""
     found = set(nodes)

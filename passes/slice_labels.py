@@ -24,7 +24,7 @@ from torch import fx
 from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import ancestors, operand
+from mobizo_compiler.program import ancestors, operand, slice_bounds
 from mobizo_compiler.tokens import TokenCall, token_call
 
 aten = torch.ops.aten
@@ -73,23 +73,23 @@ def _pick(node: fx.Node) -> _Pick | None:
         return _gather(node)
     if node.target not in (aten.slice.Tensor, aten.select.int):
         return None
-    args: tuple[Any, ...] = node.args
     whole = operand(node).meta["val"].shape
     rank = len(whole)
-    axis = args[1] % rank if len(args) > 1 else 0
     if node.target is aten.select.int:
-        start = args[2]
+        selected: tuple[Any, ...] = node.args
+        axis, start = selected[1] % rank, selected[2]
         if not isinstance(start, int) or axis in (0, rank - 1) or not _few(1, whole[axis]):
             return None
         end = None if start == -1 else start + 1
         return _Pick((start, end), axis, 1, _slicer(start, end), keeps_axis=False)
-    defaults: tuple[Any, ...] = (0, None, 1)
-    start, end, step = (*args[2:], *defaults[max(0, len(args) - 2) :])
-    count = node.meta["val"].shape[axis]
-    plain = isinstance(start, (int, type(None))) and isinstance(end, (int, type(None))) and step == 1
-    if not plain or axis in (0, rank - 1) or not _few(count, whole[axis]):
+    bounds = slice_bounds(node)
+    if bounds is None:
         return None
-    return _Pick((start or 0, end), axis, count, _slicer(start or 0, end))
+    axis, start, end = bounds
+    count = node.meta["val"].shape[axis]
+    if axis in (0, rank - 1) or not _few(count, whole[axis]):
+        return None
+    return _Pick((start, end), axis, count, _slicer(start, end))
 
 
 def _slicer(start: int, end: int | None) -> Callable[[Editor, fx.Node, int], fx.Node]:

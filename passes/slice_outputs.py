@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.program import slice_bounds
 from mobizo_compiler.tokens import token_call
 
 aten = torch.ops.aten
@@ -55,7 +56,8 @@ class SliceOutputs(Pass):
 
 def _filled(rows: list[int], width: int) -> list[int]:
     """The rows, and as many others behind them as make a multiple of `MULTIPLE`."""
-    others = (row for row in range(width) if row not in set(rows))
+    read = set(rows)
+    others = (row for row in range(width) if row not in read)
     return rows + list(itertools.islice(others, -len(rows) % MULTIPLE))
 
 
@@ -77,14 +79,11 @@ def _chain(node: fx.Node) -> list[fx.Node]:
 
 def _read(node: fx.Node, source: fx.Node) -> range | None:
     """The outputs that a slice of the last axis takes, or None if the call is none."""
-    if node.target is not aten.slice.Tensor:
+    bounds = slice_bounds(node) if node.target is aten.slice.Tensor else None
+    value = source.meta["val"]
+    if bounds is None or bounds[0] != value.dim() - 1 or not isinstance(value.shape[-1], int):
         return None
-    value, given = source.meta["val"], dict(zip(("axis", "start", "end", "step"), node.args[1:], strict=False))
-    axis, start, end = (given.get(name) for name in ("axis", "start", "end"))
-    numbers = all(isinstance(number, (int, type(None))) for number in (start, end, value.shape[-1]))
-    if axis not in (-1, value.dim() - 1) or given.get("step", 1) != 1 or not numbers:
-        return None
-    return range(*slice(start, end).indices(value.shape[-1]))
+    return range(*slice(*bounds[1:]).indices(value.shape[-1]))
 
 
 def _narrow(edit: Editor, chain: list[fx.Node], slices: dict[fx.Node, range], rows: list[int]) -> None:
