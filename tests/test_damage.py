@@ -15,6 +15,8 @@ from mobizo_compiler.errors import ArtifactError, StateError
 from mobizo_compiler.journal import fingerprint
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
+pytestmark = pytest.mark.xdist_group("damage")  # one process, so that its programs are made once
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -83,3 +83,11 @@ def test_version_is_stated_once() -> None:
 def test_public_names_are_there() -> None:
     for name in mobizo_compiler.__all__:
         assert getattr(mobizo_compiler, name).__doc__
+
+
+@pytest.mark.xdist_group("kept")
+def test_groups_of_tests_run_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Some versions of pytest and pytest-xdist part them in silence, and make every shared program twice."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("only of a run with --dist loadgroup")
+    assert request.node.nodeid.endswith("@kept")

@@ -29,6 +29,8 @@ from mobizo_compiler.errors import (
 )
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
+pytestmark = pytest.mark.xdist_group("session_inputs")  # one process, so that its programs are made once
+
 
 @pytest.fixture(scope="module", params=["eager", "portable"])
 def session(request: pytest.FixtureRequest) -> Session:

@@ -34,6 +34,7 @@ RECIPES: dict[str, Any] = {
     "8w": Int8WeightOnlyConfig(),
 }
 LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "o_proj", "down_proj"))
+pytestmark = pytest.mark.xdist_group("vulkan")  # one process, so that its programs are made once
 ROWS, TOKENS = 3, 5
 # Calls that a method keeps in portable kernels, and why.
 MASK = {"aten::full", "arange.start_step", "unsqueeze_copy", "sub.Tensor", "le.Scalar", "logical_and"}
