@@ -68,7 +68,10 @@ _NO_LANES = mobizo.ZOConfig(queries=1)  # backpropagation: a row is a row
 _ONE_SIDED = mobizo.ZOConfig(queries=31, normalize=True, estimator="one-sided", noise="rademacher")
 METHODS = {
     "library": Method(LAST.learning_rate, LAST.zo),
-    "library, small": Method(0.1, mobizo.ZOConfig(queries=4, normalize=True), rows=4),
+    **{
+        f"library, small {rate:g}": Method(rate, mobizo.ZOConfig(queries=4, normalize=True), rows=4)
+        for rate in (0.01, 0.1)
+    },
     **{f"sgd {rate:g}": Method(rate, _PLAIN) for rate in (0.03, 0.1, 0.3, 1.0, 3.0)},
     "one-sided": Method(0.1, _ONE_SIDED),
     "momentum": Method(0.1, LAST.zo, "momentum"),
@@ -308,22 +311,23 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     shown = [record for record in records if record["task"] == "A"]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True, sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True, sharey=True)
+    groups = sorted({(r["method"], r["backend"], r["steps"]) for r in shown})
     for axes, key, title in zip(panels, ("forward_rows", "minutes"), ("forward rows", "minutes"), strict=True):
-        for index, group in enumerate(sorted({(r["method"], r["backend"], r["steps"]) for r in shown})):
+        for index, group in enumerate(groups):
             runs = [r["history"] for r in shown if (r["method"], r["backend"], r["steps"]) == group]
-            colour = f"C{index % 10}"
+            colour, shape = f"C{index % 10}", "os^D"[index // 10 % 4]
             points = [[(p[key], p["accuracy"]) for p in history if p[key] > 0] for history in runs]
             for each in points:
                 axes.plot(*zip(*each, strict=True), ".", color=colour, alpha=0.4)
             same = [column for column in zip(*points, strict=False)]
             line = [tuple(statistics.mean(p[i] for p in column) for i in (0, 1)) for column in same]
-            axes.plot(*zip(*line, strict=True), color=colour, marker="o", label=f"{group[0]}, {group[2]} steps")
+            axes.plot(*zip(*line, strict=True), color=colour, marker=shape, label=f"{group[0]}, {group[2]} steps")
         axes.set(xscale="log", xlabel=title)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="accuracy on held-out sentences, prompt A")
-    panels[1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 

@@ -194,7 +194,7 @@ def accuracy_page() -> str:
         for (method, backend, steps, rows), runs in sorted(groups.items(), key=lambda group: (group[0][1], str(group))):
             minutes = [run["minutes"] for run in runs]
             cells = [method, backend, rows, steps, f"{runs[0]['forward_rows']:,}"]
-            cells += [f"{min(minutes):.1f} to {max(minutes):.1f}" if len(runs) > 1 else f"{minutes[0]:.1f}"]
+            cells.append(" to ".join(sorted({f"{ends(minutes):.1f}" for ends in (min, max)}, key=float)))
             peaks = [run["peak_mb"] for run in runs if run.get("peak_mb")]
             cells += [f"{statistics.median(peaks):,.0f}" if peaks else "", len(runs)]
             for name in names:
