@@ -157,6 +157,7 @@ def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
             f"lora_alpha={lora.lora_alpha}",
             where=where,
         )
+    trained = []
     for site in program.sites:
         a, b = adapter.a[site.fqn], adapter.b[site.fqn]
         if tuple(a.shape) != site.a_shape or tuple(b.shape) != (site.r, site.out_features):
@@ -167,7 +168,19 @@ def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
                 where=where,
                 hint="compile(..., adapter=folder) makes a program with this A",
             )
-    b = torch.cat([adapter.b[site.fqn].flatten() for site in program.sites])
+        if site.outputs:
+            others = torch.ones(site.out_features, dtype=torch.bool)
+            others[list(site.outputs)] = False
+            if bool(b[:, others].any()):
+                raise AdapterError(
+                    f"the adapter changes outputs of layer {site.fqn} that the program does not adapt",
+                    where=where,
+                    hint="the program was compiled for a loss that reads few outputs; compile(..., adapter=folder) "
+                    "makes one that adapts all of them",
+                )
+            b = b[:, list(site.outputs)]
+        trained.append(b.flatten())
+    b = torch.cat(trained)
     begin = initial_state(program.sites, adapter.a, program.manifest.memory)
     begin[: b.numel()] = b
     return begin
@@ -190,6 +203,11 @@ def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
             weight = model.get_submodule(site.fqn).weight
         except AttributeError:
             raise AdapterError(f"the model has no layer {site.fqn} with a weight") from None
+        if sum(weight is other for _, other in model.named_parameters(remove_duplicate=False)) > 1:
+            raise AdapterError(
+                f"layer {site.fqn} shares its weight with another layer, which would be changed as well",
+                hint="give it a weight of its own first: layer.weight = torch.nn.Parameter(layer.weight.clone())",
+            )
         a, b = lora_a(program, site, state), site.lora_b(state)
         delta = site.scaling * torch.einsum("ri...,ro->oi...", a, b)
         turned = not site.kernel and type(model.get_submodule(site.fqn)).__name__ == "Conv1D"

@@ -136,15 +136,15 @@ def compile(
     ...     model, (torch.zeros(2, 5, dtype=torch.long),), LoraConfig(r=2, target_modules=("1",)), backend="eager"
     ... )
     >>> program.sites
-    (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=(), a_offset=None),)
+    (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=(), a_offset=None, outputs=()),)
     """
     say = progress or (lambda line: None)
-    given: Mapping[str, Tensor] = {}
+    given: Mapping[str, tuple[Tensor, Tensor]] = {}
     if adapter is not None:
         if lora is not None:
             raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
         found = read_peft(Path(adapter))
-        lora, given = found.lora, found.a
+        lora, given = found.lora, {fqn: (found.a[fqn], found.b[fqn]) for fqn in found.a}
     lora, zo = lora or LoraConfig(), zo or ZOConfig()
     row_loss = _loss(loss, example_labels)
     recipe = _quantization(quantization)
@@ -237,7 +237,7 @@ def rewrite(
     split_prefix: bool = False,
     state: str = "shared",
     store: Sequence[passes.Quantize] = (),
-    given: Mapping[str, Tensor] = MappingProxyType({}),
+    given: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
     observer: Callable[[str], Observer | None] = lambda method: None,
 ) -> dict[str, GraphProgram]:
     """The methods of a program: static graphs that share one state, ready for the backend to lower."""

@@ -17,7 +17,7 @@ from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
 from mobizo_compiler.outline import Block
 from mobizo_compiler.program import DynamicSize, Nesting, Site
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,10 @@ class Manifest:
             specs: dict[str, Any] = {
                 n: tuple(_spec(item) for item in values.pop(n)) for n in ("inputs", "outputs", "prefix")
             }
-            sites = tuple(Site(**{**item, "kernel": tuple(item["kernel"])}) for item in values.pop("sites"))
+            sites = tuple(
+                Site(**{**item, **{key: tuple(item[key]) for key in ("kernel", "outputs")}})
+                for item in values.pop("sites")
+            )
             sizes = tuple(DynamicSize(**item) for item in values.pop("sizes"))
             labels = _spec(values.pop("labels"))
             lora, zo = LoraConfig.from_json(values.pop("lora")), ZOConfig.from_json(values.pop("zo"))

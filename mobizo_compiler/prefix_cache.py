@@ -80,10 +80,10 @@ class PrefixCache:
             per_row: Which of them have rows, in their first axis.
             compute: Computes the values of the batch.
         """
-        keys = [_key(inputs, per_row, row) for row in range(int(self._specs[0].shape[0]))]
+        keys = _keys(inputs, per_row, int(self._specs[0].shape[0]))
         found = [self._read(key) for key in keys]
         if all(row is not None for row in found):
-            return [torch.stack([row[index] for row in found if row is not None]) for index in range(len(self._specs))]
+            return self._values(b"".join(row for row in found if row is not None))
         values = compute()
         for position, (key, row) in enumerate(zip(keys, found, strict=True)):
             if row is None:
@@ -110,22 +110,27 @@ class PrefixCache:
             places[self._file.read(_KEY)] = place
         return places
 
-    def _read(self, key: bytes) -> list[Tensor] | None:
+    def _read(self, key: bytes) -> bytes | None:
+        """The record of a row, or None if it is not there or damaged."""
         place = self._places.get(key)
         if place is None:
             return None
         self._file.seek(place)
         data = self._file.read(self._record)
-        body = data[: -_CHECKSUM.size]
+        body = memoryview(data)[: -_CHECKSUM.size]
         if len(data) < self._record or _CHECKSUM.pack(zlib.crc32(body)) != data[-_CHECKSUM.size :]:
             del self._places[key]
             return None
+        return data
+
+    def _values(self, records: bytes) -> list[Tensor]:
+        """The values of all rows from their records, one after the other."""
+        table = torch.frombuffer(bytearray(records), dtype=torch.uint8).reshape(-1, self._record)
         values, start = [], _KEY
         for spec in self._specs:
-            size = _row_bytes(spec)
-            flat = torch.frombuffer(bytearray(body[start : start + size]), dtype=getattr(torch, spec.dtype))
-            values.append(flat.reshape([int(n) for n in spec.shape[1:]]))
-            start += size
+            part = table[:, start : start + _row_bytes(spec)].clone(memory_format=torch.contiguous_format)
+            values.append(part.view(getattr(torch, spec.dtype)).reshape([int(n) for n in spec.shape]))
+            start += _row_bytes(spec)
         return values
 
     def _write(self, key: bytes, values: Sequence[Tensor]) -> None:
@@ -138,11 +143,14 @@ class PrefixCache:
         self._places[key] = place
 
 
-def _key(inputs: Sequence[Tensor], per_row: Sequence[bool], row: int) -> bytes:
-    digest = hashlib.sha256()
+def _keys(inputs: Sequence[Tensor], per_row: Sequence[bool], rows: int) -> list[bytes]:
+    digests = [hashlib.sha256() for _ in range(rows)]
     for value, has_rows in zip(inputs, per_row, strict=True):
-        digest.update(raw_bytes(value[row] if has_rows else value))
-    return digest.digest()
+        data = raw_bytes(value)
+        size = len(data) // rows if has_rows else 0
+        for row, digest in enumerate(digests):
+            digest.update(data[row * size : (row + 1) * size] if has_rows else data)
+    return [digest.digest() for digest in digests]
 
 
 def _identity(program: Program) -> bytes:

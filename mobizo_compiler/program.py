@@ -21,7 +21,7 @@ STATE = "mobizo_lora_b"
 LABELS, SEED, LEARNING_RATE, EPS = "mobizo_labels", "mobizo_seed", "mobizo_learning_rate", "mobizo_eps"
 PROJECTED_GRADIENT = "mobizo_projected_gradient"
 PREFIX = "mobizo_prefix_"  # inputs of a step that starts after the part that no adapter reaches
-ROWS = ".rows_"  # after the path of a weight: some rows of it
+ROWS = "__rows_"  # after the path of a weight: some rows of it
 STATE_INPUT = "mobizo_state"  # name of the state as the last input, and of what it becomes as the last output
 
 
@@ -31,13 +31,15 @@ class Site:
 
     Args:
         fqn: Path of the module in the user's model.
-        offset: First element of B in the state; B is `state[offset:offset + r * out_features].view(r, out_features)`.
+        offset: First element of B in the state; B is `state[offset:offset + r * width].view(r, width)`.
         r: Rank.
         in_features: Width of the layer's input; channels for a convolution.
         out_features: Width of the layer's output; channels for a convolution.
         scaling: Factor of the branch, `lora_alpha / r`.
         kernel: Window of a convolution; empty for a linear layer.
         a_offset: First element of A in the state where A is trained too, as [in_features, r]; None where it is frozen.
+        outputs: The outputs that are adapted, ascending; empty for all. The columns of B for others are zero, and not
+            in the state.
     """
 
     fqn: str
@@ -48,6 +50,12 @@ class Site:
     scaling: float
     kernel: tuple[int, ...] = ()
     a_offset: int | None = None
+    outputs: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Number of outputs that are adapted."""
+        return len(self.outputs) or self.out_features
 
     @property
     def a_shape(self) -> tuple[int, ...]:
@@ -56,8 +64,8 @@ class Site:
 
     @property
     def size(self) -> int:
-        """Number of elements of B."""
-        return self.r * self.out_features
+        """Number of elements of B in the state."""
+        return self.r * self.width
 
     @property
     def trained(self) -> int:
@@ -65,9 +73,12 @@ class Site:
         return self.size + (0 if self.a_offset is None else self.r * self.in_features)
 
     def lora_b(self, state: Tensor) -> Tensor:
-        """B in a flat state [..., S], as [..., r, out_features]; an alias where the layout allows."""
-        part = state[..., self.offset : self.offset + self.size]
-        return part.reshape(*state.shape[:-1], self.r, self.out_features)
+        """B in a flat state [..., S], as [..., r, out_features]; an alias where all outputs are adapted."""
+        part = state[..., self.offset : self.offset + self.size].reshape(*state.shape[:-1], self.r, self.width)
+        if not self.outputs:
+            return part
+        whole = part.new_zeros(*part.shape[:-1], self.out_features)
+        return whole.index_copy(-1, torch.tensor(self.outputs), part)
 
     def lora_a(self, state: Tensor) -> Tensor:
         """A in a flat state [..., S], where it is trained, as [..., r, in_features]."""

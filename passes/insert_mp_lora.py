@@ -16,6 +16,10 @@ All B lie in one flat buffer, so noise and update are one operation each however
 With `train_a`, A is in the state as well, behind every B and as [in, r]; then `%h` is a product of every lane's rows
 with its own A, scaled after it. Behind what is trained, the state has what the update rule remembers.
 
+Where the loss reads a few outputs of a layer, as a choice between words reads those of a head, these alone are
+adapted: the state has their columns of B, and a product with zeros and ones puts `%d1` in its place among all outputs.
+Others would move with the noise alone, since no loss depends on them.
+
 Where the rows are not the outermost axis, or are flattened together with others, the axis analysis says how lanes are
 brought to the front for the product with B, and back. A convolution gets a convolution to r channels as A, and B as a
 1x1 convolution on top.
@@ -36,6 +40,7 @@ from mobizo_compiler.axes import Layout, row_axes
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import AdapterError, NoMatchingTargetError, NotSupportedYetError, UnsupportedGraphError
+from mobizo_compiler.passes.slice_outputs import outputs_read
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import Site, initial_state, source_line
 from mobizo_compiler.rules import PLAIN, UpdateRule, memory_size
@@ -43,6 +48,7 @@ from mobizo_compiler.targets import Target, find_targets
 
 aten = torch.ops.aten
 LORA_A = "mobizo_lora_a_"
+OUTPUTS = "mobizo_lora_outputs_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +58,13 @@ class InsertMPLoRA(Pass):
     Args:
         lora: Which layers, and how.
         sites: Sites of another method of the program. With them there is one lane, and rows may meet.
-        given: A of every site by path, where they are not drawn.
+        given: A and B of every site by path, where A is not drawn.
         rule: The update rule, whose memory is in the state too.
     """
 
     lora: LoraConfig
     sites: tuple[Site, ...] = ()
-    given: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    given: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     rule: UpdateRule = PLAIN
     needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.SITES})
@@ -83,6 +89,11 @@ class InsertMPLoRA(Pass):
             else None
             for index, site in enumerate(edit.sites)
         ]
+        places = {
+            site.fqn: edit.add_constant(f"{OUTPUTS}{index}", _places(site))
+            for index, site in enumerate(edit.sites)
+            if site.outputs
+        }
         with edit.graph.inserting_before(min(t.call for targets in calls.values() for t in targets)):
             trained = edit.call(aten.slice.Tensor, state, 0, 0, parameters) if memory else state
             lanes = edit.call(aten.reshape.default, trained, [1, parameters])
@@ -97,16 +108,16 @@ class InsertMPLoRA(Pass):
                         where=source_line(target.call),
                         hint="leave this layer out of target_modules",
                     )
-                _branch(edit, target, lora_a, _Lanes(lanes, count, layout, site))
+                _branch(edit, target, lora_a, _Lanes(lanes, count, layout, site, places.get(site.fqn)))
 
     def _given(self, sites: tuple[Site, ...]) -> dict[str, Tensor]:
         for site in sites:
-            if tuple(self.given[site.fqn].shape) != site.a_shape:
-                found = list(self.given[site.fqn].shape)
+            if tuple(self.given[site.fqn][0].shape) != site.a_shape:
+                found = list(self.given[site.fqn][0].shape)
                 raise AdapterError(
                     f"A of layer {site.fqn} is {found} in the adapter, {list(site.a_shape)} in the model"
                 )
-        return {site.fqn: self.given[site.fqn] for site in sites}
+        return {site.fqn: self.given[site.fqn][0] for site in sites}
 
     def _targets(self, every: dict[str, list[Target]]) -> dict[str, list[Target]]:
         """Calls of targeted layers by path, in order of first call."""
@@ -141,15 +152,30 @@ class InsertMPLoRA(Pass):
                 raise NotSupportedYetError(
                     f"layer {fqn} is a convolution, whose A cannot be trained", hint="train_a=False, or leave it out"
                 )
-            sites.append(
-                Site(fqn, offset, self.lora.r, first.in_features, first.out_features, self.lora.scaling, first.kernel)
-            )
+            shape = (first.in_features, first.out_features)
+            outputs = self._outputs(fqn, targets)
+            sites.append(Site(fqn, offset, self.lora.r, *shape, self.lora.scaling, first.kernel, outputs=outputs))
             offset += sites[-1].size
         if self.lora.train_a:
             for index, site in enumerate(sites):
                 sites[index] = dataclasses.replace(site, a_offset=offset)
                 offset += sites[index].trained - site.size
         return tuple(sites)
+
+    def _outputs(self, fqn: str, targets: list[Target]) -> tuple[int, ...]:
+        """The outputs of a layer that are adapted, where the loss reads a few of them; empty for all."""
+        wanted: set[int] = set()
+        for target in targets:
+            read = None if target.kernel else outputs_read(target.result)
+            if read is None:
+                return ()
+            wanted |= read
+        others = [index for index in range(targets[0].out_features) if index not in wanted]
+        if len(others) < len(wanted):
+            return ()
+        given = self.given[fqn][1] if fqn in self.given else torch.zeros(1, targets[0].out_features)
+        elsewhere = given.shape[-1] != targets[0].out_features or bool(given[:, others].any())
+        return () if elsewhere else tuple(sorted(wanted))
 
 
 def initial_lora_a(sites: tuple[Site, ...], seed: int) -> dict[str, Tensor]:
@@ -164,12 +190,20 @@ def initial_lora_a(sites: tuple[Site, ...], seed: int) -> dict[str, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class _Lanes:
-    """The lanes' copies of B, their number, and where the rows of a layer's result are."""
+    """The lanes' copies of B, their number, where the rows of a layer's result are, and which outputs are adapted."""
 
     lanes: fx.Node
     count: fx.Node
     layout: Layout
     site: Site
+    places: fx.Node | None
+
+
+def _places(site: Site) -> Tensor:
+    """What puts adapted outputs in their places among all, float32 [out_features, width], of zeros and ones."""
+    return torch.zeros(site.out_features, site.width).index_put_(
+        (torch.tensor(site.outputs), torch.arange(site.width)), torch.tensor(1.0)
+    )
 
 
 def _branch(edit: Editor, target: Target, lora_a: fx.Node | None, lanes: _Lanes) -> None:
@@ -192,10 +226,13 @@ def _delta(edit: Editor, source: fx.Node, lora_a: fx.Node | None, lanes: _Lanes)
     """What the adapter adds to a linear layer's result, from the layer's input."""
     site = lanes.site
     if lora_a is not None:
-        return _times_own(edit, edit.call(aten.linear.default, source, lora_a), lanes, site.offset, site.out_features)
-    assert site.a_offset is not None
-    hidden = _times_own(edit, source, lanes, site.a_offset, site.r)
-    return _times_own(edit, edit.call(aten.mul.Tensor, hidden, site.scaling), lanes, site.offset, site.out_features)
+        hidden = edit.call(aten.linear.default, source, lora_a)
+    else:
+        assert site.a_offset is not None
+        hidden = _times_own(edit, source, lanes, site.a_offset, site.r)
+        hidden = edit.call(aten.mul.Tensor, hidden, site.scaling)
+    delta = _times_own(edit, hidden, lanes, site.offset, site.width)
+    return delta if lanes.places is None else edit.call(aten.linear.default, delta, lanes.places)
 
 
 def _times_own(edit: Editor, left: fx.Node, lanes: _Lanes, offset: int, columns: int) -> fx.Node:

@@ -11,22 +11,24 @@ Numbers: same up to rounding.
 A choice between answers reads a few words of the vocabulary. The head over all words is a fifth of the work of a small
 language model at one position, and nearly all of the work of a step that starts from a prefix. The number of outputs
 stays a multiple of eight: kernels make eight at once, and those for 4-bit weights take nothing else.
+
+What is added to these outputs, by an adapter for example, is made for them alone as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import slice_bounds
-from mobizo_compiler.tokens import token_call
+from mobizo_compiler.tokens import TokenCall, token_call
 
 aten = torch.ops.aten
 MULTIPLE = 8
@@ -34,47 +36,43 @@ MULTIPLE = 8
 
 @dataclasses.dataclass(frozen=True)
 class SliceOutputs(Pass):
-    """Leave out the rows of a weight, and of its bias, whose results nobody reads.
-
-    It runs after the adapters were inserted: what they add to is read whole.
-    """
+    """Leave out the rows of a weight, and of its bias, whose results nobody reads."""
 
     needs = frozenset({facts.CANONICAL})
 
     def rewrite(self, edit: Editor) -> None:
-        """One layer at a time, with the elementwise calls between it and the slices."""
-        for node in edit.calls(aten.linear.default):
-            chain = _chain(node)
-            slices = {user: read for user in chain[-1].users if (read := _read(user, chain[-1])) is not None}
-            width = node.meta["val"].shape[-1]
-            rows = _filled(sorted(set().union(*slices.values())), width)
-            parameters = [inner for inner in node.args[1:] if isinstance(inner, fx.Node)]
-            known = all(edit.tensor(inner) is not None for inner in parameters)
-            if known and slices and len(slices) == len(chain[-1].users) and 2 * len(rows) <= width:
-                _narrow(edit, chain, slices, rows)
+        """One value at a time of which slices of the last axis are read, and nothing else."""
+        for value in [node for node in edit.graph.nodes if isinstance(node.meta.get("val"), Tensor)]:
+            slices = {user: read for user in value.users if (read := _read(user, value)) is not None}
+            if slices and len(slices) == len(value.users):
+                width = value.meta["val"].shape[-1]
+                rows = _filled(sorted(set().union(*slices.values())), width)
+                if 2 * len(rows) > width:
+                    continue
+                calls = _calls(edit, value)
+                if any(call.target is aten.linear.default for call in calls):
+                    _narrow(edit, calls, slices, rows)
 
 
-def _filled(rows: list[int], width: int) -> list[int]:
-    """The rows, and as many others behind them as make a multiple of `MULTIPLE`."""
-    read = set(rows)
-    others = (row for row in range(width) if row not in read)
-    return rows + list(itertools.islice(others, -len(rows) % MULTIPLE))
+def outputs_read(node: fx.Node) -> set[int] | None:
+    """The entries of the last axis of a value that anything reads, or None if that may be all of them.
 
-
-def _chain(node: fx.Node) -> list[fx.Node]:
-    """A call and those after it, as long as each is read by one call that treats every output for itself."""
-    chain = [node]
-    while len(chain[-1].users) == 1:
-        last, user = chain[-1], next(iter(chain[-1].users))
-        value = user.meta.get("val")
-        axis = last.meta["val"].dim() - 1
-        if not isinstance(value, Tensor) or _read(user, last) is not None:
-            break
-        call = token_call(user, value.dim() - 1, None)
-        if call is None or call.axes != {last: axis} or call.size is not None:
-            break
-        chain.append(user)
-    return chain
+    Slices read some; calls that treat every entry for itself, what is read of their results.
+    """
+    found: set[int] = set()
+    for user in node.users:
+        read = _read(user, node)
+        if read is None:
+            value = user.meta.get("val")
+            call = token_call(user, value.dim() - 1, None) if isinstance(value, Tensor) else None
+            last = node.meta["val"].dim() - 1
+            after = outputs_read(user) if call and call.axes.get(node) == last else None
+            if after is None:
+                return None
+            found |= after
+        else:
+            found |= set(read)
+    return found
 
 
 def _read(node: fx.Node, source: fx.Node) -> range | None:
@@ -86,14 +84,61 @@ def _read(node: fx.Node, source: fx.Node) -> range | None:
     return range(*slice(*bounds[1:]).indices(value.shape[-1]))
 
 
-def _narrow(edit: Editor, chain: list[fx.Node], slices: dict[fx.Node, range], rows: list[int]) -> None:
-    narrow = {node: edit.some_rows(node, rows) for node in chain[0].args[1:] if isinstance(node, fx.Node)}
-    for call in chain:
-        with edit.graph.inserting_before(call):
-            few = edit.call(call.target, *map_arg(call.args, lambda inner: narrow.get(inner, inner)), **call.kwargs)
-        few.meta |= {name: value for name, value in call.meta.items() if name != "val"}
-        narrow[call] = few
+def _filled(rows: list[int], width: int) -> list[int]:
+    """The rows, and as many others behind them as make a multiple of `MULTIPLE`."""
+    read = set(rows)
+    others = (row for row in range(width) if row not in read)
+    return rows + list(itertools.islice(others, -len(rows) % MULTIPLE))
+
+
+def _calls(edit: Editor, value: fx.Node) -> dict[fx.Node, TokenCall]:
+    """The calls that can be made for some outputs alone, because nobody reads their others; the value comes first."""
+    calls: dict[fx.Node, TokenCall] = {}
+    for node in reversed(edit.graph.nodes):
+        if node is value:
+            axes: set[int | None] = {node.meta["val"].dim() - 1}
+        else:
+            axes = {calls[user].axes.get(node) if user in calls else None for user in node.users}
+        axis = axes.pop() if len(axes) == 1 else None
+        if node.op == "call_function" and axis is not None and (call := _call(edit, node, axis)) is not None:
+            calls[node] = call
+    return calls
+
+
+def _call(edit: Editor, node: fx.Node, axis: int) -> TokenCall | None:
+    """How to make a call for some entries of an axis of its result, or None. A layer's are rows of its weight."""
+    last = axis == node.meta["val"].dim() - 1
+    if last and node.target is aten.linear.default:
+        parameters = [inner for inner in node.args[1:] if isinstance(inner, fx.Node)]
+        known = all(edit.tensor(inner) is not None for inner in parameters)
+        return TokenCall(dict.fromkeys(parameters, 0)) if known else None
+    return token_call(node, axis, None)
+
+
+def _narrow(edit: Editor, calls: dict[fx.Node, TokenCall], slices: dict[fx.Node, range], rows: list[int]) -> None:
+    value, few = next(iter(calls)), dict[fx.Node, fx.Node]()
+
+    def source(node: fx.Node, axis: int, rank: int) -> fx.Node:
+        if node in few:
+            return few[node]
+        fixed = edit.tensor(node) is not None and axis == 0
+        return edit.some_rows(node, rows) if fixed else _picked(edit, node, axis, rows)
+
+    for node in reversed(calls):
+        with edit.graph.inserting_before(node):
+            few[node] = calls[node].apply(edit, node, len(rows), source)
     for user, read in slices.items():
         start = rows.index(read.start)
         with edit.graph.inserting_before(user):
-            edit.replace(user, edit.call(aten.slice.Tensor, narrow[chain[-1]], -1, start, start + len(read)))
+            edit.replace(user, edit.call(aten.slice.Tensor, few[value], -1, start, start + len(read)))
+
+
+def _picked(edit: Editor, node: fx.Node, axis: int, rows: Sequence[int]) -> fx.Node:
+    """Some entries of an axis, one slice for those that follow each other."""
+    starts = [index for index, row in enumerate(rows) if index == 0 or row != rows[index - 1] + 1]
+    lengths = [end - start for start, end in itertools.pairwise([*starts, len(rows)])]
+    parts = [
+        edit.call(aten.slice.Tensor, node, axis, rows[start], rows[start] + length)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    return edit.call(aten.cat.default, parts, axis) if len(parts) > 1 else parts[0]

@@ -155,7 +155,7 @@ def test_a_damaged_file_in_the_cache_is_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=99), "has format 99, this version reads format 5"),
+        (lambda m: m.update(format_version=99), "has format 99, this version reads format 6"),
         (lambda m: m.pop("sites"), "lacks or has unknown fields"),
         (lambda m: m.update(colour="red"), "lacks or has unknown fields"),
         (lambda m: m["lora"].update(r=0), "LoraConfig.r is 0"),

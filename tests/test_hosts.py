@@ -504,7 +504,7 @@ def edited(case: Case, folder: Path, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"format_version": 5', '"format_version": 9', "the program has format 9, this host reads format 5"),
+        ('"format_version": 6', '"format_version": 9', "the program has format 9, this host reads format 6"),
         ('"format_version"', '"format_versi0n"', "the field format_version is missing"),
         ('"labels": {', '"labels": [', "no JSON"),
         ('"state": "shared"', '"state": "sharem"', "the state is sharem, not shared or io"),
@@ -580,7 +580,7 @@ def test_the_calls_of_a_phone(passed: Case) -> None:
     execute = {name: module.load_method(name).execute for name in module.method_names}
     manifest = json.loads(execute["mobizo_manifest"]([])[0])
     assert manifest["format_version"] == FORMAT_VERSION and manifest["state"] == "io"
-    state = torch.zeros(sum(site["r"] * site["out_features"] for site in manifest["sites"]))
+    state = torch.zeros(sum(site["r"] * (len(site["outputs"]) or site["out_features"]) for site in manifest["sites"]))
 
     (rows, labels) = passed.data[0]
     assert len(rows) == len(manifest["inputs"])

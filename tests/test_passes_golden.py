@@ -166,6 +166,24 @@ def test_slice_outputs(golden: Callable[[str, str], None]) -> None:
     torch.testing.assert_close(few.exported.module()(x)[0], model(x), rtol=1e-6, atol=1e-6)
 
 
+def test_an_adapter_on_few_outputs(golden: Callable[[str, str], None]) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, 23)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.head(x)
+            return torch.cat([logits[..., 7:8], logits[..., 3:4]], dim=-1)
+
+    torch.manual_seed(0)
+    program = passes.capture(Head().eval(), bind_example(None, (torch.randn(3, 7, 6),)))
+    lora = LoraConfig(r=2, target_modules=("head",), train_a=True)
+    adapted = Pipeline([passes.Canonicalize(), passes.InsertMPLoRA(lora)]).run(program)
+    assert adapted.sites[0].outputs == (3, 7)
+    golden("adapter_on_few_outputs.txt", program_text(passes.SliceOutputs()(adapted)))
+
+
 def test_outputs_that_are_read_whole_are_made_whole() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

@@ -36,7 +36,8 @@ Manifest manifest(const Json& json) {
   result.parameters = 0;
   for (const Json& site : json.at("sites").items()) {
     const int64_t r = site.at("r").integer(), in = site.at("in_features").integer();
-    result.parameters += static_cast<size_t>(r * site.at("out_features").integer());
+    const int64_t adapted = static_cast<int64_t>(site.at("outputs").items().size());
+    result.parameters += static_cast<size_t>(r * (adapted ? adapted : site.at("out_features").integer()));
     if (const auto offset = site.at("a_offset").integer_or_null()) {
       result.parameters += static_cast<size_t>(r * in);
       result.trained_a.push_back({static_cast<size_t>(*offset), static_cast<size_t>(r), static_cast<size_t>(in)});
