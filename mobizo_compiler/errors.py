@@ -7,7 +7,8 @@ still catch them.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 
 class MobizoError(Exception):
@@ -29,6 +30,10 @@ class MobizoError(Exception):
         if hint:
             lines.append(f"  try: {hint}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To other processes whole: by what it was made of, where the default is to make it again of its message."""
+        return partial(type(self), self.problem, where=self.where, hint=self.hint), (), self.__dict__
 
 
 class ConfigError(MobizoError, ValueError):

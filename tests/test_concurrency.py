@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import subprocess
 import sys
 import threading
@@ -172,3 +173,12 @@ def test_one_session_is_for_one_thread_at_a_time(
     free = {name for name, error in found.items() if not isinstance(error, SessionBusyError)}
     assert free == set(CALLS), "a thread after another may use it"
     assert all(error is None or isinstance(error, MobizoError) for error in found.values()), found
+
+
+def test_errors_come_whole_from_another_process() -> None:
+    """Pools of processes send them by pickle, which makes an exception again of its arguments."""
+    error = SessionBusyError("in use", where="here", hint="wait")
+    error.add_note("while training")
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is SessionBusyError and str(found) == str(error)
+    assert (found.where, found.hint, found.__notes__) == ("here", "wait", ["while training"])
