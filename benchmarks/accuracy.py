@@ -6,10 +6,10 @@ python -m benchmarks.accuracy publish runs/accuracy
 `train` fine-tunes once for every method and seed and writes a record; `publish` writes all records of a folder to
 docs/accuracy.json, of which docs/generate.py makes the page, and plots them.
 
-Methods of this library adapt the feed-forward block of the last layer, start from the prefix, and keep it on disk. The
-others are what they are compared with: `backpropagation` is LoRA on every `q_proj` and `v_proj` with AdamW; `mezo` the
-same adapters with the two-sided estimate, one lane after the other; `mobizo` all lanes as one batch. All three run in
-eager PyTorch.
+Methods of this library adapt the head, or the feed-forward layers of the last block if the name begins so; they start
+from the prefix, and keep it on disk. The others are what they are compared with: `backpropagation` is LoRA on every
+`q_proj` and `v_proj` with AdamW, or on the head or the last block as above; `mezo` the same adapters with the two-sided
+estimate, one lane after the other; `mobizo` all lanes as one batch. All of these run in eager PyTorch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
@@ -33,55 +34,78 @@ from torch import Tensor
 import mobizo_compiler as mobizo
 from benchmarks.machine import describe, memory_mb, set_threads
 from benchmarks.tasks import TASKS, Evaluate, Options, Task
-from examples.demo import SETUPS
+from examples.demo import SETUPS, Setup
 from examples.record import write_json
 from examples.smollm2 import cache_folder, load_smollm2, load_tokenizer
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.rules import UpdateRule, get_rule
 
-LAST, EVERYWHERE = SETUPS["last-block"], SETUPS["all-blocks"].lora
+HEAD, LAST, EVERYWHERE = SETUPS["head"], SETUPS["last-block"], SETUPS["all-blocks"]
 T = TypeVar("T")
 Step = Callable[[dict[str, Tensor], Tensor, int, float], float]
-PYTORCH = ("mezo", "mobizo", "backpropagation", "backpropagation, last block")
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is compared: an estimator and a rule on the last feed-forward block, or a method of PyTorch.
+    """What is compared: an estimator and a rule with the adapters of a setup of the demo, or a method of PyTorch.
 
     Args:
         learning_rate: At the start; it falls to zero linearly.
         zo: The estimator.
         rule: The update rule.
         rows: Texts of a step.
+        setup: Where the adapters are.
+        pytorch: In eager PyTorch, not in a program.
     """
 
     learning_rate: float
     zo: mobizo.ZOConfig
     rule: str | UpdateRule = "sgd"
-    rows: int = LAST.rows
+    rows: int = HEAD.rows
+    setup: Setup = HEAD
+    pytorch: bool = False
 
 
-_PLAIN = mobizo.ZOConfig(queries=16)
+def _in_last_block(learning_rate: float, zo: mobizo.ZOConfig, rule: str | UpdateRule = "sgd", rows: int = 64) -> Method:
+    return Method(learning_rate, zo, rule, rows, LAST)
+
+
+# One direction tells two answers apart; seven need more.
+_RANK_8 = dataclasses.replace(HEAD, lora=dataclasses.replace(HEAD.lora, r=8, lora_alpha=16))
+_PLAIN = mobizo.ZOConfig(queries=32)
+_PLAIN_LAST = mobizo.ZOConfig(queries=16)
 _NO_LANES = mobizo.ZOConfig(queries=1)  # backpropagation: a row is a row
-# One clean lane and 31 others are as many forward rows as 16 pairs.
-_ONE_SIDED = mobizo.ZOConfig(queries=31, normalize=True, estimator="one-sided", noise="rademacher")
+# One clean lane and 63 others are as many forward rows as 32 pairs.
+_ONE_SIDED = mobizo.ZOConfig(queries=63, normalize=True, estimator="one-sided", noise="rademacher")
+_ONE_SIDED_LAST = dataclasses.replace(_ONE_SIDED, queries=31)
+_ADAM, _SCALAR_ADAM = (
+    get_rule({"rule": name, "beta2": beta}) for name, beta in (("adam", 0.999), ("scalar-adam", 0.99))
+)
 METHODS = {
-    "library": Method(LAST.learning_rate, LAST.zo),
+    "library": Method(HEAD.learning_rate, HEAD.zo),
+    "library, rank 8": Method(HEAD.learning_rate, HEAD.zo, setup=_RANK_8),
+    **{f"sgd {rate:g}": Method(rate, _PLAIN) for rate in (0.001, 0.003, 0.01, 0.03, 0.1)},
+    "one-sided": Method(HEAD.learning_rate, _ONE_SIDED),
+    "momentum": Method(HEAD.learning_rate, HEAD.zo, "momentum"),
+    "adam": Method(3e-3, _PLAIN, _ADAM),
+    "scalar-adam": Method(1e-2, _PLAIN, _SCALAR_ADAM),
+    "sign": Method(3e-4, _PLAIN, "sign"),
+    "last block": _in_last_block(LAST.learning_rate, LAST.zo),
     **{
-        f"library, small {rate:g}": Method(rate, mobizo.ZOConfig(queries=4, normalize=True), rows=4)
+        f"last block, small {rate:g}": _in_last_block(rate, mobizo.ZOConfig(queries=4, normalize=True), rows=4)
         for rate in (0.01, 0.1)
     },
-    **{f"sgd {rate:g}": Method(rate, _PLAIN) for rate in (0.03, 0.1, 0.3, 1.0, 3.0)},
-    "one-sided": Method(0.1, _ONE_SIDED),
-    "momentum": Method(0.1, LAST.zo, "momentum"),
-    "adam": Method(3e-3, _PLAIN, get_rule({"rule": "adam", "beta2": 0.99})),
-    "scalar-adam": Method(1e-2, _PLAIN, get_rule({"rule": "scalar-adam", "beta2": 0.99})),
-    "sign": Method(3e-4, _PLAIN, "sign"),
-    "mezo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4),
-    "mobizo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4),
-    "backpropagation": Method(1e-3, _NO_LANES, rows=16),
-    "backpropagation, last block": Method(3e-3, _NO_LANES, rows=16),
+    **{f"last block, sgd {rate:g}": _in_last_block(rate, _PLAIN_LAST) for rate in (0.03, 0.1, 0.3, 1.0, 3.0)},
+    "last block, one-sided": _in_last_block(0.1, _ONE_SIDED_LAST),
+    "last block, momentum": _in_last_block(0.1, LAST.zo, "momentum"),
+    "last block, adam": _in_last_block(3e-3, _PLAIN_LAST, get_rule({"rule": "adam", "beta2": 0.99})),
+    "last block, scalar-adam": _in_last_block(1e-2, _PLAIN_LAST, _SCALAR_ADAM),
+    "last block, sign": _in_last_block(3e-4, _PLAIN_LAST, "sign"),
+    "mezo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),
+    "mobizo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),
+    "backpropagation": Method(1e-3, _NO_LANES, rows=16, setup=EVERYWHERE, pytorch=True),
+    "backpropagation, last block": Method(3e-3, _NO_LANES, rows=16, setup=LAST, pytorch=True),
+    "backpropagation, head": Method(3e-2, _NO_LANES, rows=16, pytorch=True),
 }
 
 
@@ -112,7 +136,7 @@ def train(options: argparse.Namespace) -> None:
     """One record for every method and seed. What compiles and what trains are processes of their own."""
     for name in options.method:
         with tempfile.TemporaryDirectory() as folder:
-            path = None if name in PYTORCH else Path(folder) / "program.pte"
+            path = None if METHODS[name].pytorch else Path(folder) / "program.pte"
             start = time.monotonic()
             if path is not None:
                 alone(compile_method, name, options, path)
@@ -140,7 +164,7 @@ def compile_method(name: str, options: argparse.Namespace, path: Path) -> None:
     mobizo.compile(
         model,
         next(task.batches(method.rows, seed=0))[0],
-        LAST.lora_of(model),
+        method.setup.lora_of(model),
         method.zo,
         task.loss,
         backend=options.backend,
@@ -164,9 +188,11 @@ def train_once(
     method = METHODS[name]
     with loaded(name, options, path) as (task, step, evaluate):
         record = run(options, method, task, seed, step, evaluate, before)
+    described = dataclasses.asdict(method)
+    del described["setup"], described["pytorch"]
     return record | {
         "method": name,
-        "options": dataclasses.asdict(method) | {"rule": repr(method.rule)},
+        "options": described | {"rule": repr(method.rule)},
         "backend": "PyTorch" if path is None else options.backend,
         "machine": describe(),
     }
@@ -180,16 +206,17 @@ def loaded(name: str, options: argparse.Namespace, path: Path | None) -> Iterato
     if path is None:
         yield task, *pytorch_step(name, METHODS[name], load_smollm2()[1], task)
         return
-    cache = options.output / f"prefix-{options.task}-{options.backend}"
+    setup = METHODS[name].setup
+    cache = options.output / f"prefix-{options.task}-{options.backend}-{'last-block' if setup is LAST else 'head'}"
     with closing(mobizo.Session(path, prefix_cache=cache if task.rows_are_small else None)) as session:
-        yield task, library_step(session), session.evaluate
+        yield task, library_step(session, setup.eps), session.evaluate
 
 
-def library_step(session: mobizo.Session) -> Step:
+def library_step(session: mobizo.Session, eps: float | None) -> Step:
     """A step of `Session`, from the prefix of its rows where they were seen before."""
 
     def step(inputs: dict[str, Tensor], labels: Tensor, seed: int, rate: float) -> float:
-        return session.train_step(inputs, labels, seed=seed, learning_rate=rate).loss
+        return session.train_step(inputs, labels, seed=seed, learning_rate=rate, eps=eps).loss
 
     return step
 
@@ -200,7 +227,7 @@ def pytorch_step(name: str, method: Method, model: Any, task: Task) -> tuple[Ste
     if name.startswith("backpropagation"):
         from peft import LoraConfig, get_peft_model
 
-        lora = LAST.lora_of(model) if name.endswith("last block") else EVERYWHERE
+        lora = method.setup.lora_of(model)
         fields = ("r", "lora_alpha", "target_modules", "layers_to_transform")
         adapted = get_peft_model(model, LoraConfig(**{field: _listed(getattr(lora, field)) for field in fields}))
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=method.learning_rate)
@@ -247,13 +274,14 @@ def _everywhere(model: Any) -> tuple[dict[str, Tensor], tuple[mobizo.Site, ...]]
     """Sites and A on every `q_proj` and `v_proj`, as the compiler would lay them out."""
     from mobizo_compiler.passes.insert_mp_lora import initial_lora_a
 
+    lora = EVERYWHERE.lora
     sites: list[mobizo.Site] = []
     for name, module in model.named_modules():
-        if EVERYWHERE.matches(name):
+        if lora.matches(name):
             offset = sites[-1].offset + sites[-1].size if sites else 0
-            site = mobizo.Site(name, offset, EVERYWHERE.r, module.in_features, module.out_features, EVERYWHERE.scaling)
+            site = mobizo.Site(name, offset, lora.r, module.in_features, module.out_features, lora.scaling)
             sites.append(site)
-    return initial_lora_a(tuple(sites), EVERYWHERE.init_seed), tuple(sites)
+    return initial_lora_a(tuple(sites), lora.init_seed), tuple(sites)
 
 
 def run(
@@ -304,7 +332,11 @@ def publish(options: argparse.Namespace) -> None:
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy on review sentences over forward rows and over minutes: a line per method, its seeds as points."""
+    """Accuracy on review sentences over forward rows and over minutes: a line per method, its seeds as points.
+
+    Methods with one seed are left to the table, but for those of PyTorch. A line's minutes are the median of its seeds,
+    of which one may have had to compute the prefix.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -312,8 +344,9 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     shown = [record for record in records if record["task"] == "A"]
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True, sharey=True)
-    groups = sorted({(r["method"], r["backend"], r["steps"]) for r in shown})
-    for axes, key, title in zip(panels, ("forward_rows", "minutes"), ("forward rows", "minutes"), strict=True):
+    seeds = Counter((r["method"], r["backend"], r["steps"]) for r in shown)
+    groups = sorted(group for group in seeds if seeds[group] > 1 or group[1] == "PyTorch")
+    for axes, key, title in zip(panels, ("forward_rows", "minutes"), ("forward rows", "minutes of steps"), strict=True):
         for index, group in enumerate(groups):
             runs = [r["history"] for r in shown if (r["method"], r["backend"], r["steps"]) == group]
             colour, shape = f"C{index % 10}", "os^D"[index // 10 % 4]
@@ -321,7 +354,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
             for each in points:
                 axes.plot(*zip(*each, strict=True), ".", color=colour, alpha=0.4)
             same = [column for column in zip(*points, strict=False)]
-            line = [tuple(statistics.mean(p[i] for p in column) for i in (0, 1)) for column in same]
+            line = [(statistics.median(p[0] for p in column), statistics.mean(p[1] for p in column)) for column in same]
             axes.plot(*zip(*line, strict=True), color=colour, marker=shape, label=f"{group[0]}, {group[2]} steps")
         axes.set(xscale="log", xlabel=title)
         axes.grid(alpha=0.25)

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--adapters", choices=SETUPS, default="last-block")
+    parser.add_argument("--adapters", choices=SETUPS, default="head")
     options = parser.parse_args()
     console = Console()
     setup = SETUPS[options.adapters]

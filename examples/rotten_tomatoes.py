@@ -132,6 +132,7 @@ class Prompter:
         self, tokenizer: Any, tokens: int, prompt: str = PROMPT, verbalisers: tuple[str, ...] = VERBALISERS
     ) -> None:
         self.tokenizer, self.tokens = tokenizer, tokens
+        self._known: dict[str, list[int]] = {}
         beginning, question = prompt.split("{text}")
         self.space = " " * beginning.endswith(" ")  # a space is a part of the token after it
         self.beginning, self.question = self._ids(beginning.removesuffix(" ")), self._ids(question)
@@ -141,8 +142,9 @@ class Prompter:
         self.padding = int(tokenizer.pad_token_id)
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+        if text not in self._known:  # sentences come up again in every epoch
+            self._known[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._known[text]
 
     def encode(self, sentences: Sequence[Sentence]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Inputs, labels [rows, tokens], and the position [rows] from which the answer is predicted."""

@@ -56,7 +56,9 @@ def test_auc_against_scipy() -> None:
     assert accuracy_and_auc(scores, fresh)[1] == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("adapters", ["last-block", pytest.param("all-blocks", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "adapters", ["head", *(pytest.param(name, marks=pytest.mark.slow) for name in ("last-block", "all-blocks"))]
+)
 def test_the_demo_from_end_to_end(
     adapters: str,
     smollm2: tuple[Any, Any],
@@ -73,10 +75,14 @@ def test_the_demo_from_end_to_end(
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(record["history"]) == 3 and record["versions"]["executorch"].startswith("1.5")
     assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
-    layer, rank = {"last-block": ("mlp.down_proj", 16), "all-blocks": ("self_attn.q_proj", 8)}[adapters]
+    path, shape = {
+        "head": ("lm_head", (49152, 1)),
+        "last-block": ("model.layers.1.mlp.down_proj", (576, 16)),
+        "all-blocks": ("model.layers.1.self_attn.q_proj", (576, 8)),
+    }[adapters]
     with safe_open(tmp_path / "run" / "adapter" / "adapter_model.safetensors", "pt") as adapter:
-        b = adapter.get_tensor(f"base_model.model.model.layers.1.{layer}.lora_B.weight")
-    assert b.shape == (576, rank) and b.abs().max() > 0
+        b = adapter.get_tensor(f"base_model.model.{path}.lora_B.weight")
+    assert b.shape == shape and b.abs().max() > 0
     demo.main(arguments)
     assert "cached" in capsys.readouterr().out
     again = json.loads((tmp_path / "run" / "run.json").read_text())
