@@ -13,7 +13,7 @@ from mobizo_compiler.axes.rules import operator_name
 from mobizo_compiler.config import ALL_LINEAR, LoraConfig
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import NoMatchingTargetError
-from mobizo_compiler.program import GraphProgram, operand
+from mobizo_compiler.program import ROWS, GraphProgram, operand
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (
@@ -256,6 +256,7 @@ def _path(node: fx.Node, parameter: str) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     caller = str(list(stack.values())[-1][0]).removeprefix("L['self']").removeprefix(".") if stack else ""
     caller = caller.split("@")[0]
+    parameter = parameter.partition(ROWS)[0]
     holder, _, leaf = parameter.rpartition(".")
     for inner in (".parametrizations.weight", ".weight"):
         if (holder + ".").find(inner + ".") >= 0:
