@@ -37,7 +37,9 @@ def one_step(program: mobizo.Program, inputs: Any, labels: Tensor) -> tuple[Tens
     return losses, session.state(), session.evaluate(inputs)["logits"]
 
 
-@pytest.mark.parametrize("loss", [CausalLMLoss(), CausalLMLoss(max_labels=1)], ids=repr)
+@pytest.mark.parametrize(
+    "loss", [pytest.param(CausalLMLoss(), marks=pytest.mark.slow), CausalLMLoss(max_labels=1)], ids=repr
+)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("xnnpack", marks=pytest.mark.slow)])
 def test_short_inputs_give_what_a_program_for_that_length_gives(backend: str, loss: CausalLMLoss) -> None:
     inputs, labels = batch(3, 7)

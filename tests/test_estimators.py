@@ -220,7 +220,7 @@ def test_trained_a_with_the_oracle_that_merges_weights() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "state"),
-    [("sgd", "shared"), ("adam", "io"), *[pytest.param(r, "shared", marks=pytest.mark.slow) for r in RULES]],
+    [("adam", "io"), *[pytest.param(r, "shared", marks=pytest.mark.slow) for r in RULES]],
 )
 def test_rate_zero_and_void_steps_leave_the_memory_alone(rule: str, state: str) -> None:
     torch.manual_seed(0)

@@ -44,8 +44,7 @@ def program(where: str, backend: str, split: bool = True, **options: Any) -> mob
 @pytest.mark.parametrize(
     ("where", "backend"),
     [(where, "eager") for where in LORA]
-    + [("last block", "portable"), pytest.param("last feed-forward", "portable", marks=pytest.mark.slow)]
-    + [pytest.param(where, "xnnpack", marks=pytest.mark.slow) for where in LORA]
+    + [pytest.param(where, backend, marks=pytest.mark.slow) for where in LORA for backend in ("portable", "xnnpack")]
     + [pytest.param("last feed-forward", "aot_inductor", marks=pytest.mark.slow)],
 )
 def test_a_step_from_the_prefix_is_the_whole_step(where: str, backend: str, tmp_path: Path) -> None:
