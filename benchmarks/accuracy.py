@@ -21,7 +21,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
@@ -66,7 +65,9 @@ class Method:
     pytorch: bool = False
 
 
-def _in_last_block(learning_rate: float, zo: mobizo.ZOConfig, rule: str | UpdateRule = "sgd", rows: int = 64) -> Method:
+def _in_last_block(
+    learning_rate: float, zo: mobizo.ZOConfig, rule: str | UpdateRule = "sgd", rows: int = LAST.rows
+) -> Method:
     return Method(learning_rate, zo, rule, rows, LAST)
 
 
@@ -169,7 +170,7 @@ def compile_method(name: str, options: argparse.Namespace, path: Path) -> None:
         task.loss,
         backend=options.backend,
         rule=method.rule,
-        split_prefix=True,
+        split_prefix=method.setup.split_prefix,
         cache_dir=cache_folder() / "programs",
         progress=lambda line: print(line, flush=True),
     ).save(path)
@@ -207,7 +208,7 @@ def loaded(name: str, options: argparse.Namespace, path: Path | None) -> Iterato
         yield task, *pytorch_step(name, METHODS[name], load_smollm2()[1], task)
         return
     setup = METHODS[name].setup
-    cache = options.output / f"prefix-{options.task}-{options.backend}-{'last-block' if setup is LAST else 'head'}"
+    cache = options.output / f"prefix-{options.task}-{options.backend}-{'last-block' if setup.last_block else 'head'}"
     with closing(mobizo.Session(path, prefix_cache=cache if task.rows_are_small else None)) as session:
         yield task, library_step(session, setup.eps), session.evaluate
 
@@ -342,15 +343,17 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [record for record in records if record["task"] == "A"]
+    runs_of: dict[tuple[str, str, int], list[Any]] = {}
+    for record in records:
+        if record["task"] == "A":
+            group = record["method"], record["backend"], record["steps"]
+            runs_of.setdefault(group, []).append(record["history"])
+    groups = sorted(group for group, runs in runs_of.items() if len(runs) > 1 or group[1] == "PyTorch")
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True, sharey=True)
-    seeds = Counter((r["method"], r["backend"], r["steps"]) for r in shown)
-    groups = sorted(group for group in seeds if seeds[group] > 1 or group[1] == "PyTorch")
     for axes, key, title in zip(panels, ("forward_rows", "minutes"), ("forward rows", "minutes of steps"), strict=True):
         for index, group in enumerate(groups):
-            runs = [r["history"] for r in shown if (r["method"], r["backend"], r["steps"]) == group]
             colour, shape = f"C{index % 10}", "os^D"[index // 10 % 4]
-            points = [[(p[key], p["accuracy"]) for p in history if p[key] > 0] for history in runs]
+            points = [[(p[key], p["accuracy"]) for p in history if p[key] > 0] for history in runs_of[group]]
             for each in points:
                 axes.plot(*zip(*each, strict=True), ".", color=colour, alpha=0.4)
             same = [column for column in zip(*points, strict=False)]
