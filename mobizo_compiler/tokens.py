@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -126,6 +126,32 @@ def token_call(node: fx.Node, axis: int, rows: Any) -> TokenCall | None:
     if any(not _equal(inner.meta["val"].shape[0], 1) and inner.meta["val"].dim() == value.dim() for inner in without):
         return None
     return dataclasses.replace(found, axes=axes, spread=without)
+
+
+def narrowable(
+    graph: fx.Graph,
+    picks: Container[fx.Node],
+    picked_axis: Callable[[fx.Node, fx.Node], int | None],
+    how: Callable[[fx.Node, int], TokenCall | None],
+) -> dict[fx.Node, TokenCall]:
+    """The calls that can be made for picked positions alone, because nobody reads their others; the last comes first.
+
+    Args:
+        graph: What they are in.
+        picks: The calls that pick.
+        picked_axis: The axis of a value along which a pick reads the positions alone; None if it reads others too.
+        how: How to make a call for some positions of an axis of its result, or None.
+    """
+    calls: dict[fx.Node, TokenCall] = {}
+    for node in reversed(graph.nodes):
+        axes = {
+            picked_axis(node, user) if user in picks else calls[user].axes.get(node) if user in calls else None
+            for user in node.users
+        }
+        axis = axes.pop() if len(axes) == 1 else None
+        if node.op == "call_function" and axis is not None and (call := how(node, axis)) is not None:
+            calls[node] = call
+    return calls
 
 
 def _rule(node: fx.Node, axis: int, args: Any) -> TokenCall | None:

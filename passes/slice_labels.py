@@ -25,7 +25,7 @@ from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import ancestors, operand, slice_bounds
-from mobizo_compiler.tokens import TokenCall, token_call
+from mobizo_compiler.tokens import TokenCall, narrowable, token_call
 
 aten = torch.ops.aten
 
@@ -126,13 +126,12 @@ def _few(count: Any, whole: Any) -> bool:
 def _move_up(edit: Editor, picks: Mapping[fx.Node, _Pick]) -> None:
     pick = next(iter(picks.values()))
     rows = operand(next(iter(picks))).meta["val"].shape[0]
-    calls: dict[fx.Node, TokenCall] = {}
-    for node in reversed(edit.graph.nodes):
-        axes = {_wanted_along(node, user, picks, calls) for user in node.users}
-        if node.op == "call_function" and len(axes) == 1 and (axis := axes.pop()) is not None:
-            call = token_call(node, axis, rows if pick.by_row else None)
-            if call is not None:
-                calls[node] = call
+    calls = narrowable(
+        edit.graph,
+        picks,
+        lambda node, user: _picked_axis(node, user, picks[user]),
+        lambda node, axis: token_call(node, axis, rows if pick.by_row else None),
+    )
     if not calls or (pick.by_row and not _move_before(edit, pick.by_row, calls)):
         return
     picked: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -178,11 +177,7 @@ def _with_rows(edit: Editor, node: fx.Node, rank: int, by_row: fx.Node) -> fx.No
     return edit.call(aten.expand.default, wide, [edit.call(aten.sym_size.int, by_row, 0), *[-1] * (rank - 1)])
 
 
-def _wanted_along(
-    node: fx.Node, user: fx.Node, picks: Mapping[fx.Node, _Pick], calls: Mapping[fx.Node, TokenCall]
-) -> int | None:
-    """The axis along which a user reads the picked positions of a value alone; None if it reads others too."""
-    if user in picks:
-        index = user.args[2] if user.target is aten.gather.default else None
-        return picks[user].axis if operand(user) is node and index is not node else None
-    return calls[user].axes.get(node) if user in calls else None
+def _picked_axis(node: fx.Node, user: fx.Node, pick: _Pick) -> int | None:
+    """The axis along which a pick reads the picked positions of a value alone; None if it reads others too."""
+    index = user.args[2] if user.target is aten.gather.default else None
+    return pick.axis if operand(user) is node and index is not node else None

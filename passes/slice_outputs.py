@@ -28,7 +28,7 @@ from mobizo_compiler import facts
 from mobizo_compiler.editor import Editor
 from mobizo_compiler.pipeline import Pass
 from mobizo_compiler.program import slice_bounds
-from mobizo_compiler.tokens import TokenCall, token_call
+from mobizo_compiler.tokens import TokenCall, narrowable, token_call
 
 aten = torch.ops.aten
 MULTIPLE = 8
@@ -49,7 +49,7 @@ class SliceOutputs(Pass):
                 rows = _filled(sorted(set().union(*slices.values())), width)
                 if 2 * len(rows) > width:
                     continue
-                calls = _calls(edit, value)
+                calls = narrowable(edit.graph, slices, lambda node, user: _last(node), lambda *call: _call(edit, *call))
                 if any(call.target is aten.linear.default for call in calls):
                     _narrow(edit, calls, slices, rows)
 
@@ -65,14 +65,17 @@ def outputs_read(node: fx.Node) -> set[int] | None:
         if read is None:
             value = user.meta.get("val")
             call = token_call(user, value.dim() - 1, None) if isinstance(value, Tensor) else None
-            last = node.meta["val"].dim() - 1
-            after = outputs_read(user) if call and call.axes.get(node) == last else None
+            after = outputs_read(user) if call and call.axes.get(node) == _last(node) else None
             if after is None:
                 return None
             found |= after
         else:
             found |= set(read)
     return found
+
+
+def _last(node: fx.Node) -> int:
+    return int(node.meta["val"].dim()) - 1
 
 
 def _read(node: fx.Node, source: fx.Node) -> range | None:
@@ -91,24 +94,9 @@ def _filled(rows: list[int], width: int) -> list[int]:
     return rows + list(itertools.islice(others, -len(rows) % MULTIPLE))
 
 
-def _calls(edit: Editor, value: fx.Node) -> dict[fx.Node, TokenCall]:
-    """The calls that can be made for some outputs alone, because nobody reads their others; the value comes first."""
-    calls: dict[fx.Node, TokenCall] = {}
-    for node in reversed(edit.graph.nodes):
-        if node is value:
-            axes: set[int | None] = {node.meta["val"].dim() - 1}
-        else:
-            axes = {calls[user].axes.get(node) if user in calls else None for user in node.users}
-        axis = axes.pop() if len(axes) == 1 else None
-        if node.op == "call_function" and axis is not None and (call := _call(edit, node, axis)) is not None:
-            calls[node] = call
-    return calls
-
-
 def _call(edit: Editor, node: fx.Node, axis: int) -> TokenCall | None:
     """How to make a call for some entries of an axis of its result, or None. A layer's are rows of its weight."""
-    last = axis == node.meta["val"].dim() - 1
-    if last and node.target is aten.linear.default:
+    if axis == _last(node) and node.target is aten.linear.default:
         parameters = [inner for inner in node.args[1:] if isinstance(inner, fx.Node)]
         known = all(edit.tensor(inner) is not None for inner in parameters)
         return TokenCall(dict.fromkeys(parameters, 0)) if known else None
