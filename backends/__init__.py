@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import entry_points
 
-from mobizo_compiler.backends.contract import MEMBERS, Artifact, Backend, Runner, assert_backend_contract
+from mobizo_compiler.backends.contract import MEMBERS, Backend
 from mobizo_compiler.backends.plugin import Plugin
 from mobizo_compiler.errors import BackendUnavailableError, UnknownBackendError
+from mobizo_compiler.format.program import Artifact, Runner
 
 ENTRY_POINT_GROUP = "mobizo_compiler.backends"
 BUILT_IN = {
@@ -71,9 +72,16 @@ def get_backend(backend: str | Backend) -> Backend:
     if missing := [name for name in MEMBERS if not hasattr(loaded, name)]:
         raise BackendUnavailableError(
             f"backend {backend!r} ({origin}) is not a backend: it has no {', no '.join(missing)}",
-            hint="see docs/writing_a_backend.md",
+            hint="derive it from mobizo_compiler.backends.Backend; see docs/writing_a_backend.md",
         )
     return loaded if origin == BUILT_IN.get(backend) else Plugin(loaded, origin)
+
+
+def assert_backend_contract(backend: str | Backend) -> None:
+    """The same as `mobizo_compiler.testing.check_backend`, under the name that older plugins know."""
+    from mobizo_compiler.testing import check_backend
+
+    check_backend(backend)
 
 
 __all__ = [

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from mobizo_compiler.backends.contract import Artifact, Backend
+from mobizo_compiler.backends.contract import Backend
 from mobizo_compiler.errors import BackendUnavailableError, LoweringError, MobizoError
-from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.program import Artifact
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import GraphProgram
 
 
 class Plugin:

@@ -37,7 +37,7 @@ from examples.demo import SETUPS, Setup
 from examples.record import write_json
 from examples.smollm2 import cache_folder, load_smollm2, load_tokenizer
 from mobizo_compiler.reference import ReferenceStep
-from mobizo_compiler.rules import UpdateRule, get_rule
+from mobizo_compiler.step.rules import UpdateRule, get_rule
 
 HEAD, LAST, EVERYWHERE = SETUPS["head"], SETUPS["last-block"], SETUPS["all-blocks"]
 T = TypeVar("T")

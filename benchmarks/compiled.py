@@ -25,10 +25,10 @@ import mobizo_compiler
 from benchmarks.machine import memory_mb
 from benchmarks.workload import Workload, stock_inference
 from examples.record import write_json
-from mobizo_compiler.api import installed_versions
-from mobizo_compiler.costs import multiply_adds
-from mobizo_compiler.plan import read_plans
-from mobizo_compiler.program import Site
+from mobizo_compiler.analysis.costs import multiply_adds
+from mobizo_compiler.compiling.described import installed_versions
+from mobizo_compiler.inspection.plan import read_plans
+from mobizo_compiler.step.sites import Site
 
 Kind = Literal["program", "position", "stock"]
 CACHE = Path("runs/cache")

@@ -38,7 +38,7 @@ from benchmarks.compiled import CACHE, compiled
 from benchmarks.machine import describe, set_threads
 from benchmarks.workload import Workload
 from examples.record import write_json
-from mobizo_compiler.quantization import RECIPES
+from mobizo_compiler.quantization.weights import RECIPES
 
 EPS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.5e-1, 3e-1)
 REFERENCE_EPS = 1e-2

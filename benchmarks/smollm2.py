@@ -20,7 +20,7 @@ import torch
 
 import mobizo_compiler as mobizo
 from examples.smollm2 import load_smollm2
-from mobizo_compiler.api import installed_versions
+from mobizo_compiler.compiling.described import installed_versions
 from mobizo_compiler.reference import ReferenceStep
 
 

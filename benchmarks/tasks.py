@@ -28,7 +28,7 @@ from examples.rotten_tomatoes import (
     split_by_movie,
 )
 from examples.topics import TOPICS, load_topics
-from mobizo_compiler.losses import Loss
+from mobizo_compiler.step.losses import Loss
 
 Batch = tuple[dict[str, Tensor], Tensor]
 Evaluate = Callable[[dict[str, Tensor]], Any]

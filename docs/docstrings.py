@@ -12,17 +12,17 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from mobizo_compiler.config import JsonConfig
+from mobizo_compiler.options import JsonConfig
 
 # What people write programs with, then what they write extensions with. None: the classes and functions in the
 # module's `__all__`.
 PUBLIC: dict[str, tuple[str, ...] | None] = {
     "mobizo_compiler": None,
-    "mobizo_compiler.recipes": ("MobizoRecipeType",),
+    "mobizo_compiler.export_recipe": ("MobizoRecipeType",),
     "mobizo_compiler.reference": ("ReferenceStep",),
     "mobizo_compiler.backends": None,
-    "mobizo_compiler.pipeline": ("Pass", "Pipeline"),
-    "mobizo_compiler.axes": ("Call", "Layout", "RowsMix", "axis_rule"),
+    "mobizo_compiler.graph.pipeline": ("Pass", "Pipeline"),
+    "mobizo_compiler.analysis.axes": ("Call", "Layout", "RowsMix", "axis_rule"),
     "mobizo_compiler.testing": None,
 }
 _FIRST = ("compile", "load", "Program", "Session", "StepResult")  # the others follow by name

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import facts, passes
+from mobizo_compiler import passes
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.data import Encoded, Layout, PromptConfig, TextData
-from mobizo_compiler.hub import load_model
-from mobizo_compiler.pipeline import Pass, Pipeline
-from mobizo_compiler.rows import read_rows
-from mobizo_compiler.training import TrainingConfig, train
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.pipeline import Pass, Pipeline
+from mobizo_compiler.text.data import Encoded, Layout, PromptConfig, TextData
+from mobizo_compiler.text.hub import load_model
+from mobizo_compiler.text.rows import read_rows
+from mobizo_compiler.text.training import TrainingConfig, train
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Embedding(16, 12), nn.Linear(12, 16)).eval()

@@ -41,8 +41,8 @@ from examples.rotten_tomatoes import (
     split_by_movie,
 )
 from examples.smollm2 import cache_folder, load_smollm2
-from mobizo_compiler.api import installed_versions
-from mobizo_compiler.quantization import RECIPES
+from mobizo_compiler.compiling.described import installed_versions
+from mobizo_compiler.quantization.weights import RECIPES
 
 TOKENS = 48
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import mobizo_compiler as mobizo
 from examples.record import write_json
 from examples.rotten_tomatoes import Sentence, accuracy_and_auc, balanced, by_label, load_sentences, split_by_movie
-from mobizo_compiler.api import installed_versions
+from mobizo_compiler.compiling.described import installed_versions
 
 LAYERS = 4
 TOKENS = 48

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mobizo_compiler.files import whole_file
+from mobizo_compiler.format.files import whole_file
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobizo_compiler.evaluation import auc
+from mobizo_compiler.text.evaluation import auc
 
 PROMPT = "{text} It was"
 VERBALISERS = (" terrible", " great")

@@ -1,12 +1,16 @@
 """A compiler that turns any traced inference graph into a program that fine-tunes itself with forward passes only."""
 
-from mobizo_compiler.api import compile, load
-from mobizo_compiler.artifact import Program, StepResult
+from mobizo_compiler.api import compile
 from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.device.journal import JournalWarning
+from mobizo_compiler.device.run import RunSummary
+from mobizo_compiler.device.schedules import schedule
+from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.finetune import RunSummary
-from mobizo_compiler.journal import JournalWarning
-from mobizo_compiler.losses import (
+from mobizo_compiler.format.program import Program, StepResult
+from mobizo_compiler.load import load
+from mobizo_compiler.quantization.weights import QuantizationConfig
+from mobizo_compiler.step.losses import (
     CausalLMLoss,
     ChoiceLoss,
     LabelSpec,
@@ -16,11 +20,8 @@ from mobizo_compiler.losses import (
     SequenceClassificationLoss,
     TokenClassificationLoss,
 )
-from mobizo_compiler.noise import noise
-from mobizo_compiler.program import Site
-from mobizo_compiler.quantization import QuantizationConfig
-from mobizo_compiler.schedules import schedule
-from mobizo_compiler.session import Session
+from mobizo_compiler.step.noise import noise
+from mobizo_compiler.step.sites import Site
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""`compile` and `load`: from a model to a program that trains itself, and from a file back to that program."""
+"""`compile`: from a model to a program that trains itself."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import hashlib
-import importlib.metadata
 import logging
 import os
 import warnings
@@ -17,17 +15,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mobizo_compiler import passes
-from mobizo_compiler.adapters import read_peft
-from mobizo_compiler.artifact import Program
+from mobizo_compiler.analysis.targets import heads, resolve_targets
 from mobizo_compiler.backends import Backend, get_backend
-from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.cache import cached
-from mobizo_compiler.config import ALL_LINEAR, LoraConfig, ZOConfig
+from mobizo_compiler.compiling.cache import cached
+from mobizo_compiler.compiling.described import described_program
+from mobizo_compiler.compiling.verify import check_program
+from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import (
     BackendRefusedError,
     BackendUnavailableError,
@@ -39,21 +36,17 @@ from mobizo_compiler.errors import (
     NoMatchingTargetError,
     UnsupportedGraphError,
 )
-from mobizo_compiler.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
-from mobizo_compiler.losses import CallableLoss, CausalLMLoss, Loss
-from mobizo_compiler.manifest import Manifest, nesting_to_json, tensor_spec
-from mobizo_compiler.outline import outline
-from mobizo_compiler.pipeline import Observer, Pass, Pipeline, dump_to
-from mobizo_compiler.program import LABELS, PREFIX, STATE_INPUT, GraphProgram, raw_bytes
-from mobizo_compiler.quantization import RECIPES, QuantizationConfig, Recipe, default_eps, described
-from mobizo_compiler.rules import PLAIN, UpdateRule, described_rule, get_rule, memory_size
-from mobizo_compiler.smoothing import smoothing_of
-from mobizo_compiler.targets import heads, resolve_targets, short_names
-from mobizo_compiler.verify import check_program
+from mobizo_compiler.format.peft import read_peft
+from mobizo_compiler.format.program import Program
+from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
+from mobizo_compiler.graph.pipeline import Observer, Pass, Pipeline, dump_to
+from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.quantization.smoothing import smoothing_of
+from mobizo_compiler.quantization.weights import RECIPES, QuantizationConfig, Recipe
+from mobizo_compiler.step.losses import CallableLoss, CausalLMLoss, Loss
+from mobizo_compiler.step.rules import PLAIN, UpdateRule, get_rule
 
-TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
 DUMP_VARIABLE = "MOBIZO_DUMP"
-HISTORY_WIDTH = 200
 Progress = Callable[[str], None]
 LossFunction = Callable[[Any, Tensor], Tensor]
 _Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
@@ -131,6 +124,7 @@ def compile(
     Raises:
         MobizoError: See `errors.py`; nothing has been written then.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Embedding(11, 12), nn.Linear(12, 11)).eval()
     >>> program = compile(
     ...     model, (torch.zeros(2, 5, dtype=torch.long),), LoraConfig(r=2, target_modules=("1",)), backend="eager"
@@ -153,8 +147,9 @@ def compile(
     target = get_backend(backend)
     if reason := target.unavailable():
         raise BackendUnavailableError(f"backend {target.name!r} cannot be used on this machine: {reason}")
-    if cache_dir is not None and isinstance(target, EagerBackend):
-        raise ConfigError("programs of the eager backend cannot be cached: they have no file format")
+    suffix = target.suffix
+    if cache_dir is not None and suffix is None:
+        raise ConfigError(f"programs of backend {target.name!r} cannot be cached: they have no file format")
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
     if split_prefix and dynamic_shapes:
         raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
@@ -173,8 +168,10 @@ def compile(
         )
 
     captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = _manifest(captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe, base_model)
-    if state == "data" and not getattr(target, "data_files", False):
+    manifest = described_program(
+        captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe, base_model
+    )
+    if state == "data" and not target.data_files:
         raise BackendRefusedError(
             f"programs of backend {target.name!r} cannot look up their state in a data file",
             hint='state="shared", and Session.import_ptd',
@@ -190,9 +187,9 @@ def compile(
             say(f"not run: {reason}; the program can be saved, but was not compared with its graphs")
         return program
 
-    if cache_dir is None:
+    if cache_dir is None or suffix is None:
         return compile_anew()
-    return cached(Path(cache_dir), methods, manifest, say, compile_anew)
+    return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew)
 
 
 def _symbolic_or_fixed(graphs: Callable[[bool], _Graphs], model: object, example: Example) -> _Graphs:
@@ -287,41 +284,6 @@ def _store(captured: GraphProgram, quantization: Any, example: Example) -> list[
     return [passes.Quantize(quantization, output_layers, smoothing)]
 
 
-def load(path: str | PathLike[str], *, verify: bool = True) -> Program:
-    """Load a program file.
-
-    Args:
-        path: The file.
-        verify: Read the whole file once and compare it with its checksum; False where that was done before.
-
-    Raises:
-        ArtifactError: There is no such file, or it is truncated, damaged, or not a program of this compiler.
-    """
-    from mobizo_compiler.backends.aot_inductor.artifact import is_package, load_package_file
-    from mobizo_compiler.backends.lowering import load_program_file
-
-    read = load_package_file if is_package(Path(path)) else load_program_file
-    artifact, manifest, lora_a = read(Path(path), verify)
-    if manifest.backend == "cuda":
-        from mobizo_compiler.backends.cuda.artifact import CudaArtifact
-
-        artifact = CudaArtifact(Path(path), manifest)
-        if verify:
-            artifact.check_weights()
-    return Program(manifest, artifact, lora_a)
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that are pinned as one tested set."""
-    versions = {}
-    for package in TESTED_SET:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
 def _observer(dump_dir: str | PathLike[str] | None, method: str) -> Observer | None:
     folder = dump_dir or os.environ.get(DUMP_VARIABLE)
     return dump_to(Path(folder), method) if folder else None
@@ -363,95 +325,3 @@ def _check_options(lora: object, zo: object, loss: object, state: object) -> Non
         raise ConfigError(f"loss must be a frozen dataclass, so that it can be named in the program; got {loss!r}")
     if state not in ("shared", "data", "io"):
         raise ConfigError(f"state is {state!r}", hint='use state="shared", state="data" or state="io"')
-
-
-def _manifest(
-    captured: GraphProgram,
-    methods: Mapping[str, GraphProgram],
-    example: Example,
-    lora: LoraConfig,
-    zo: ZOConfig,
-    loss: Loss,
-    backend: Backend,
-    rule: UpdateRule,
-    state: str,
-    quantization: Any,
-    base_model: str | None,
-) -> Manifest:
-    train_step, evaluate = methods["train_step"], methods["evaluate"]
-    sites = [site.fqn for site in train_step.sites]
-    names = short_names(sites, sites) if lora.target_modules in (None, ALL_LINEAR) else lora.target_modules
-    inputs = {n: v for n, v in evaluate.inputs.items() if n != STATE_INPUT}
-    public = [leaf.name for leaf in example.leaves] if example.keywords else list(inputs)
-    assert captured.nesting is not None
-    labels = loss.label_spec(captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()]))
-    limits, dynamic = _vocabulary(captured), captured.dynamic
-    return Manifest(
-        backend=backend.name,
-        versions=installed_versions(),
-        inputs=tuple(
-            tensor_spec(name, value, dynamic, **limits.get(inner, {}))
-            for name, (inner, value) in zip(public, inputs.items(), strict=True)
-        ),
-        keywords=example.keywords,
-        fixed={name: repr(value) for name, value in example.fixed.items()},
-        sizes=tuple(dynamic.values()),
-        labels=tensor_spec(
-            "labels",
-            train_step.inputs[LABELS],
-            dynamic,
-            low=labels.low,
-            high=labels.high,
-            also=labels.ignore_index,
-            choices=labels.choices,
-        ),
-        outputs=tuple(tensor_spec(name, node.meta["val"], dynamic) for name, node in evaluate.output_nodes.items()),
-        nesting=nesting_to_json(captured.nesting),
-        sites=train_step.sites,
-        lora=dataclasses.replace(lora, target_modules=names),
-        zo=zo,
-        loss=repr(loss),
-        prefix=tuple(
-            tensor_spec(name.removeprefix("mobizo_"), value, dynamic)
-            for name, value in train_step.inputs.items()
-            if name.startswith(PREFIX)
-        ),
-        rule=described_rule(rule),
-        memory=memory_size(rule, train_step.parameters),
-        model=_digest(captured),
-        state=state,
-        quantization=described(quantization),
-        eps=default_eps(quantization),
-        first_label=labels.first,
-        max_labels=labels.max_labels,
-        base_model=base_model,
-        history={name: tuple(map(_shortened, method.history)) for name, method in methods.items()},
-        outline=outline(captured, methods, example.rows),
-    )
-
-
-def _shortened(step: str) -> str:
-    """A step of the history; one that lists every site is cut."""
-    return step if len(step) <= HISTORY_WIDTH else step[: HISTORY_WIDTH - 3] + "..."
-
-
-def _digest(captured: GraphProgram) -> str:
-    """SHA-256 of the weights by name, so that steps of one model are not replayed on another."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(captured.tensors().values(), key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _vocabulary(captured: GraphProgram) -> dict[str, dict[str, int | None]]:
-    """Range of the values of every input that is looked up in an embedding table."""
-    limits: dict[str, dict[str, int | None]] = {}
-    for node in captured.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
-            entries = int(node.args[0].meta["val"].shape[0])
-            name = node.args[1].name
-            if name in captured.inputs:
-                known = limits.get(name, {}).get("high")
-                limits[name] = {"low": 0, "high": entries - 1 if known is None else min(known, entries - 1)}
-    return limits

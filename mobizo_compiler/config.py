@@ -5,44 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from mobizo_compiler.errors import ConfigError
-from mobizo_compiler.estimators import get_estimator
+from mobizo_compiler.options import MAX_SEED, JsonConfig, check_int
+from mobizo_compiler.step.estimators import get_estimator
 
-MAX_SEED = 2**31 - 1
 ALL_LINEAR = "all-linear"
-
-
-class JsonConfig:
-    """Mixin for frozen dataclasses whose fields are JSON values or tuples of them."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as a dictionary that `json.dumps` takes."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return {field.name: _plain(getattr(self, field.name)) for field in fields}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`; a key that is not a field is a `ConfigError`."""
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}", hint=f"its fields are {sorted(known)}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def check_int(name: str, value: object, low: int, high: int) -> None:
-    """Raise `ConfigError` unless `value` is an int (no bool) in `low..high`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be an int, not {type(value).__name__}")
-    if not low <= value <= high:
-        raise ConfigError(f"{name} is {value}, which is outside {low}..{high}")
 
 
 @dataclasses.dataclass(frozen=True)

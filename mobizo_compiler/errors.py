@@ -147,7 +147,7 @@ class RowMixingError(UnsupportedGraphError):
 
 
 class NoAxisRuleError(UnsupportedGraphError):
-    """No rule says how rows go through an operator; see `mobizo_compiler.axes.axis_rule`.
+    """No rule says how rows go through an operator; see `mobizo_compiler.analysis.axes.axis_rule`.
 
     Write the model without the operator, or register a rule for it; the sharp edges have an example.
     """

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobizo_compiler.artifact import StepResult
 from mobizo_compiler.config import ZOConfig
-from mobizo_compiler.estimators import get_estimator, scaled
-from mobizo_compiler.losses import CausalLMLoss, Loss
-from mobizo_compiler.noise import noise
-from mobizo_compiler.program import Site, initial_state
-from mobizo_compiler.rules import PLAIN, UpdateRule
+from mobizo_compiler.format.program import StepResult
+from mobizo_compiler.step.estimators import get_estimator, scaled
+from mobizo_compiler.step.losses import CausalLMLoss, Loss
+from mobizo_compiler.step.noise import noise
+from mobizo_compiler.step.rules import PLAIN, UpdateRule
+from mobizo_compiler.step.sites import Site, initial_state
 
 
 class ReferenceStep:

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import LossError, MobizoError
-from mobizo_compiler.losses import Loss
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import LABELS
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import LABELS
+from mobizo_compiler.step.losses import Loss
 
 
 @dataclasses.dataclass(frozen=True)

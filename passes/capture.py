@@ -24,11 +24,11 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, ExportGraphSignature
 from torch.utils import _pytree as pytree
 
-from mobizo_compiler import facts
-from mobizo_compiler.axes import has_rule
+from mobizo_compiler.analysis.axes import has_rule
 from mobizo_compiler.errors import CaptureError, ExampleInputError, UnsupportedGraphError
-from mobizo_compiler.example import Example, Leaf, doubled
-from mobizo_compiler.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.example import Example, Leaf, doubled
+from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
 
 MAX_ROWS = 1 << 20
 

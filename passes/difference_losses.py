@@ -14,12 +14,12 @@ import dataclasses
 
 from torch import Tensor
 
-from mobizo_compiler import facts
 from mobizo_compiler.config import ZOConfig
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.estimators import get_estimator, scaled
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import EPS
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import EPS
+from mobizo_compiler.step.estimators import get_estimator, scaled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ work of the next pass. This is outer-loop and inner-loop parallelism: one forwar
 
 What no adapter comes before is the same in all lanes: masks, embeddings, and with `layers_to_transform` every layer
 before the first adapted one. It is computed once, on the rows of one lane. Where to repeat is a minimum cut, see
-`mobizo_compiler/duplication.py`.
+`mobizo_compiler/analysis/lane_cut.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import dataclasses
 import torch
 from torch import fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.axes import row_axes
-from mobizo_compiler.duplication import duplication_points, perturbed_by
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import ancestors
+from mobizo_compiler.analysis.axes import row_axes
+from mobizo_compiler.analysis.lane_cut import duplication_points, perturbed_by
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import ancestors
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 REPEATED = "repeated_"  # names of the values that are repeated rows

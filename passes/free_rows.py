@@ -18,13 +18,12 @@ import dataclasses
 import torch
 from torch import fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.axes import Adoption, Layout, RowAxes, row_axes
-from mobizo_compiler.axes.rules import operator_name
-from mobizo_compiler.editor import Editor
+from mobizo_compiler.analysis.axes import Adoption, Layout, RowAxes, row_axes
 from mobizo_compiler.errors import FixedRowsError
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import operand, source_line
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operand, operator_name, source_line
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 _RESHAPES = ("reshape", "view", "_unsafe_view", "flatten", "unflatten", "squeeze", "view_as", "reshape_as")

@@ -35,16 +35,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.axes import Layout, row_axes
+from mobizo_compiler.analysis.axes import Layout, row_axes
+from mobizo_compiler.analysis.targets import Target, find_targets
 from mobizo_compiler.config import LoraConfig
-from mobizo_compiler.editor import Editor
 from mobizo_compiler.errors import AdapterError, NoMatchingTargetError, NotSupportedYetError, UnsupportedGraphError
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import source_line
+from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.passes.slice_outputs import outputs_read
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import Site, initial_state, source_line
-from mobizo_compiler.rules import PLAIN, UpdateRule, memory_size
-from mobizo_compiler.targets import Target, find_targets
+from mobizo_compiler.step.rules import PLAIN, UpdateRule, memory_size
+from mobizo_compiler.step.sites import Site, initial_state
 
 aten = torch.ops.aten
 LORA_A = "mobizo_lora_a_"

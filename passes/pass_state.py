@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ Result:   input %mobizo_seed: i32[1]   input %mobizo_eps: f32[1]
           %lanes = cat([add(%state, %step), sub(%state, %step)])  : f32[2q, P]
 Numbers: changes, because lanes are perturbed; with eps = 0 exact.
 
-Where the lanes are is the estimator's (`mobizo_compiler.estimators`). The noise is a function of the seed alone
-(`mobizo_compiler.noise`), inside the graph and for all sites at once.
+Where the lanes are is the estimator's (`mobizo_compiler.step.estimators`). The noise is a function of the seed alone
+(`mobizo_compiler.step.noise`), inside the graph and for all sites at once.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from mobizo_compiler import facts
 from mobizo_compiler.config import ZOConfig
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.estimators import get_estimator
-from mobizo_compiler.noise import noise_values
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import EPS, SEED
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import EPS, SEED
+from mobizo_compiler.step.estimators import get_estimator
+from mobizo_compiler.step.noise import noise_values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,11 +16,12 @@ import dataclasses
 import torch
 from torch import fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import ancestors, operand
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import LABELS, PREFIX
 from mobizo_compiler.passes.duplicate_lanes import REPEATED
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import LABELS, PREFIX, ancestors, operand
 
 aten = torch.ops.aten
 

@@ -21,12 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
+from mobizo_compiler.analysis.targets import Target, find_targets, linear_weight
 from mobizo_compiler.errors import QuantizationError
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import ROWS, operand, raw_bytes
-from mobizo_compiler.quantization import (
+from mobizo_compiler.format.files import raw_bytes
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operand
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import ROWS
+from mobizo_compiler.quantization.weights import (
     GROUP_SUMS,
     ROUND_ACTIVATIONS,
     QuantizationConfig,
@@ -34,7 +37,6 @@ from mobizo_compiler.quantization import (
     store_table,
     store_weight,
 )
-from mobizo_compiler.targets import Target, find_targets, linear_weight
 
 aten = torch.ops.aten
 SMOOTHING = "smoothing_"

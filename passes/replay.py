@@ -17,14 +17,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mobizo_compiler import facts
 from mobizo_compiler.config import ZOConfig
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.noise import noise_values
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import LEARNING_RATE, PROJECTED_GRADIENT, SEED
 from mobizo_compiler.passes.update_state import updated_state
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import LEARNING_RATE, PROJECTED_GRADIENT, SEED, Site, initial_state
-from mobizo_compiler.rules import PLAIN, UpdateRule, memory_size
+from mobizo_compiler.step.noise import noise_values
+from mobizo_compiler.step.rules import PLAIN, UpdateRule, memory_size
+from mobizo_compiler.step.sites import Site, initial_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import ancestors, operand, slice_bounds
-from mobizo_compiler.tokens import TokenCall, narrowable, token_call
+from mobizo_compiler.analysis.narrowing import TokenCall, narrowable, token_call
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import ancestors, operand, slice_bounds
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 

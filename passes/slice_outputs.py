@@ -24,11 +24,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import slice_bounds
-from mobizo_compiler.tokens import TokenCall, narrowable, token_call
+from mobizo_compiler.analysis.narrowing import TokenCall, narrowable, token_call
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import slice_bounds
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 MULTIPLE = 8

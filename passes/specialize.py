@@ -15,9 +15,9 @@ import dataclasses
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ Result:   input %mobizo_learning_rate: f32[1]
           update %b_mobizo_lora_b <- state - %rate * sum(g1 / q * noise, 0)
 Numbers: exact; with learning rate 0 the state keeps its bits, and where a projected gradient is not finite as well.
 
-Other rules (`mobizo_compiler.rules`) make another step of the mean, and keep what they remember behind B in the state.
-`replay.py` builds the same update as a program of its own.
+Other rules (`mobizo_compiler.step.rules`) make another step of the mean, and keep what they remember behind B in the
+state. `replay.py` builds the same update as a program of its own.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import EPS, LEARNING_RATE
-from mobizo_compiler.rules import PLAIN, UpdateRule, updated
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import EPS, LEARNING_RATE
+from mobizo_compiler.step.rules import PLAIN, UpdateRule, updated
 
 
 def updated_state(queries: int, rule: UpdateRule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import mobizo_compiler as mobizo
-from mobizo_compiler.adapters import CONFIG, WEIGHTS
 from mobizo_compiler.errors import AdapterError, ArtifactError
+from mobizo_compiler.format.peft import CONFIG, WEIGHTS
 
 OTHERS = [b"", b"\0" * 500, b"a text file\n" * 50, b"PK\x03\x04" + b"\0" * 200, b"MBZJRNL\n" + b"\0" * 56, b"MBZSHA2\n"]
 

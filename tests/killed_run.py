@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import mobizo_compiler as mobizo
-from mobizo_compiler.finetune import step_seed
+from mobizo_compiler.device.run import step_seed
 
 LEARNING_RATE, EPS = 0.05, 0.01
 

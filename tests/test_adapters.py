@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
-from mobizo_compiler.adapters import CONFIG, WEIGHTS
 from mobizo_compiler.errors import AdapterError, ConfigError
+from mobizo_compiler.format.peft import CONFIG, WEIGHTS
 
 
 def llama() -> nn.Module:

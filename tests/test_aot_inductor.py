@@ -20,14 +20,15 @@ from torch._inductor.package.package import package_aoti
 from torch.export import Dim
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, Session, ZOConfig, checksum
+from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends import assert_backend_contract, get_backend
 from mobizo_compiler.backends.aot_inductor import AotInductorBackend
 from mobizo_compiler.backends.aot_inductor.artifact import WEIGHTS, Target
 from mobizo_compiler.backends.aot_inductor.backend import OPTIONS, program_on
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, ConfigError
-from mobizo_compiler.noise import noise_values, noise_words
+from mobizo_compiler.format import checksum
 from mobizo_compiler.reference import ReferenceStep
+from mobizo_compiler.step.noise import noise_values, noise_words
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "v_proj", "down_proj"))

@@ -14,10 +14,16 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, MSELoss, SequenceClassificationLoss, Session, ZOConfig, passes
-from mobizo_compiler.axes import Layout, axis_rule, row_axes
-from mobizo_compiler.axes.rules import _RULES
-from mobizo_compiler.errors import CaptureError, FixedRowsError, NoAxisRuleError, RowMixingError, UnsupportedGraphError
-from mobizo_compiler.example import bind_example
+from mobizo_compiler.analysis.axes import Layout, axis_rule, row_axes
+from mobizo_compiler.analysis.axes.rules import _RULES
+from mobizo_compiler.errors import (
+    CaptureError,
+    FixedRowsError,
+    NoAxisRuleError,
+    RowMixingError,
+    UnsupportedGraphError,
+)
+from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.testing import check_against_oracle
 from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
 from mobizo_compiler.testing.plain import FlatWindows, plain_cases

@@ -13,7 +13,7 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig, backends
 from mobizo_compiler.backends import assert_backend_contract, backend_names, get_backend
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.cache import content_key
+from mobizo_compiler.compiling.cache import content_key
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError, UnknownBackendError
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import cli
-from mobizo_compiler.data import PromptConfig, TextData, samples
-from mobizo_compiler.evaluation import generate, score
-from mobizo_compiler.rows import read_rows
-from mobizo_compiler.training import restore_best
+from mobizo_compiler.text.data import PromptConfig, TextData, samples
+from mobizo_compiler.text.evaluation import generate, score
+from mobizo_compiler.text.rows import read_rows
+from mobizo_compiler.text.training import restore_best
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process, so that its programs are made once
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from mobizo_compiler import LoraConfig, passes
+from mobizo_compiler.analysis.targets import resolve_targets
 from mobizo_compiler.errors import UnsupportedGraphError
-from mobizo_compiler.example import bind_example
-from mobizo_compiler.pipeline import Pipeline
-from mobizo_compiler.targets import resolve_targets
+from mobizo_compiler.graph.example import bind_example
+from mobizo_compiler.graph.pipeline import Pipeline
 from mobizo_compiler.testing import Case, check_against_oracle, zoo
 
 RECORD = Path(__file__).parent.parent / "docs" / "coverage.json"

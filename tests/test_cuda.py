@@ -16,12 +16,11 @@ from executorch.exir.backend.backend_details import BackendDetails, PreprocessRe
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
-from mobizo_compiler.backends import get_backend
-from mobizo_compiler.backends.cuda import requirements
+from mobizo_compiler.backends import get_backend, requirements
 from mobizo_compiler.backends.cuda.artifact import CudaArtifact, data_path, write_program
 from mobizo_compiler.backends.cuda.backend import DELEGATE, CudaBackend, partitioners
 from mobizo_compiler.errors import ArtifactError, BackendRefusedError, BackendUnavailableError
-from mobizo_compiler.program import STATE_INPUT
+from mobizo_compiler.graph.program import STATE_INPUT
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 IDS = torch.zeros(2, 5, dtype=torch.int64)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, Session, ZOConfig, checksum, data_file
+from mobizo_compiler import LoraConfig, Session, ZOConfig
+from mobizo_compiler.device.journal import fingerprint
 from mobizo_compiler.errors import ArtifactError, StateError
-from mobizo_compiler.journal import fingerprint
+from mobizo_compiler.format import checksum, data_file
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
 pytestmark = pytest.mark.xdist_group("damage")  # one process, so that its programs are made once

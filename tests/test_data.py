@@ -16,12 +16,22 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, ZOConfig
-from mobizo_compiler.data import IGNORED, Encoded, Layout, PromptConfig, Sample, TextData, found_choices, samples, split
 from mobizo_compiler.errors import ConfigError, DataError, MissingPackageError
-from mobizo_compiler.evaluation import score
-from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.rows import read_rows
-from mobizo_compiler.training import TrainingConfig, train
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.text.data import (
+    IGNORED,
+    Encoded,
+    Layout,
+    PromptConfig,
+    Sample,
+    TextData,
+    found_choices,
+    samples,
+    split,
+)
+from mobizo_compiler.text.evaluation import score
+from mobizo_compiler.text.rows import read_rows
+from mobizo_compiler.text.training import TrainingConfig, train
 
 TOKENS = 8
 

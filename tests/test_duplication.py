@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig, passes
-from mobizo_compiler.axes import RowAxes, row_axes
-from mobizo_compiler.costs import multiply_adds, tensor_bytes
-from mobizo_compiler.duplication import CALL_BYTES, MULTIPLY_ADDS_PER_BYTE, duplication_points, perturbed_by
-from mobizo_compiler.example import bind_example
-from mobizo_compiler.pipeline import Pipeline
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.analysis.axes import RowAxes, row_axes
+from mobizo_compiler.analysis.costs import multiply_adds, tensor_bytes
+from mobizo_compiler.analysis.lane_cut import CALL_BYTES, MULTIPLY_ADDS_PER_BYTE, duplication_points, perturbed_by
+from mobizo_compiler.graph.example import bind_example
+from mobizo_compiler.graph.pipeline import Pipeline
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
 ZO = ZOConfig(queries=2)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
-from mobizo_compiler.config import JsonConfig
 from mobizo_compiler.errors import ConfigError
-from mobizo_compiler.estimators import Estimator, OneSided, TwoSided, get_estimator, register_estimator, scaled
+from mobizo_compiler.options import JsonConfig
 from mobizo_compiler.reference import ReferenceStep
-from mobizo_compiler.rules import RULES, SGD, Adam, UpdateRule, get_rule, register_rule
+from mobizo_compiler.step.estimators import Estimator, OneSided, TwoSided, get_estimator, register_estimator, scaled
+from mobizo_compiler.step.rules import RULES, SGD, Adam, UpdateRule, get_rule, register_rule
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 from mobizo_compiler.testing.oracle import Oracle
 

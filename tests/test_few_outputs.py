@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import ChoiceLoss, LoraConfig, Session, ZOConfig
-from mobizo_compiler.adapters import WEIGHTS
 from mobizo_compiler.errors import AdapterError
-from mobizo_compiler.losses import Loss
+from mobizo_compiler.format.peft import WEIGHTS
 from mobizo_compiler.reference import ReferenceStep
+from mobizo_compiler.step.losses import Loss
 
 CHOICES, WORDS = (31, 7), 50
 OTHERS = [word for word in range(WORDS) if word not in CHOICES]

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from examples.cpp_host.write_tokens import write_tokens
-from mobizo_compiler import CausalLMLoss, JournalWarning, LoraConfig, Session, ZOConfig, checksum, data_file
+from mobizo_compiler import CausalLMLoss, JournalWarning, LoraConfig, Session, ZOConfig
+from mobizo_compiler.device.journal import Journal, Record, read_journal
+from mobizo_compiler.device.run import SNAPSHOT, START, step_seed
 from mobizo_compiler.errors import JournalLockedError
-from mobizo_compiler.finetune import SNAPSHOT, START, step_seed
-from mobizo_compiler.journal import Journal, Record, read_journal
-from mobizo_compiler.manifest import FORMAT_VERSION
+from mobizo_compiler.format import checksum, data_file
+from mobizo_compiler.format.manifest import FORMAT_VERSION
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
 pytestmark = pytest.mark.xdist_group("hosts")  # one process, so that the host is built once

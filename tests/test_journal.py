@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import JournalWarning, LoraConfig, Session, ZOConfig
+from mobizo_compiler.device.journal import Journal, Record, read_journal
+from mobizo_compiler.device.run import SNAPSHOT, START, read_state, step_seed, write_state
 from mobizo_compiler.errors import InputError, JournalError, JournalLockedError
-from mobizo_compiler.finetune import SNAPSHOT, START, read_state, step_seed, write_state
-from mobizo_compiler.journal import Journal, Record, read_journal
 
 TRAINING: dict[str, Any] = {"learning_rate": 0.05, "eps": 0.01}
 

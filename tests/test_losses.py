@@ -20,7 +20,7 @@ from mobizo_compiler import (
     ZOConfig,
 )
 from mobizo_compiler.errors import ConfigError, InputError, LabelError, LossError, RowMixingError, TokenRangeError
-from mobizo_compiler.losses import CallableLoss
+from mobizo_compiler.step.losses import CallableLoss
 from mobizo_compiler.testing import Oracle, TinyCausalLM, TokenWise, check_against_oracle, tiny_batch
 
 TOKENS = (torch.tensor([[1, 2, 3, 4, 0], [5, 6, 7, 8, 9], [3, 1, 4, 1, 5]]),)

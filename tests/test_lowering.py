@@ -11,13 +11,13 @@ from torch import Tensor
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, ZOConfig
-from mobizo_compiler.backends import lowering
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.backends.eager.backend import EagerArtifact, EagerRunner
+from mobizo_compiler.backends.executorch import lower as lowering
 from mobizo_compiler.backends.xnnpack import XnnpackBackend
 from mobizo_compiler.errors import LoweringError
-from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.graph.eager import EagerArtifact, EagerRunner
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.testing import TokenWise
 
 TOKENS = (torch.zeros(2, 5, dtype=torch.int64),)

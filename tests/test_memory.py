@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import CausalLMLoss, LoraConfig, Program, Session, ZOConfig
-from mobizo_compiler.backends import lowering
-from mobizo_compiler.backends.one_copy import share_equal_data
-from mobizo_compiler.backends.runtime_options import set_backend_option
+from mobizo_compiler.backends.executorch import lower as lowering
+from mobizo_compiler.backends.executorch import program_file
+from mobizo_compiler.backends.executorch.one_copy import share_equal_data
+from mobizo_compiler.backends.executorch.runtime_options import set_backend_option
 from mobizo_compiler.backends.xnnpack import partition
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
@@ -91,7 +92,7 @@ def test_the_initial_state_is_in_the_file_once(monkeypatch: pytest.MonkeyPatch) 
 
 def test_shared_packed_weights_change_no_bit(twice: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = outcome(twice)
-    monkeypatch.setattr(lowering, "shared_packed_weights", contextlib.nullcontext)
+    monkeypatch.setattr(program_file, "shared_packed_weights", contextlib.nullcontext)
     for a, b in zip(shared, outcome(twice), strict=True):
         assert torch.equal(a, b)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobizo_compiler import errors
-from mobizo_compiler.noise import noise, noise_values, noise_words
+from mobizo_compiler.step.noise import noise, noise_values, noise_words
 
 SEEDS = [0, 1, 2, 3, 17, 1000, 123_456, 2**30, 2**31 - 2, 2**31 - 1]
 COUNT = 100_000

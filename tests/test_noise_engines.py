@@ -9,7 +9,7 @@ from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from torch import Tensor, nn
 
-from mobizo_compiler.noise import noise_values, noise_words
+from mobizo_compiler.step.noise import noise_values, noise_words
 
 SEEDS = (0, 1, 17, 2**31 - 1)
 

@@ -7,7 +7,7 @@ import pytest
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, ZOConfig
 from mobizo_compiler.backends import get_backend
-from mobizo_compiler.dry_run import DryRun, estimate
+from mobizo_compiler.compiling.dry_run import DryRun, estimate
 from mobizo_compiler.testing import zoo
 
 CASES = zoo()

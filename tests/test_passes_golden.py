@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig, passes
-from mobizo_compiler.backends.core_aten import CoreAten
-from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
+from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
+from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
-from mobizo_compiler.example import bind_example
-from mobizo_compiler.pipeline import Pass, Pipeline
-from mobizo_compiler.printer import program_text
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.graph.example import bind_example
+from mobizo_compiler.graph.pipeline import Pass, Pipeline
+from mobizo_compiler.graph.printer import program_text
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 LORA = LoraConfig(r=4, lora_alpha=6, target_modules=("up",))

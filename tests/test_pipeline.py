@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig, facts, passes
-from mobizo_compiler.editor import Editor
+from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig, passes
 from mobizo_compiler.errors import PassContractError, PassOrderError
-from mobizo_compiler.example import bind_example
-from mobizo_compiler.pipeline import Pass, Pipeline, dump_to
-from mobizo_compiler.printer import program_text
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.example import bind_example
+from mobizo_compiler.graph.pipeline import Pass, Pipeline, dump_to
+from mobizo_compiler.graph.printer import program_text
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.testing import TokenWise
 
 

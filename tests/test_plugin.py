@@ -239,6 +239,7 @@ def example_module(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
 
 SOUND = """
 import torch
+from mobizo_compiler import backends
 from mobizo_compiler.backends.eager import EagerBackend
 
 class Runner:
@@ -249,7 +250,7 @@ class Runner:
     def state(self):
         return self.inner.state()
 
-class Artifact:
+class Artifact(backends.Artifact):
     def __init__(self, inner):
         self.inner = inner
     def runner(self):
@@ -443,7 +444,7 @@ Runner.call = call
     "other passes every time": (
         """
 import dataclasses, itertools
-from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.graph.pipeline import Pass
 count = itertools.count()
 @dataclasses.dataclass(frozen=True)
 class Idle(Pass):
@@ -477,7 +478,7 @@ Artifact.save = save
     ),
     "state only inside": (
         """
-from mobizo_compiler.program import STATE_INPUT
+from mobizo_compiler.graph.program import STATE_INPUT
 def lower(self, methods, manifest):
     if any(STATE_INPUT in method.inputs for method in methods.values()):
         raise KeyError(STATE_INPUT)

@@ -10,9 +10,9 @@ import torch
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
-from mobizo_compiler.costs import multiply_adds
+from mobizo_compiler.analysis.costs import multiply_adds
 from mobizo_compiler.errors import ConfigError, InputError, JournalLockedError
-from mobizo_compiler.losses import CausalLMLoss
+from mobizo_compiler.step.losses import CausalLMLoss
 from mobizo_compiler.testing import TinyCausalLM
 
 LAYERS, ROWS, TOKENS = 4, 3, 6

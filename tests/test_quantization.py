@@ -22,7 +22,7 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, QuantizationConfig, Session, ZOConfig
 from mobizo_compiler.backends import get_backend
 from mobizo_compiler.errors import BackendRefusedError, ConfigError, QuantizationError
-from mobizo_compiler.quantization import RECIPES, pack_nibbles, torchao_config, unpack_nibbles
+from mobizo_compiler.quantization.weights import RECIPES, pack_nibbles, torchao_config, unpack_nibbles
 from mobizo_compiler.reference import ReferenceStep
 
 RECORD = Path(__file__).parent.parent / "docs" / "quantization.json"

@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.export import Dim
 
 import mobizo_compiler as mobizo
-import mobizo_compiler.recipes as recipes
+import mobizo_compiler.export_recipe as recipes
 from mobizo_compiler import LoraConfig, Session, ZOConfig
-from mobizo_compiler.backends import lowering
-from mobizo_compiler.backends.lowering import LORA_A_METHOD, MANIFEST_METHOD
+from mobizo_compiler.backends.executorch import emit
+from mobizo_compiler.backends.executorch.program_file import LORA_A_METHOD, MANIFEST_METHOD
 from mobizo_compiler.errors import ConfigError, NotSupportedYetError, UnknownBackendError
-from mobizo_compiler.recipes import MobizoRecipeProvider, MobizoRecipeType
+from mobizo_compiler.export_recipe import MobizoRecipeProvider, MobizoRecipeType
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 OPTIONS: dict[str, Any] = {
@@ -225,9 +225,9 @@ def compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @functools.wraps(mobizo.compile)
     def compile(captured: Any, inputs: Any, **options: Any) -> Any:
-        listener = lowering._listener.get()
+        listener = emit._listener.get()
         assert listener is not None
-        listener(lowering.EdgePrograms({}, {}, "shared"))
+        listener(emit.EdgePrograms({}, {}, "shared"))
         return SimpleNamespace(methods={"replay": SimpleNamespace(exported=captured)})
 
     monkeypatch.setattr(recipes, "compile", compile)
@@ -249,7 +249,7 @@ def test_the_provider_is_registered_once() -> None:
     assert list(recipe_registry.list_backends()).count(name) == 1
     assert recipe_registry.get_supported_recipes(name) == list(MobizoRecipeType)
     before = {kind: kind.value for kind in MobizoRecipeType}
-    assert importlib.import_module("mobizo_compiler.recipes") is recipes
+    assert importlib.import_module("mobizo_compiler.export_recipe") is recipes
     recipe_registry.register_backend_recipe_provider(MobizoRecipeProvider())
     assert list(recipe_registry.list_backends()).count(name) == 1
     assert {kind: kind.value for kind in MobizoRecipeType} == before

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from mobizo_compiler import LoraConfig, passes
-from mobizo_compiler.backends.core_aten import CoreAten
-from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
+from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
+from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.testing import check_against_oracle, zoo
 
 ZOO = zoo()

@@ -10,7 +10,7 @@ import torch
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.errors import ConfigError
-from mobizo_compiler.program import STATE, STATE_INPUT
+from mobizo_compiler.graph.program import STATE, STATE_INPUT
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
 

@@ -12,7 +12,7 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.errors import ConfigError, InputError
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
-from mobizo_compiler.tuning import EPS_CANDIDATES, Trial, tune
+from mobizo_compiler.text.tuning import EPS_CANDIDATES, Trial, tune
 
 
 @pytest.fixture(scope="module")

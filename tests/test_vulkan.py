@@ -20,9 +20,9 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends.eager import EagerBackend
+from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.vulkan import VulkanBackend, load_runtime
-from mobizo_compiler.backends.vulkan.verify import RULES, check_delegates, violations
-from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
+from mobizo_compiler.backends.vulkan.known_faults import RULES, check_delegates, violations
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError
 from mobizo_compiler.reference import ReferenceStep
 
@@ -201,7 +201,7 @@ def test_three_steps_on_vulkan(recipe: str, state: str) -> None:
 def test_without_a_runtime_programs_are_made_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is a runtime, it is hidden from the question which delegates there are."""
     program, _ = compiled("fp32")
-    monkeypatch.setattr("mobizo_compiler.backends.delegates._registered", lambda: ["XnnpackBackend"])
+    monkeypatch.setattr("mobizo_compiler.backends.executorch.delegates._registered", lambda: ["XnnpackBackend"])
     saved = program.save(tmp_path / "program.pte")
     for session_of in (program, saved):
         with pytest.raises(BackendUnavailableError, match="runtime here has no VulkanBackend"):

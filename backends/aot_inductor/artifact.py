@@ -27,15 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobizo_compiler import checksum
 from mobizo_compiler.backends.aot_inductor.tensors import map_tensors, write_tensors
-from mobizo_compiler.backends.atomic_copy import copy_whole
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
-from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.program import STATE, GraphProgram, raw_bytes
+from mobizo_compiler.format import checksum
+from mobizo_compiler.format.files import copy_whole, raw_bytes
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.program import Artifact, Program
+from mobizo_compiler.graph.program import STATE, GraphProgram
 
 MAGIC = b"PK\x03\x04"
-SUFFIX = ".pt2"
 MANIFEST, TARGET, WEIGHTS = "mobizo/manifest.json", "mobizo/target.json", "mobizo/weights.safetensors"
 LORA_A = "mobizo_lora_a."
 _VECTORS = ("DEFAULT", "AVX2", "AVX512")  # of x86 processors, as PyTorch names them
@@ -126,7 +126,7 @@ def _content(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw_bytes(tensor)).hexdigest()}"
 
 
-class AotInductorArtifact:
+class AotInductorArtifact(Artifact):
     """A package on disk.
 
     Args:
@@ -135,8 +135,6 @@ class AotInductorArtifact:
         target: What it was compiled for.
         keys: For each method, the weight behind each of its constants.
     """
-
-    suffix = SUFFIX
 
     def __init__(self, path: Path, manifest: Manifest, target: Target, keys: Mapping[str, Mapping[str, str]]) -> None:
         self.path = path
@@ -219,14 +217,12 @@ class AotInductorRunner:
 
 def is_package(path: Path) -> bool:
     """Whether a file begins as the program files of this backend do."""
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def load_package_file(path: Path, verify: bool) -> tuple[AotInductorArtifact, Manifest, dict[str, Tensor]]:
-    """The artifact, manifest and A of a program file, without loading the network.
+def load_package_file(path: Path, verify: bool) -> Program:
+    """The program in a file, without loading the network.
 
     Raises:
         ArtifactError: The file is truncated, damaged or foreign.
@@ -254,7 +250,7 @@ def load_package_file(path: Path, verify: bool) -> tuple[AotInductorArtifact, Ma
             where=str(path),
             hint="copy it again, or compile the model again",
         ) from error
-    return AotInductorArtifact(path, manifest, target, keys), manifest, lora_a
+    return Program(manifest, AotInductorArtifact(path, manifest, target, keys), lora_a)
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:

@@ -18,16 +18,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from mobizo_compiler.backends.aot_inductor.artifact import AotInductorArtifact, Target, write_program
+from mobizo_compiler.backends.aot_inductor.artifact import (
+    AotInductorArtifact,
+    Target,
+    is_package,
+    load_package_file,
+    write_program,
+)
 from mobizo_compiler.backends.aot_inductor.tensors import DTYPES
-from mobizo_compiler.backends.cuda.requirements import missing_for_cuda
-from mobizo_compiler.backends.spell_out_quantization import SpellOutQuantization
-from mobizo_compiler.editor import Editor
+from mobizo_compiler.backends.contract import Backend
+from mobizo_compiler.backends.requirements import missing_for_cuda
+from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.errors import ConfigError, LoweringError
-from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.program import Program
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import GraphProgram
 
 OPTIONS = {
     "aot_inductor.package": True,
@@ -43,7 +51,7 @@ OPTIONS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AotInductorBackend:
+class AotInductorBackend(Backend):
     """Machine code for one kind of processor, called through libtorch.
 
     Args:
@@ -54,6 +62,7 @@ class AotInductorBackend:
     """
 
     device: str = "cpu"
+    suffix = ".pt2"
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -99,6 +108,14 @@ class AotInductorBackend:
             package = Path(folder) / "program.pt2"
             package_aoti(str(package), files)
             return write_program(package, methods, manifest, target)
+
+    def reads(self, path: Path) -> bool:
+        """Whether it is a zip archive, as a package is."""
+        return is_package(path)
+
+    def load(self, path: Path, verify: bool) -> Program:
+        """The program; weights are mapped into memory when it runs."""
+        return load_package_file(path, verify)
 
     def _compile(self, name: str, program: GraphProgram, folder: Path) -> list[Any]:
         """The shared library of one method, and the file that describes it."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mobizo_compiler.errors import ArtifactError
-from mobizo_compiler.program import raw_bytes
+from mobizo_compiler.format.files import raw_bytes
 
 DTYPES = {
     "F64": torch.float64,

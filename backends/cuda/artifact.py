@@ -14,13 +14,19 @@ from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_
 from executorch.exir.backend.partitioner import Partitioner
 from executorch.runtime import Runtime
 
-from mobizo_compiler import checksum
-from mobizo_compiler.backends import lowering
-from mobizo_compiler.backends.atomic_copy import copy_whole
-from mobizo_compiler.backends.lowering import ExecuTorchArtifact, ExecuTorchRunner
+from mobizo_compiler.backends.executorch.emit import emit
+from mobizo_compiler.backends.executorch.lower import delegation_of, explained
+from mobizo_compiler.backends.executorch.program_file import (
+    LORA_A_METHOD,
+    MANIFEST_METHOD,
+    ExecuTorchArtifact,
+    ExecuTorchRunner,
+)
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
-from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.format import checksum
+from mobizo_compiler.format.files import copy_whole
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.graph.program import GraphProgram
 
 BLOB = "aoti_cuda_blob.ptd"  # what the delegate calls the file of its weights
 
@@ -34,15 +40,15 @@ def write_program(
         LoweringError: The delegate cannot compile a method.
     """
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
-    with lowering.explained(methods, manifest.backend):
+    with explained(methods, manifest.backend):
         edge = to_edge_transform_and_lower(
             {name: program.exported for name, program in methods.items()},
             partitioner={name: list(inner) for name, inner in partitioners.items()},
-            constant_methods={lowering.MANIFEST_METHOD: manifest.to_json(), lowering.LORA_A_METHOD: lora_a},
+            constant_methods={MANIFEST_METHOD: manifest.to_json(), LORA_A_METHOD: lora_a},
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         )
-        delegation = {name: lowering._delegation(edge.exported_program(name)) for name in methods}
-        executable = lowering.emit(edge, ExecutorchBackendConfig(), manifest.state)
+        delegation = {name: delegation_of(edge.exported_program(name)) for name in methods}
+        executable = emit(edge, ExecutorchBackendConfig(), manifest.state)
     folder = tempfile.mkdtemp(prefix="mobizo-")
     path = Path(folder) / "program.pte"
     with path.open("wb") as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from executorch.backends.aoti.aoti_partitioner import AotiPartitioner
@@ -16,18 +17,20 @@ from executorch.exir.backend.partitioner import Partitioner
 from torch._inductor import config as inductor_config
 
 from mobizo_compiler.backends.cuda.artifact import CudaArtifact, write_program
-from mobizo_compiler.backends.cuda.requirements import missing_for_delegate
-from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import STATE_INPUT, GraphProgram
+from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
+from mobizo_compiler.backends.requirements import missing_for_delegate
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import STATE_INPUT, GraphProgram
 
 DELEGATE = "CudaBackend"
 
 
-class CudaBackend:
+class CudaBackend(ExecuTorchBackend):
     """The route to a GPU through ExecuTorch; a program is a `.pte` and a `.ptd` file."""
 
     name = "cuda"
+    data_files = False
 
     def unavailable(self) -> str | None:
         """Kernels are compiled and tuned on the GPU that they are for, so lowering needs all that running does."""
@@ -42,6 +45,13 @@ class CudaBackend:
     def passes(self) -> Sequence[Pass]:
         """None: Inductor has its own."""
         return ()
+
+    def artifact(self, path: Path, manifest: Manifest, verify: bool) -> CudaArtifact:
+        """A program with its weights in a second file."""
+        artifact = CudaArtifact(path, manifest)
+        if verify:
+            artifact.check_weights()
+        return artifact
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> CudaArtifact:
         """Lower through ExecuTorch. Importing the delegate registers it, and imports triton."""

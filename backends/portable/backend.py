@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
-from mobizo_compiler.backends.spell_out_quantization import SpellOutQuantization
-from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
+from mobizo_compiler.backends.executorch.lower import lower_to_executorch
+from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
+from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import GraphProgram
 
 
-class PortableBackend:
+class PortableBackend(ExecuTorchBackend):
     """The slowest and most general backend on a device."""
 
     name = "portable"
-    data_files = True
 
     def unavailable(self) -> None:
         """It comes with the packages that this one needs."""

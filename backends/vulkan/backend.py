@@ -11,32 +11,34 @@ from typing import Any
 import torch
 from torch import fx
 
-from mobizo_compiler.backends.core_aten import CoreAten
-from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
+from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
+from mobizo_compiler.backends.executorch.lower import lower_to_executorch
+from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
+from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
+from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.vulkan.at_most_four_axes import AtMostFourAxes
 from mobizo_compiler.backends.vulkan.flatten_tokens import FlattenTokens
 from mobizo_compiler.backends.vulkan.float32_scales import Float32Scales
+from mobizo_compiler.backends.vulkan.known_faults import FOUR_BITS
 from mobizo_compiler.backends.vulkan.operators import name_of
 from mobizo_compiler.backends.vulkan.separate_views import SeparateViews
 from mobizo_compiler.backends.vulkan.spell_out import SpellOut
 from mobizo_compiler.backends.vulkan.vectors_for_scalars import VectorsForScalars
-from mobizo_compiler.backends.vulkan.verify import FOUR_BITS
-from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.errors import BackendUnavailableError
-from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.graph.nodes import operand, source_line
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import GraphProgram, operand, source_line
 
 LIBRARY_VARIABLE = "MOBIZO_VULKAN_LIBRARY"
 GROUP, OUTPUTS = 32, 8
 
 
-class VulkanBackend:
+class VulkanBackend(ExecuTorchBackend):
     """For GPUs. It lowers everywhere; programs run where the runtime has ExecuTorch's `VulkanBackend`."""
 
     name = "vulkan"
-    data_files = True
 
     def unavailable(self) -> None:
         """Lowering needs no GPU, and comes with the packages that this one needs."""

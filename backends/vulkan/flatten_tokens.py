@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler import facts
 from mobizo_compiler.backends.vulkan.operators import POINTWISE, REDUCTIONS, name_of
 from mobizo_compiler.backends.vulkan.views import reshaped
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import operand
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operand
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 _ALONG_LAST = frozenset(("softmax", "_softmax", "log_softmax", "_log_softmax"))

@@ -11,10 +11,10 @@ import dataclasses
 
 import torch
 
-from mobizo_compiler import facts
-from mobizo_compiler.backends.spell_out_quantization import scales_as
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.backends.shared_passes.spell_out_quantization import scales_as
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,10 @@ from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from mobizo_compiler.backends.vulkan.known_faults import check_delegates, numbers_of
 from mobizo_compiler.backends.vulkan.operators import PRODUCTS, name_of
-from mobizo_compiler.backends.vulkan.verify import check_delegates, numbers_of
-from mobizo_compiler.program import SEED, STATE, STATE_INPUT, ancestors
+from mobizo_compiler.graph.nodes import ancestors
+from mobizo_compiler.graph.program import SEED, STATE, STATE_INPUT
 
 _OUTSIDE = "mobizo_outside"  # name of a module that no model has
 _MODULES = "nn_module_stack"

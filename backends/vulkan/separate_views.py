@@ -18,11 +18,11 @@ import dataclasses
 import torch
 from torch import fx
 
-from mobizo_compiler import facts
 from mobizo_compiler.backends.vulkan.operators import name_of
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import operand
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operand
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler import facts
 from mobizo_compiler.backends.vulkan.operators import REDUCTIONS, name_of
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import STATE_INPUT, ancestors
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import ancestors
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import STATE_INPUT
 
 aten = torch.ops.aten
 Rule = Callable[..., fx.Node | None]

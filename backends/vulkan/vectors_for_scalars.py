@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from mobizo_compiler import facts
 from mobizo_compiler.backends.vulkan.operators import POINTWISE, name_of
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 _SHAPING = (aten.reshape.default, aten.expand.default)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.program import operand
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operand
 
 aten = torch.ops.aten
 _KEEP_ORDER = (

@@ -7,29 +7,31 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from mobizo_compiler.backends.core_aten import CoreAten
-from mobizo_compiler.backends.lowering import ExecuTorchArtifact, lower_to_executorch
-from mobizo_compiler.backends.spell_out_quantization import SpellOutQuantization
+from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
+from mobizo_compiler.backends.executorch.lower import lower_to_executorch
+from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
+from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
+from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
+from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.backends.xnnpack.decoded_weights import DecodedWeights
-from mobizo_compiler.backends.xnnpack.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.float_exit import FloatExit
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.backends.xnnpack.round_group_scales import RoundGroupScales
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
-from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.graph.nodes import ancestors, operand, source_line
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import GraphProgram, ancestors, operand, source_line
 
 aten = torch.ops.aten
 
 
-class XnnpackBackend:
+class XnnpackBackend(ExecuTorchBackend):
     """The default on CPUs."""
 
     name = "xnnpack"
-    data_files = True
 
     def unavailable(self) -> None:
         """It comes with the packages that this one needs."""

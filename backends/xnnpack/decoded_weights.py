@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import ancestors, operand
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import ancestors, operand
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 _INPUT_AT: dict[Any, int] = {aten.linear.default: 0, aten.mm.default: 0, aten.addmm.default: 1}

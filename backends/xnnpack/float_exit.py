@@ -17,11 +17,11 @@ import dataclasses
 import torch
 from torch import fx
 
-from mobizo_compiler import facts
-from mobizo_compiler.axes.rules import operator_name
-from mobizo_compiler.backends.spell_out_quantization import rounded_input
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
+from mobizo_compiler.backends.shared_passes.spell_out_quantization import rounded_input
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operator_name
+from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 ONE = "mobizo_one"

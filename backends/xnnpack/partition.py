@@ -23,7 +23,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.partitioner import Partition
 
-from mobizo_compiler.costs import tensor_bytes
+from mobizo_compiler.analysis.costs import tensor_bytes
 
 # Operators that none of the skipped passes looks at.
 _PLAIN = frozenset(

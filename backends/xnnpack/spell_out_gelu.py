@@ -17,9 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from mobizo_compiler.editor import Editor
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import operand
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operand
+from mobizo_compiler.graph.pipeline import Pass
 
 
 @dataclasses.dataclass(frozen=True)

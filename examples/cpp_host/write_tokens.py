@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mobizo_compiler.manifest import Manifest
+from mobizo_compiler.format.manifest import Manifest
 
 
 def write_tokens(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mobizo_compiler as mobizo
-from mobizo_compiler.manifest import TensorSpec
+from mobizo_compiler.format.manifest import TensorSpec
 
 STEPS = 40
 

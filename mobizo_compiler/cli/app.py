@@ -13,9 +13,9 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from mobizo_compiler import __version__
+from mobizo_compiler.device.journal import JournalWarning
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.hub import calm
-from mobizo_compiler.journal import JournalWarning
+from mobizo_compiler.text.hub import calm
 
 FAILED, INTERRUPTED = 1, 130  # 0: done; 2: wrong usage, which typer itself says; see docs/command_line.md
 

@@ -16,26 +16,22 @@ from torch import Tensor
 from torch.export import Dim
 
 from mobizo_compiler.api import compile
-from mobizo_compiler.artifact import Program
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.cli.app import AsJson, Quiet, Remarks, app, megabytes, print_json
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
-from mobizo_compiler.config import JsonConfig, LoraConfig, ZOConfig
-from mobizo_compiler.data import PromptConfig, Speller
-from mobizo_compiler.dry_run import DryRun, estimate
+from mobizo_compiler.compiling.dry_run import DryRun, estimate
+from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.drawing import check_format
 from mobizo_compiler.errors import ConfigError, DataError
-from mobizo_compiler.figures import check_format, draw_program
-from mobizo_compiler.hub import TASKS, load_model, load_tokenizer
-from mobizo_compiler.losses import (
-    CausalLMLoss,
-    ChoiceLoss,
-    MaskedLMLoss,
-    MSELoss,
-    SequenceClassificationLoss,
-)
-from mobizo_compiler.quantization import ROUND_ACTIVATIONS, QuantizationConfig
-from mobizo_compiler.rows import TEXT, read_rows
-from mobizo_compiler.rules import RULES, get_rule
+from mobizo_compiler.format.program import Program
+from mobizo_compiler.inspection.figures import draw_program
+from mobizo_compiler.options import JsonConfig
+from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
+from mobizo_compiler.step.losses import CausalLMLoss, ChoiceLoss, MaskedLMLoss, MSELoss, SequenceClassificationLoss
+from mobizo_compiler.step.rules import RULES, get_rule
+from mobizo_compiler.text.data import PromptConfig, Speller
+from mobizo_compiler.text.hub import TASKS, load_model, load_tokenizer
+from mobizo_compiler.text.rows import TEXT, read_rows
 
 LOSSES: dict[str, type[JsonConfig]] = {
     "causal-lm": CausalLMLoss,

@@ -17,7 +17,7 @@ from mobizo_compiler import __version__
 from mobizo_compiler.backends import BUILT_IN, ENTRY_POINT_GROUP, get_backend
 from mobizo_compiler.cli.app import FAILED, AsJson, app, print_json
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.inspection import DISTRIBUTION, examine_machine
+from mobizo_compiler.inspection.machine import DISTRIBUTION, examine_machine
 
 
 @app.command("backends")

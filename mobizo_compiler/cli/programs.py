@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mobizo_compiler.api import load
+from mobizo_compiler.analysis.costs import short
 from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, app, megabytes, print_json
-from mobizo_compiler.costs import short
-from mobizo_compiler.figures import check_format, draw_program
-from mobizo_compiler.finetune import begin
-from mobizo_compiler.inspection import inspect_file
-from mobizo_compiler.outline import Block
-from mobizo_compiler.session import Session
-from mobizo_compiler.training import restore_best
+from mobizo_compiler.device.run import begin
+from mobizo_compiler.device.session import Session
+from mobizo_compiler.drawing import check_format
+from mobizo_compiler.format.manifest import Block
+from mobizo_compiler.inspection.figures import draw_program
+from mobizo_compiler.inspection.program_file import inspect_file
+from mobizo_compiler.load import load
+from mobizo_compiler.text.training import restore_best
 
 Folder = Annotated[Path, typer.Argument(help="Folder of an adapter in peft's format.", show_default=False)]
 

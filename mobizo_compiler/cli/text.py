@@ -19,21 +19,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.table import Table
 
-from mobizo_compiler.api import load
-from mobizo_compiler.artifact import StepResult
 from mobizo_compiler.cli.app import INTERRUPTED, AsJson, Best, ProgramFile, Quiet, Remarks, RunFolder, app, print_json
 from mobizo_compiler.cli.compiling import unescaped
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
-from mobizo_compiler.data import PromptConfig, TextData, samples, split
+from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, MissingPackageError
-from mobizo_compiler.evaluation import Score, generate, score
-from mobizo_compiler.figures import plot_run
-from mobizo_compiler.hub import load_tokenizer
-from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.rows import read_rows
-from mobizo_compiler.session import Session
-from mobizo_compiler.training import Outcome, TrainingConfig, Validation, read_record, restore_best, train
-from mobizo_compiler.tuning import Trial, tune
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.program import StepResult
+from mobizo_compiler.load import load
+from mobizo_compiler.text.data import PromptConfig, TextData, samples, split
+from mobizo_compiler.text.evaluation import Score, generate, score
+from mobizo_compiler.text.hub import load_tokenizer
+from mobizo_compiler.text.plot import plot_run
+from mobizo_compiler.text.rows import read_rows
+from mobizo_compiler.text.training import Outcome, TrainingConfig, Validation, read_record, restore_best, train
+from mobizo_compiler.text.tuning import Trial, tune
 
 PROMPTS = Section("prompts", (PromptConfig,), "", "Prompts and answers")
 DataFile = Annotated[

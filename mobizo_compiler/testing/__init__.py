@@ -4,10 +4,21 @@
 models to try it on. Models of transformers need that package when they are built.
 """
 
+from mobizo_compiler.testing.backend import check_backend
 from mobizo_compiler.testing.case import Case
 from mobizo_compiler.testing.check import Report, check_against_oracle
 from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
 from mobizo_compiler.testing.oracle import Oracle
 from mobizo_compiler.testing.zoo import zoo
 
-__all__ = ["Case", "Oracle", "Report", "TinyCausalLM", "TokenWise", "check_against_oracle", "tiny_batch", "zoo"]
+__all__ = [
+    "Case",
+    "Oracle",
+    "Report",
+    "TinyCausalLM",
+    "TokenWise",
+    "check_against_oracle",
+    "check_backend",
+    "tiny_batch",
+    "zoo",
+]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobizo_compiler.losses import CausalLMLoss, Loss
+from mobizo_compiler.step.losses import CausalLMLoss, Loss
 
 _CAUSAL_LM = CausalLMLoss()
 

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from mobizo_compiler.api import compile
-from mobizo_compiler.artifact import Program
 from mobizo_compiler.backends import Backend
+from mobizo_compiler.compiling.verify import random_labels
 from mobizo_compiler.config import LoraConfig, ZOConfig
-from mobizo_compiler.example import bind_example
-from mobizo_compiler.losses import CausalLMLoss, Loss
-from mobizo_compiler.noise import noise
-from mobizo_compiler.session import Session
+from mobizo_compiler.device.session import Session
+from mobizo_compiler.format.program import Program
+from mobizo_compiler.graph.example import bind_example
+from mobizo_compiler.step.losses import CausalLMLoss, Loss
+from mobizo_compiler.step.noise import noise
 from mobizo_compiler.testing.oracle import Oracle, rounding
-from mobizo_compiler.verify import random_labels
 
 LARGEST_NORMAL = 6.0
 

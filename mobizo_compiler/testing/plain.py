@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobizo_compiler.losses import CallableLoss, MSELoss, SequenceClassificationLoss
+from mobizo_compiler.step.losses import CallableLoss, MSELoss, SequenceClassificationLoss
 from mobizo_compiler.testing.case import Case
 from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mobizo_compiler.losses import CausalLMLoss, Loss, MaskedLMLoss, MSELoss, SequenceClassificationLoss
+from mobizo_compiler.step.losses import CausalLMLoss, Loss, MaskedLMLoss, MSELoss, SequenceClassificationLoss
 from mobizo_compiler.testing.case import Case
 from mobizo_compiler.testing.plain import plain_cases
 

@@ -1,4 +1,4 @@
-"""The five members of a backend. Nothing of OpenVINO is imported before it is needed."""
+"""The members of the backend. Nothing of OpenVINO is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 
 from mobizo_compiler.backends import Artifact
-from mobizo_compiler.manifest import Manifest
-from mobizo_compiler.pipeline import Pass
-from mobizo_compiler.program import GraphProgram
+from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_openvino.attention import AttentionAsProducts
 
 _DELEGATE = "OpenvinoBackend"  # its name in the registry of ExecuTorch's runtime
 
 
-class MobizoOpenvino:
+class MobizoOpenvino(ExecuTorchBackend):
     """Runs the network on the CPU with OpenVINO, in float32."""
 
     name = "openvino"
@@ -44,7 +45,7 @@ class MobizoOpenvino:
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> Artifact:
         """Lower through ExecuTorch, with a partitioner for each method that knows the names of its inputs."""
-        from mobizo_compiler.backends.lowering import lower_to_executorch
+        from mobizo_compiler.backends.executorch.lower import lower_to_executorch
         from mobizo_openvino.partition import NetworkPartitioner
         from mobizo_openvino.preprocess import check_alone
 

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from mobizo_compiler.program import EPS, LEARNING_RATE, PROJECTED_GRADIENT, SEED, STATE_INPUT
+from mobizo_compiler.graph.program import EPS, LEARNING_RATE, PROJECTED_GRADIENT, SEED, STATE_INPUT
 from mobizo_openvino.preprocess import DEVICE, OpenvinoBackend
 
 _NOT_OF_THE_MODEL = (SEED, EPS, LEARNING_RATE, PROJECTED_GRADIENT, STATE_INPUT)

@@ -1,0 +1,1 @@
+"""Lowering through ExecuTorch, and its stock runtime. Shared by the backends that are delegates."""

@@ -1,0 +1,1 @@
+"""Passes that more than one backend uses."""

@@ -1,0 +1,1 @@
+"""From a captured graph to a lowered program: pipelines, manifest, checks, cache."""

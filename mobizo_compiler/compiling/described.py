@@ -1,0 +1,132 @@
+"""The manifest of a compilation: what a program says about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from mobizo_compiler.analysis.outline import outline
+from mobizo_compiler.analysis.targets import short_names
+from mobizo_compiler.backends import Backend
+from mobizo_compiler.config import ALL_LINEAR, LoraConfig, ZOConfig
+from mobizo_compiler.format.files import raw_bytes
+from mobizo_compiler.format.manifest import Manifest, nesting_to_json, tensor_spec
+from mobizo_compiler.graph.example import Example
+from mobizo_compiler.graph.program import LABELS, PREFIX, STATE_INPUT, GraphProgram
+from mobizo_compiler.quantization.weights import default_eps, described
+from mobizo_compiler.step.losses import Loss
+from mobizo_compiler.step.rules import UpdateRule, described_rule, memory_size
+
+TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
+
+
+HISTORY_WIDTH = 200
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that are pinned as one tested set."""
+    versions = {}
+    for package in TESTED_SET:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def described_program(
+    captured: GraphProgram,
+    methods: Mapping[str, GraphProgram],
+    example: Example,
+    lora: LoraConfig,
+    zo: ZOConfig,
+    loss: Loss,
+    backend: Backend,
+    rule: UpdateRule,
+    state: str,
+    quantization: Any,
+    base_model: str | None,
+) -> Manifest:
+    """The manifest of the methods that a captured graph was rewritten to."""
+    train_step, evaluate = methods["train_step"], methods["evaluate"]
+    sites = [site.fqn for site in train_step.sites]
+    names = short_names(sites, sites) if lora.target_modules in (None, ALL_LINEAR) else lora.target_modules
+    inputs = {n: v for n, v in evaluate.inputs.items() if n != STATE_INPUT}
+    public = [leaf.name for leaf in example.leaves] if example.keywords else list(inputs)
+    assert captured.nesting is not None
+    labels = loss.label_spec(captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()]))
+    limits, dynamic = _vocabulary(captured), captured.dynamic
+    return Manifest(
+        backend=backend.name,
+        versions=installed_versions(),
+        inputs=tuple(
+            tensor_spec(name, value, dynamic, **limits.get(inner, {}))
+            for name, (inner, value) in zip(public, inputs.items(), strict=True)
+        ),
+        keywords=example.keywords,
+        fixed={name: repr(value) for name, value in example.fixed.items()},
+        sizes=tuple(dynamic.values()),
+        labels=tensor_spec(
+            "labels",
+            train_step.inputs[LABELS],
+            dynamic,
+            low=labels.low,
+            high=labels.high,
+            also=labels.ignore_index,
+            choices=labels.choices,
+        ),
+        outputs=tuple(tensor_spec(name, node.meta["val"], dynamic) for name, node in evaluate.output_nodes.items()),
+        nesting=nesting_to_json(captured.nesting),
+        sites=train_step.sites,
+        lora=dataclasses.replace(lora, target_modules=names),
+        zo=zo,
+        loss=repr(loss),
+        prefix=tuple(
+            tensor_spec(name.removeprefix("mobizo_"), value, dynamic)
+            for name, value in train_step.inputs.items()
+            if name.startswith(PREFIX)
+        ),
+        rule=described_rule(rule),
+        memory=memory_size(rule, train_step.parameters),
+        model=_digest(captured),
+        state=state,
+        quantization=described(quantization),
+        eps=default_eps(quantization),
+        first_label=labels.first,
+        max_labels=labels.max_labels,
+        base_model=base_model,
+        history={name: tuple(map(_shortened, method.history)) for name, method in methods.items()},
+        outline=outline(captured, methods, example.rows),
+    )
+
+
+def _shortened(step: str) -> str:
+    """A step of the history; one that lists every site is cut."""
+    return step if len(step) <= HISTORY_WIDTH else step[: HISTORY_WIDTH - 3] + "..."
+
+
+def _digest(captured: GraphProgram) -> str:
+    """SHA-256 of the weights by name, so that steps of one model are not replayed on another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(captured.tensors().values(), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _vocabulary(captured: GraphProgram) -> dict[str, dict[str, int | None]]:
+    """Range of the values of every input that is looked up in an embedding table."""
+    limits: dict[str, dict[str, int | None]] = {}
+    for node in captured.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
+            entries = int(node.args[0].meta["val"].shape[0])
+            name = node.args[1].name
+            if name in captured.inputs:
+                known = limits.get(name, {}).get("high")
+                limits[name] = {"low": 0, "high": entries - 1 if known is None else min(known, entries - 1)}
+    return limits

@@ -1,0 +1,266 @@
+"""Training that survives: `Session.finetune`, `Session.restore`, and what it leaves in a folder.
+
+    journal               what every step did; see `journal.py`
+    start.safetensors     the state before the first step
+    snapshot.safetensors  the state after some step, so that a restart replays only what came later
+
+A step runs, then its record is written and flushed, then the next step runs: whatever kills the process, at most the
+step in flight is lost, and the state comes back bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mobizo_compiler.device.journal import Journal, JournalWarning, Record, fingerprint, replayed
+from mobizo_compiler.errors import InputError, JournalError
+from mobizo_compiler.format import checksum
+from mobizo_compiler.format.files import sync_folder, whole_file
+from mobizo_compiler.format.program import Program, StepResult
+from mobizo_compiler.options import MAX_SEED
+
+JOURNAL, START, SNAPSHOT = "journal", "start.safetensors", "snapshot.safetensors"
+Stop = Callable[[], bool]
+Batch = tuple[Any, Tensor]
+Batches = Callable[[int], Batch] | Sequence[Batch]
+LearningRate = float | Callable[[int], float]
+OnStep = Callable[[int, StepResult], object]
+
+
+class Trainee(Protocol):
+    """What a run needs of a session."""
+
+    program: Program
+
+    def state(self) -> Tensor:
+        """A copy of the flat state, float32 [S]."""
+
+    def load_state(self, flat: Tensor) -> None:
+        """Set the flat state."""
+
+    def train_step(
+        self, inputs: Any, labels: Tensor, *, seed: int, learning_rate: float, eps: float | None = None
+    ) -> StepResult:
+        """One step."""
+
+    def replay(self, seed: int, projected_gradient: Tensor | Sequence[float], learning_rate: float) -> None:
+        """Repeat the update of a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """What a call of `finetune` did.
+
+    Args:
+        steps: Steps that the run has now.
+        resumed_at: Steps that it had before.
+        losses: Mean loss of the lanes of every step, from the first on; not finite where the step was void.
+        void: Steps whose loss was not finite, and that changed nothing.
+    """
+
+    steps: int
+    resumed_at: int
+    losses: tuple[float, ...]
+    void: tuple[int, ...]
+
+
+def finetune(
+    session: Trainee,
+    batches: Batches,
+    *,
+    steps: int,
+    learning_rate: LearningRate,
+    run: str | PathLike[str],
+    seed: int = 0,
+    eps: float | None = None,
+    snapshot_every: int = 200,
+    on_step: OnStep | None = None,
+    stop: Stop | None = None,
+) -> RunSummary:
+    """Train to a number of steps, in a folder that survives kills; called again, it goes on where it was.
+
+    Args:
+        batches: (inputs, labels) of a step: a function of the step's number, or a sequence that is gone through
+            again and again.
+        steps: Steps that the run has in the end, those of earlier calls included.
+        learning_rate: A number, or a function of the step's number.
+        run: The folder. If it holds a run of this program, the state is restored from it first; a new run starts
+            from the session's state.
+        seed: With the step's number, it gives the seed of the step.
+        eps: As in `train_step`.
+        snapshot_every: Steps between saved states; more of them make a restart replay less.
+        on_step: Called after a step is on the disk, with its number and result.
+        stop: Asked before every step; where it returns True, the run stays as it is, to be taken up again.
+
+    Raises:
+        InputError: As in `train_step`.
+        JournalLockedError: Another session trains in this folder.
+        JournalError: The folder holds a run of another program, or a damaged one, or the disk is full.
+
+    A step whose losses are not finite changes nothing; the summary names it.
+    """
+    folder = Path(run)
+    _check(batches, steps, seed, snapshot_every)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal(folder / JOURNAL, session.program) as journal:
+        if not journal.records and not (folder / START).exists():
+            write_state(folder / START, session, 0)
+        _restore(session, folder, journal.records)
+        resumed_at = len(journal.records)
+        for step in range(resumed_at, steps):
+            if stop is not None and stop():
+                break
+            inputs, labels = batch_of(batches, step)
+            rate = learning_rate(step) if callable(learning_rate) else learning_rate
+            size = session.program.manifest.eps if eps is None else eps
+            result = session.train_step(inputs, labels, seed=step_seed(seed, step), learning_rate=rate, eps=size)
+            gradient, loss = tuple(result.projected_gradient.tolist()), result.loss
+            if not all(math.isfinite(g) for g in gradient):
+                gradient, loss = (0.0,) * len(gradient), math.nan if math.isfinite(loss) else loss
+            journal.append(Record(step, step_seed(seed, step), rate, size, loss, gradient))
+            if (step + 1) % snapshot_every == 0 and step + 1 < steps:
+                write_state(folder / SNAPSHOT, session, step + 1)
+            if on_step is not None:
+                on_step(step, result)
+        if len(journal.records) > resumed_at:
+            write_state(folder / SNAPSHOT, session, len(journal.records))
+        losses = tuple(record.loss for record in journal.records)
+    void = tuple(step for step, loss in enumerate(losses) if not math.isfinite(loss))
+    return RunSummary(len(losses), resumed_at, losses, void)
+
+
+def batch_of(batches: Batches, step: int) -> Batch:
+    """The batch of a step; a sequence is gone through again and again."""
+    return batches(step) if callable(batches) else batches[step % len(batches)]
+
+
+def begin(session: Trainee, run: str | PathLike[str]) -> Path:
+    """Begin a run that starts from the session's state, for `finetune` to take up.
+
+    Raises:
+        JournalError: The folder holds a run already.
+    """
+    folder = Path(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / JOURNAL).exists() or (folder / START).exists():
+        raise JournalError(
+            "the folder holds a run already", where=str(folder), hint="give this one a folder of its own"
+        )
+    write_state(folder / START, session, 0)
+    Journal(folder / JOURNAL, session.program).close()
+    return folder
+
+
+def restore(session: Trainee, run: str | PathLike[str]) -> int:
+    """Set the state to the end of the run in a folder, bit for bit, and return how many steps it has.
+
+    Raises:
+        JournalError: There is no run of this program, or it is damaged, or open elsewhere.
+    """
+    folder = Path(run)
+    if not (folder / JOURNAL).exists():
+        raise JournalError("there is no run in this folder", where=str(folder))
+    with Journal(folder / JOURNAL, session.program) as journal:
+        _restore(session, folder, journal.records)
+        return len(journal.records)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of a step: 31 bits of SHA-256 over the run's seed and the step's number.
+
+    >>> 0 <= step_seed(0, 1) <= MAX_SEED and step_seed(0, 1) != step_seed(1, 0)
+    True
+    """
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") & MAX_SEED
+
+
+def write_state(path: Path, session: Trainee, step: int) -> None:
+    """Write the state to a temporary name, flush it, and rename it.
+
+    Raises:
+        JournalError: It could not be written; what was there before is still there.
+    """
+    state = session.state()
+    tensors = {"lora_b": state}
+    described = {"step": str(step), "program": fingerprint(session.program).hex()}
+    try:
+        with whole_file(path, mode=0o600) as file:
+            file.write(save(tensors, metadata=described | {"sha256": checksum.of_tensors(described, tensors)}))
+    except OSError as error:
+        raise JournalError(
+            f"the state could not be written: {error}",
+            where=str(path),
+            hint="make room and go on: the journal is whole",
+        ) from error
+    sync_folder(path.parent)
+
+
+def read_state(path: Path, session: Trainee) -> tuple[Tensor, int]:
+    """A state that `write_state` wrote, and after how many steps it was so.
+
+    Raises:
+        JournalError: The file is damaged, or of another program.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            described, state = file.metadata() or {}, file.get_tensor("lora_b")
+        step, program, wanted = int(described["step"]), described["program"], described.pop("sha256")
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise JournalError(f"the saved state cannot be read: {error!r}", where=str(path)) from None
+    if wanted != checksum.of_tensors(described, {"lora_b": state}):
+        raise JournalError("the saved state is damaged: its checksum is another", where=str(path))
+    if program != fingerprint(session.program).hex() or state.shape != (session.program.manifest.state_size,):
+        raise JournalError("the saved state is of another program", where=str(path))
+    return state, step
+
+
+def _restore(session: Trainee, folder: Path, records: list[Record]) -> None:
+    """The newest saved state that can be read and that the journal reaches, and the steps since then."""
+    if not records and not (folder / START).exists():
+        return  # killed before anything was written
+    problem: JournalError | None = None
+    for name in (SNAPSHOT, START):
+        if not (folder / name).exists():
+            continue
+        try:
+            state, step = read_state(folder / name, session)
+            if step > len(records):
+                raise JournalError(
+                    f"the state is of step {step}, the journal has {len(records)} steps", where=str(folder / name)
+                )
+        except JournalError as error:
+            problem = error
+            if name == SNAPSHOT:
+                warnings.warn(
+                    f"{error.problem} ({error.where}); replaying from the start", JournalWarning, stacklevel=3
+                )
+            continue
+        session.load_state(state)
+        for seed, gradient, learning_rate in replayed(records[step:]):
+            session.replay(seed, gradient, learning_rate)
+        return
+    raise problem or JournalError("the run has lost its saved states", where=str(folder / START))
+
+
+def _check(batches: object, steps: int, seed: int, snapshot_every: int) -> None:
+    for name, value, low in (("steps", steps, 0), ("seed", seed, 0), ("snapshot_every", snapshot_every, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise InputError(f"{name} is {value!r}; it must be an int of {low} or more")
+    if not callable(batches) and (not isinstance(batches, Sequence) or not batches):
+        raise InputError(
+            f"batches is a {type(batches).__name__}; it must be a function of the step, or a sequence of "
+            "(inputs, labels)",
+            hint="a generator cannot be rewound, so a run could not be taken up again",
+        )

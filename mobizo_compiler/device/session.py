@@ -1,0 +1,406 @@
+"""`Session`: a program being trained. It checks every input before anything runs, and owns the state."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import mobizo_compiler.device.run as runs
+from mobizo_compiler.device.journal import fingerprint, read_journal, replayed
+from mobizo_compiler.device.prefix_cache import PrefixCache
+from mobizo_compiler.errors import ConfigError, InputError, LabelError, SessionBusyError, StateError
+from mobizo_compiler.format.files import whole_file
+from mobizo_compiler.format.manifest import TensorSpec, nesting_from_json
+from mobizo_compiler.format.peft import lora_a, merge_into, read_peft, state_of, write_peft
+from mobizo_compiler.format.program import Program, StepResult
+from mobizo_compiler.graph.example import flat_names
+from mobizo_compiler.graph.program import Nesting
+from mobizo_compiler.load import load
+from mobizo_compiler.options import MAX_SEED
+from mobizo_compiler.step.estimators import get_estimator
+from mobizo_compiler.step.noise import noise
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _by_one_thread(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """Refuse a call while another thread is in one; a thread may call again from inside, in a lane or a callback."""
+
+    @functools.wraps(method)
+    def guarded(session: Session, /, *args: P.args, **options: P.kwargs) -> R:
+        with session._held():
+            return method(session, *args, **options)
+
+    return guarded
+
+
+class Session:
+    """A loaded program with a state of its own.
+
+    Sessions do not disturb each other, also where they share a program, a file, or XNNPACK's packed weights. One
+    session is for one thread at a time: a call from a second one meanwhile is a `SessionBusyError`.
+
+    Args:
+        program: A compiled program, or the path of a program file.
+        prefix_cache: A file that keeps what comes before the first adapter for every row that was trained on, so that
+            later steps on the same rows start from there; for programs compiled with `split_prefix=True`.
+        prefix_cache_bytes: How large it may become; None for no limit.
+
+    Raises:
+        ArtifactError: The file is damaged, or not a program of this compiler.
+        InputError: The program has no prefix.
+        JournalLockedError: Another session has the prefix cache open.
+    """
+
+    def __init__(
+        self,
+        program: Program | str | PathLike[str],
+        *,
+        prefix_cache: str | PathLike[str] | None = None,
+        prefix_cache_bytes: int | None = None,
+    ) -> None:
+        if not isinstance(program, Program):
+            program = load(program)
+        self.program = program
+        self._runner = program.artifact.runner()
+        if program.manifest.lora.train_a and not bool(self._runner.state().any()):
+            self._runner.state().copy_(program.initial_state())  # a state that is passed in and out begins with zeros
+        self._prefix_cache = None
+        if prefix_cache is not None:
+            self._prefix_cache = PrefixCache(prefix_cache, program, prefix_cache_bytes)
+        self._nesting = _nesting(program.manifest.nesting)
+        self._sizes = {size.name: size for size in program.manifest.sizes}
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise SessionBusyError(
+                "another thread is in a call of this session",
+                hint="give every thread a session of its own: Session(session.program)",
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @_by_one_thread
+    def train_step(
+        self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float | None = None
+    ) -> StepResult:
+        """One step: a forward of all perturbed copies, losses, projected gradient and update, in one call.
+
+        Args:
+            inputs: As `example_inputs` of `compile`.
+            labels: As the loss takes them; for a language model int64, the shape of `input_ids`, -100 does not count.
+            seed: 0..2^31-1; the step's noise is a function of it alone.
+            learning_rate: Finite; 0 measures and leaves the state as it is.
+            eps: Size of the perturbation, above 0; if None, what suits the program's quantization (`manifest.eps`).
+
+        Raises:
+            InputError: An input is missing, unknown, or of the wrong shape, dtype or value. Nothing has run then.
+        """
+        eps = self.program.manifest.eps if eps is None else eps
+        sizes: dict[str, int] = {}
+        given = self._flat(inputs, sizes)
+        checked = self._labels(labels, sizes)
+        scalars = [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
+        if not scalars[-1] > 0:
+            raise InputError(f"eps is {eps}; it must be above 0")
+        start = self._prefix(given, checked) if self.program.manifest.prefix else given
+        loss, lane_losses, projected_gradient = self._runner.call("train_step", [*start, checked, *scalars])
+        return StepResult(float(loss), lane_losses, projected_gradient)
+
+    @_by_one_thread
+    def evaluate(self, inputs: Inputs) -> Any:
+        """What the model returns for these inputs, with the adapter on and nothing perturbed."""
+        outputs = self._runner.call("evaluate", self._flat(inputs, {}))
+        if self._nesting is None:
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return self._nesting.unflatten(outputs)
+
+    @_by_one_thread
+    def replay(self, seed: int, projected_gradient: Tensor | Sequence[float], learning_rate: float) -> None:
+        """Repeat the update of a step from its seed and projected gradient, without a forward pass.
+
+        Args:
+            seed: Seed of the step.
+            projected_gradient: float32 [q], finite. It may come from a step, or from rewards that a host computed.
+            learning_rate: Finite.
+        """
+        gradient = torch.as_tensor(projected_gradient, dtype=torch.float32).contiguous()
+        queries = self.program.manifest.zo.queries
+        if tuple(gradient.shape) != (queries,) or not bool(gradient.isfinite().all()):
+            raise InputError(f"projected_gradient must be {queries} finite numbers, not {gradient.tolist()}")
+        self._runner.call("replay", [_seed(seed), gradient, _number("learning_rate", learning_rate)])
+
+    finetune = _by_one_thread(runs.finetune)
+    restore = _by_one_thread(runs.restore)
+
+    @_by_one_thread
+    def merge(self, journals: Sequence[str | PathLike[str]], weight: float | None = None) -> int:
+        """Add the steps that several devices made from the state that this session has now (federated ZO).
+
+        Args:
+            journals: Files of programs with the same model, sites, A and noise; backends may differ.
+            weight: Factor of every learning rate; if None, 1 / number of journals, which averages the devices.
+
+        Returns:
+            The number of steps replayed.
+
+        Raises:
+            JournalError: A journal is damaged or of another program; then the state is as it was.
+            ConfigError: The update rule remembers its steps, so that steps of others cannot be put between them.
+        """
+        paths = [journals] if isinstance(journals, (str, PathLike)) else list(journals)
+        if not paths:
+            raise InputError("journals is empty")
+        if self.program.manifest.memory:
+            raise ConfigError(
+                f"steps of several devices cannot be merged under the rule {self.program.manifest.rule['rule']!r}, "
+                "which remembers its own steps",
+                hint='compile with rule="sgd"',
+            )
+        factor = 1 / len(paths) if weight is None else float(_number("weight", weight))
+        steps = [step for path in paths for step in replayed(read_journal(path, self.program))]
+        for seed, gradient, learning_rate in steps:
+            self.replay(seed, gradient, learning_rate * factor)
+        return len(steps)
+
+    @contextlib.contextmanager
+    def lane(self, index: int, *, seed: int, eps: float) -> Iterator[None]:
+        """Within the block, `evaluate` runs with the B of one lane of a step; afterwards the state is what it was.
+
+        For rewards that no graph can express: run the model in each lane as often as it takes (to generate text, say),
+        score what came out, and hand the differences to `replay`. For the two-sided estimator, lanes 0..q-1 have
+        B + eps z and lanes q..2q-1 B - eps z; for the one-sided one, lane 0 has B and lanes 1..q B + eps z.
+
+        Args:
+            index: 0..lanes-1.
+            seed: Seed of the step.
+            eps: Size of the perturbation, above 0.
+        """
+        zo = self.program.manifest.zo
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < zo.lanes:
+            raise InputError(f"lane is {index!r}; it must be an int in 0..{zo.lanes - 1}")
+        _seed(seed)
+        size = float(_number("eps", eps))
+        if not size > 0:
+            raise InputError(f"eps is {eps}; it must be above 0")
+        parameters = self.program.parameters
+        with self._held():
+            alias = self._runner.state()
+            before = alias.clone()
+            step = noise(seed, zo.queries, parameters, zo.noise) * size
+            alias[:parameters] = get_estimator(zo.estimator).perturbed(before[:parameters], step)[index]
+            try:
+                yield
+            finally:
+                self._runner.state().copy_(before)
+
+    @_by_one_thread
+    def state(self) -> Tensor:
+        """A copy of the flat state, float32 [S]: the trained parameters, then what the update rule remembers."""
+        return self._runner.state().clone()
+
+    @_by_one_thread
+    def load_state(self, flat: Tensor) -> None:
+        """Set the flat state from float32 [S], finite."""
+        alias = self._runner.state()
+        if not isinstance(flat, Tensor) or flat.shape != alias.shape or flat.dtype != torch.float32:
+            found = f"{flat.dtype}{list(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
+            raise StateError(f"the state is torch.float32{list(alias.shape)}, not {found}")
+        if not bool(flat.isfinite().all()):
+            raise StateError("the state has values that are not finite")
+        alias.copy_(flat)
+
+    def export_ptd(self, path: str | PathLike[str]) -> Path:
+        """Write the state as a data file of ExecuTorch, whole or not at all, and return its path.
+
+        The stock runtime starts a program that was compiled with `state="data"` from it:
+        `Runtime.get().load_program(program, data_path=path)`, in C++ `Module(program, path)`.
+        """
+        from mobizo_compiler.format import data_file  # it imports ExecuTorch, which other sessions need not have
+
+        target = Path(path)
+        with whole_file(target) as file:
+            file.write(data_file.packed(self.state(), fingerprint(self.program)))
+        return target
+
+    def import_ptd(self, path: str | PathLike[str], *, verify: bool = True) -> None:
+        """Set the state from a data file, of any backend's program of the same model, sites, A and noise.
+
+        Args:
+            path: What `export_ptd` wrote.
+            verify: False for a file without our checksum, as ExecuTorch's `save_ptd` writes it in C++.
+
+        Raises:
+            ArtifactError: The file is damaged, or has no state, or that of another program.
+            StateError: The state has another length, or values that are not finite.
+        """
+        from mobizo_compiler.format import data_file
+
+        self.load_state(data_file.read(Path(path), fingerprint(self.program), verify))
+
+    @_by_one_thread
+    def lora_b(self, fqn: str) -> Tensor:
+        """A copy of B of one site, float32 [r, out_features]."""
+        return self.program.site(fqn).lora_b(self._runner.state()).clone()
+
+    @_by_one_thread
+    def lora_a(self, fqn: str) -> Tensor:
+        """A copy of A of one site, float32 [r, in_features], as it is now."""
+        site = self.program.site(fqn)
+        return lora_a(self.program, site, self._runner.state()).clone(memory_format=torch.contiguous_format)
+
+    def export_adapter(self, folder: str | PathLike[str], base_model: str | None = None) -> Path:
+        """Write the adapter in peft's format and return the folder; `PeftModel.from_pretrained` loads it.
+
+        Args:
+            folder: Gets `adapter_model.safetensors` and `adapter_config.json`.
+            base_model: Name or path of the model, for those who load the adapter.
+
+        Raises:
+            AdapterError: The model is a single layer without a name.
+        """
+        write_peft(self.program, self.state(), Path(folder), base_model)
+        return Path(folder)
+
+    def import_adapter(self, folder: str | PathLike[str]) -> None:
+        """Set the state from an adapter in peft's format whose A the program has.
+
+        That is one which `export_adapter` wrote, or the one given to `compile(..., adapter=folder)`.
+
+        Raises:
+            AdapterError: The files are damaged, or layers, rank, scaling or A differ.
+        """
+        self.load_state(state_of(self.program, read_peft(Path(folder)), str(folder)))
+
+    def merge_into(self, model: nn.Module) -> None:
+        """Add the adapter to the weights of the model that was compiled, in place: W + scaling * B^T A.
+
+        Raises:
+            AdapterError: The model is another one, or its weights are quantized; then nothing was changed.
+        """
+        merge_into(self.program, self.state(), model)
+
+    def close(self) -> None:
+        """Close the prefix cache, so that another session can open it; the session works on without it."""
+        if self._prefix_cache is not None:
+            self._prefix_cache.close()
+            self._prefix_cache = None
+
+    def _flat(self, inputs: Inputs, sizes: dict[str, int]) -> list[Tensor]:
+        """The tensors in flat order, checked; the dynamic sizes of this call go to `sizes`."""
+        manifest = self.program.manifest
+        specs = manifest.inputs
+        if isinstance(inputs, Mapping):
+            values = _by_name(inputs, specs, manifest.fixed)
+        elif manifest.keywords:
+            names = [spec.name for spec in specs]
+            raise InputError(f"inputs must be a dict with the keys {names}, not a {type(inputs).__name__}")
+        else:
+            leaves = flat_names((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+            values = [value for name, value in leaves if not _is_fixed(name, value, manifest.fixed)]
+            if len(values) != len(specs):
+                raise InputError(f"the model takes {len(specs)} inputs, {len(values)} were given")
+        return [spec.check(value, self._sizes, sizes) for spec, value in zip(specs, values, strict=True)]
+
+    def _prefix(self, inputs: list[Tensor], labels: Tensor) -> list[Tensor]:
+        """What a step starts from: the values before the first adapter."""
+        arguments = [*inputs, labels]
+
+        def compute() -> list[Tensor]:
+            return self._runner.call("prefix", arguments)
+
+        if self._prefix_cache is None:
+            return compute()
+        return self._prefix_cache.values(
+            arguments, [value.shape[:1] == labels.shape[:1] for value in arguments], compute
+        )
+
+    def _labels(self, labels: Tensor, sizes: dict[str, int]) -> Tensor:
+        manifest = self.program.manifest
+        checked = manifest.labels.check(labels, self._sizes, sizes)
+        ignored = manifest.labels.also
+        if ignored is None:
+            return checked
+        counts = (checked.reshape(checked.shape[0], -1)[:, manifest.first_label :] != ignored).sum(dim=1)
+        if not bool(counts.any()):
+            raise LabelError(
+                f"nothing is labelled: all labels that count are {ignored}",
+                hint="set labels to what the model should predict"
+                + ("; the first token of a row never counts" if manifest.first_label else ""),
+            )
+        most = manifest.max_labels
+        if most is not None and int(counts.max()) > most:
+            row = int(counts.argmax())
+            raise LabelError(
+                f"row {row} has {int(counts[row])} labelled tokens; the loss was compiled for at most {most} in a row",
+                hint="compile with a larger CausalLMLoss(max_labels=...)",
+            )
+        return checked
+
+
+def _by_name(inputs: Mapping[str, Any], specs: Sequence[TensorSpec], fixed: Mapping[str, str]) -> list[Any]:
+    names = [spec.name for spec in specs]
+    given: dict[str, Any] = {name: value for name, value in inputs.items() if name in names}
+    nested = {name: value for name, value in inputs.items() if name not in names}
+    given |= {name: value for name, value in flat_names(nested) if not _is_fixed(name, value, fixed)}
+    missing = [name for name in names if name not in given]
+    unknown = [name for name in given if name not in names]
+    if missing or unknown:
+        problem = f"input {missing[0]!r} is missing" if missing else f"there is no input {unknown[0]!r}"
+        raise InputError(f"{problem}; the program takes {names}")
+    return [given[name] for name in names]
+
+
+def _is_fixed(name: str, value: object, fixed: Mapping[str, str]) -> bool:
+    """Whether this is an input that the capture fixed; then it may be left out, but not differ."""
+    if name not in fixed or isinstance(value, Tensor):
+        return False
+    if repr(value) != fixed[name]:
+        raise InputError(
+            f"input {name!r} is {value!r}; the program was compiled with {fixed[name]}",
+            hint="values that are no tensors are fixed when compiling",
+        )
+    return True
+
+
+def _seed(seed: int) -> Tensor:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed is {seed!r}; it must be an int in 0..{MAX_SEED}")
+    return torch.tensor([seed], dtype=torch.int32)
+
+
+def _number(name: str, value: float) -> Tensor:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{name} is {value!r}; it must be a finite number")
+    return torch.tensor([value], dtype=torch.float32)
+
+
+def _nesting(text: str | None) -> Nesting | None:
+    """The nesting of the outputs; None (a tensor or a tuple) where its classes cannot be had on this machine."""
+    if text is None:
+        return None
+    try:
+        return nesting_from_json(text)
+    except NotImplementedError:
+        pass
+    try:
+        import transformers.modeling_outputs  # noqa: F401  (its output classes register themselves)
+
+        return nesting_from_json(text)
+    except (ImportError, NotImplementedError):
+        return None

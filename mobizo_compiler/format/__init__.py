@@ -1,0 +1,1 @@
+"""What lies in a file, and how files are written."""

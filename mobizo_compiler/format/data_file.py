@@ -1,0 +1,74 @@
+"""The state as a data file of ExecuTorch (`.ptd`), which the stock runtime reads beside a program.
+
+    mobizo_lora_b         float32 [S], the flat state
+    mobizo_fingerprint    uint8 [32], of the program; see `journal.py`. The runtime does not look at it
+
+The file is ExecuTorch's FlatTensor format with our checksum at its end. The same state gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from executorch.exir._serialize._cord import Cord
+from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
+from executorch.exir.scalar_type import ScalarType
+from executorch.exir.tensor_layout import TensorLayout
+from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+from torch import Tensor
+
+from mobizo_compiler.errors import ArtifactError, MobizoError
+from mobizo_compiler.format import checksum
+from mobizo_compiler.format.files import raw_bytes
+from mobizo_compiler.graph.program import STATE
+
+FINGERPRINT = "mobizo_fingerprint"
+_ALIGNMENT = 16
+
+
+def packed(state: Tensor, fingerprint: bytes | None = None) -> bytes:
+    """The bytes of a data file.
+
+    Args:
+        state: float32 [S].
+        fingerprint: Of the program whose state it is, if that is to be checked.
+    """
+    buffers = [bytes(raw_bytes(state))]
+    named = {STATE: DataEntry(0, _ALIGNMENT, TensorLayout(ScalarType.FLOAT, list(state.shape), [0]))}
+    if fingerprint is not None:
+        buffers.append(fingerprint)
+        named[FINGERPRINT] = DataEntry(1, _ALIGNMENT, TensorLayout(ScalarType.BYTE, [len(fingerprint)], [0]))
+    return checksum.sealed(bytes(FlatTensorSerializer().serialize(DataPayload(buffers, named))))
+
+
+def read(path: Path, fingerprint: bytes, verify: bool = True) -> Tensor:
+    """The state [S] in a data file.
+
+    Args:
+        path: The file.
+        fingerprint: Of the program that is to have it; a file that names another one is refused.
+        verify: False for a file without our checksum, as the C++ runtime writes them.
+
+    Raises:
+        ArtifactError: There is no such file, or it is damaged, or has no state, or that of another program.
+    """
+    if not path.is_file():
+        raise ArtifactError("there is no such file", where=str(path))
+    if verify:
+        checksum.check(path)
+    try:
+        found = FlatTensorSerializer().deserialize(Cord(path.read_bytes()))
+        entries, buffers = found.named_data, found.buffers
+        if FINGERPRINT in entries and buffers[entries[FINGERPRINT].buffer_index] != fingerprint:
+            raise ArtifactError("the file has the state of another program", where=str(path))
+        entry = entries[STATE]
+        layout, values = entry.tensor_layout, np.frombuffer(buffers[entry.buffer_index], dtype="<f4")
+        if layout is None or layout.scalar_type != ScalarType.FLOAT or layout.sizes != [len(values)]:
+            raise ValueError(f"{STATE} is {layout}")
+    except MobizoError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"the file has no state that can be read: {error!r}", where=str(path)) from error
+    return torch.from_numpy(values.copy())

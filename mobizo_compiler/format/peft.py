@@ -1,0 +1,246 @@
+"""Adapters that travel: peft's files, and the base model with the adapter merged into its weights.
+
+peft stores `lora_A.weight` [r, in_features] and `lora_B.weight` [out_features, r] of every layer in
+`adapter_model.safetensors`, and the options in `adapter_config.json`. Our B is [r, out_features], the rest is equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mobizo_compiler.config import LoraConfig
+from mobizo_compiler.errors import AdapterError, MobizoError
+from mobizo_compiler.format import checksum
+from mobizo_compiler.format.files import whole_file
+from mobizo_compiler.format.program import Program
+from mobizo_compiler.step.sites import Site, initial_state
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+MADE_BY = "mobizo_compiler"
+# Options of peft that change what an adapter computes, and the value that this compiler can do.
+_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "use_rslora": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter as peft stores it.
+
+    Args:
+        lora: Rank, alpha, and the paths of the layers.
+        a: By path, float32 [r, in_features], followed by the window of a convolution.
+        b: By path, float32 [r, out_features].
+    """
+
+    lora: LoraConfig
+    a: Mapping[str, Tensor]
+    b: Mapping[str, Tensor]
+
+
+def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | None) -> None:
+    """Write both files, each whole or not at all.
+
+    Raises:
+        AdapterError: A site is not a module of its own, which peft could not find.
+    """
+    tensors = {}
+    for site in program.sites:
+        a, b = lora_a(program, site, state), site.lora_b(state)
+        if not site.fqn:
+            raise AdapterError("the model is a single layer without a name, which peft cannot adapt")
+        tensors[f"{PREFIX}{site.fqn}.lora_A.weight"] = a.contiguous()
+        window = [1] * len(site.kernel)
+        tensors[f"{PREFIX}{site.fqn}.lora_B.weight"] = b.t().reshape(site.out_features, site.r, *window).contiguous()
+    lora = program.manifest.lora
+    config = _PLAIN | {
+        "base_model_name_or_path": base_model,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(site.fqn for site in program.sites),
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "task_type": None,
+    }
+    described = {"format": "pt", "made_by": MADE_BY}
+    described["sha256"] = _checksum(config, described, tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / WEIGHTS) as file:
+        file.write(save(tensors, metadata=described))
+    with whole_file(folder / CONFIG) as file:
+        file.write(json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """Read what `peft.PeftModel.save_pretrained` or `write_peft` wrote.
+
+    Raises:
+        AdapterError: A file is missing or damaged, or the adapter is not a plain LoRA of one rank.
+    """
+    if not (folder / WEIGHTS).exists():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise AdapterError(
+            f"there is no {WEIGHTS} in this folder" + (", only a pickle, which is never loaded" if pickled else ""),
+            where=str(folder),
+            hint="save it again with peft's save_pretrained(..., safe_serialization=True)" if pickled else None,
+        )
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            stored, described = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        r, alpha = config["r"], config["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise AdapterError(f"the adapter cannot be read: {error!r}", where=str(folder)) from None
+    ours = "sha256" in described or "made_by" in described  # what peft saves has neither
+    if ours and described.get("sha256") != _checksum(config, described, stored):
+        raise AdapterError(
+            "the adapter is damaged: its checksum is not that of its two files",
+            where=str(folder),
+            hint="export it again; an adapter that was changed on purpose is to be saved with peft",
+        )
+    tensors = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
+    for option, plain in _PLAIN.items():
+        if config.get(option, plain) not in (plain, None) and (config[option] or plain):
+            raise AdapterError(
+                f"the adapter has {option} = {config[option]!r}, which is not a plain LoRA", where=str(folder)
+            )
+    a, b = _pairs(tensors, str(folder))
+    for fqn in sorted(set(a) | set(b)):
+        if any(fqn not in side or side[fqn].shape[0] != r for side in (a, b)):
+            raise AdapterError(f"layer {fqn} has no A and B of rank {r}", where=str(folder))
+    try:
+        return PeftAdapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=tuple(sorted(a))), a, b)
+    except MobizoError as error:
+        raise AdapterError(f"the adapter cannot be used: {error.problem}", where=str(folder)) from None
+
+
+def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
+    """The flat state [S] of an adapter whose A the program has, or trains.
+
+    Raises:
+        AdapterError: Sites, shapes, scaling or A differ.
+    """
+    lora = program.manifest.lora
+    names = {site.fqn for site in program.sites}
+    if names != set(adapter.a):
+        missing, unknown = sorted(names - set(adapter.a)), sorted(set(adapter.a) - names)
+        raise AdapterError(
+            f"the adapter is for other layers: it lacks {missing[:3]} and has {unknown[:3]} besides"
+            if missing and unknown
+            else f"the adapter lacks layers {missing[:3]}"
+            if missing
+            else f"the adapter has layers that the program has not: {unknown[:3]}",
+            where=where,
+        )
+    if (lora.r, lora.scaling) != (adapter.lora.r, adapter.lora.scaling):
+        raise AdapterError(
+            f"the adapter has r={adapter.lora.r}, lora_alpha={adapter.lora.lora_alpha}; the program has r={lora.r}, "
+            f"lora_alpha={lora.lora_alpha}",
+            where=where,
+        )
+    trained = []
+    for site in program.sites:
+        a, b = adapter.a[site.fqn], adapter.b[site.fqn]
+        if tuple(a.shape) != site.a_shape or tuple(b.shape) != (site.r, site.out_features):
+            raise AdapterError(f"layer {site.fqn} has A {list(a.shape)} and B {list(b.shape)}", where=where)
+        if site.a_offset is None and not torch.equal(a, program.lora_a_by_fqn[site.fqn]):
+            raise AdapterError(
+                f"A of layer {site.fqn} is not the program's, which has its own and does not train it",
+                where=where,
+                hint="compile(..., adapter=folder) makes a program with this A",
+            )
+        if site.outputs:
+            others = torch.ones(site.out_features, dtype=torch.bool)
+            others[list(site.outputs)] = False
+            if bool(b[:, others].any()):
+                raise AdapterError(
+                    f"the adapter changes outputs of layer {site.fqn} that the program does not adapt",
+                    where=where,
+                    hint="the program was compiled for a loss that reads few outputs; compile(..., adapter=folder) "
+                    "makes one that adapts all of them",
+                )
+            b = b[:, list(site.outputs)]
+        trained.append(b.flatten())
+    b = torch.cat(trained)
+    begin = initial_state(program.sites, adapter.a, program.manifest.memory)
+    begin[: b.numel()] = b
+    return begin
+
+
+def lora_a(program: Program, site: Site, state: Tensor) -> Tensor:
+    """A of a site, [r, in_features], frozen or as the state has it."""
+    return program.lora_a_by_fqn[site.fqn] if site.a_offset is None else site.lora_a(state)
+
+
+def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
+    """Add the adapter to the weights of the model it was compiled from, in place.
+
+    Raises:
+        AdapterError: A layer is missing, or its weight has another shape or is quantized; then nothing was changed.
+    """
+    sums: list[tuple[Tensor, Tensor]] = []
+    for site in program.sites:
+        try:
+            weight = model.get_submodule(site.fqn).weight
+        except AttributeError:
+            raise AdapterError(f"the model has no layer {site.fqn} with a weight") from None
+        if sum(weight is other for _, other in model.named_parameters(remove_duplicate=False)) > 1:
+            raise AdapterError(
+                f"layer {site.fqn} shares its weight with another layer, which would be changed as well",
+                hint="give it a weight of its own first: layer.weight = torch.nn.Parameter(layer.weight.clone())",
+            )
+        a, b = lora_a(program, site, state), site.lora_b(state)
+        delta = site.scaling * torch.einsum("ri...,ro->oi...", a, b)
+        turned = not site.kernel and type(model.get_submodule(site.fqn)).__name__ == "Conv1D"
+        delta = delta.t() if turned else delta
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.shape != delta.shape:
+            raise AdapterError(
+                f"layer {site.fqn} cannot take the adapter: its weight is {type(weight).__name__} "
+                f"{list(getattr(weight, 'shape', []))}, the adapter's product {list(delta.shape)}"
+            )
+        sums.append((weight, delta.to(weight.dtype)))
+    with torch.no_grad():
+        for weight, delta in sums:
+            weight += delta
+
+
+def _checksum(config: Mapping[str, Any], described: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of both files; the name of the base model may be changed."""
+    left_out = ("base_model_name_or_path", "sha256")
+    said = [*((CONFIG, *item) for item in config.items()), *((WEIGHTS, *item) for item in described.items())]
+    options = {
+        f"{file} {name}": json.dumps(value, sort_keys=True) for file, name, value in said if name not in left_out
+    }
+    return checksum.of_tensors(options, tensors)
+
+
+def _pairs(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {".lora_A.weight": {}, ".lora_B.weight": {}}
+    for name, tensor in tensors.items():
+        ending = next((ending for ending in found if name.endswith(ending)), None)
+        if ending is None or not name.startswith(PREFIX) or tensor.dim() < 2 or not bool(tensor.isfinite().all()):
+            raise AdapterError(f"{name} is not a finite A or B of a LoRA", where=where)
+        found[ending][name[len(PREFIX) : -len(ending)]] = tensor
+    a, b = found.values()
+    if not a:
+        raise AdapterError("the adapter has no layers", where=where)
+    return a, {fqn: matrix.reshape(matrix.shape[0], -1).t().contiguous() for fqn, matrix in b.items()}

@@ -1,0 +1,25 @@
+"""The graph of one method, and the passes that rewrite it: all that the author of a pass imports.
+
+`GraphProgram` is what flows through a `Pipeline` of `Pass`es; a pass changes a private copy through an `Editor`, and
+declares `facts` that it needs, gives and breaks. `program_text` prints a program.
+"""
+
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import ancestors, operand, operator_name, source_line
+from mobizo_compiler.graph.pipeline import Pass, Pipeline
+from mobizo_compiler.graph.printer import program_text
+from mobizo_compiler.graph.program import GraphProgram
+
+__all__ = [
+    "Editor",
+    "GraphProgram",
+    "Pass",
+    "Pipeline",
+    "ancestors",
+    "facts",
+    "operand",
+    "operator_name",
+    "program_text",
+    "source_line",
+]

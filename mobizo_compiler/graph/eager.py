@@ -1,0 +1,77 @@
+"""Runs rewritten graphs operator by operator in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mobizo_compiler.errors import NotSupportedYetError
+from mobizo_compiler.graph.program import STATE, STATE_INPUT, GraphProgram
+
+EAGER = "eager"  # name of the backend that runs these graphs as they are
+
+
+class EagerArtifact:
+    """Graphs in memory."""
+
+    cannot_run = None
+
+    def __init__(self, methods: dict[str, GraphProgram]) -> None:
+        self.methods = methods
+
+    def runner(self) -> EagerRunner:
+        """A runner with a state of its own."""
+        return EagerRunner(self.methods)
+
+    def save(self, path: Path) -> None:
+        """Refused: this backend has no file format."""
+        raise NotSupportedYetError(
+            "a program of the eager backend lives in memory and has no file format",
+            where=str(path),
+            hint='compile with backend="portable" or backend="xnnpack"',
+        )
+
+
+class EagerRunner:
+    """Calls graph modules with their tensors, and carries the state between calls."""
+
+    def __init__(self, methods: dict[str, GraphProgram]) -> None:
+        self._methods = methods
+        self._state = _initial_state(methods.values())
+        self._tensors = {name: self._placeholders(program) for name, program in methods.items()}
+
+    def _placeholders(self, program: GraphProgram) -> list[Tensor | None]:
+        """What each placeholder stands for: a tensor, the live state, or None for a user input."""
+        known = {name: self._state if path == STATE else value for name, (path, value) in program.tensors().items()}
+        return [known.get(node.name) for node in program.graph.nodes if node.op == "placeholder"]
+
+    def state(self) -> Tensor:
+        """The live state."""
+        return self._state
+
+    def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Run one method."""
+        program = self._methods[method]
+        given = iter([*inputs, self._state] if STATE_INPUT in program.inputs else inputs)
+        arguments = [next(given) if tensor is None else tensor for tensor in self._tensors[method]]
+        with torch.no_grad():
+            results = list(program.exported.graph_module(*arguments))
+        if program.exported.graph_signature.buffers_to_mutate:
+            self._state.copy_(results.pop(0))
+        elif STATE_INPUT in program.outputs:
+            self._state.copy_(results.pop())
+        return [result.clone() for result in results]
+
+
+def _initial_state(methods: Iterable[GraphProgram]) -> Tensor:
+    """What the state starts from; zeros where it is passed in and out, and nothing where no method has one."""
+    for program in methods:
+        for name, tensor in program.tensors().values():
+            if name == STATE:
+                return tensor.clone()
+        if STATE_INPUT in program.inputs:
+            return torch.zeros(tuple(program.inputs[STATE_INPUT].shape))
+    return torch.zeros(0)

@@ -1,0 +1,48 @@
+"""Questions about single nodes of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import fx
+
+
+def operand(node: fx.Node, position: int = 0) -> fx.Node:
+    """An argument of a call that is a node; torch.fx types arguments as nearly anything."""
+    return cast(fx.Node, node.args[position])
+
+
+def slice_bounds(node: fx.Node) -> tuple[int, int, int | None] | None:
+    """Axis from the front, start and end of a slice; None if a bound is no number, or the step is not 1."""
+    given: tuple[Any, ...] = node.args[1:]
+    axis, start, end, step = given + (0, None, None, 1)[len(given) :]
+    if step != 1 or not all(isinstance(bound, (int, type(None))) for bound in (start, end)):
+        return None
+    return axis % operand(node).meta["val"].dim(), start or 0, end
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes with all that they are made of."""
+    found = set(nodes)
+    pending = list(found)
+    while pending:
+        for inner in pending.pop().all_input_nodes:
+            if inner not in found:
+                found.add(inner)
+                pending.append(inner)
+    return found
+
+
+def source_line(node: fx.Node) -> str:
+    """The node's name with the user's own source line, for messages."""
+    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    places = [line for line in reversed(trace) if line.startswith("File ")]
+    place = next((line for line in places if "/torch/nn/" not in line), "")
+    return f"%{node.name} ({node.target})" + (f", {place}" if place else "")
+
+
+def operator_name(node: fx.Node) -> str:
+    """Name of the operator, without overload; with its namespace if that is not aten."""
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name).removeprefix("aten::") if schema else getattr(node.target, "__name__", str(node.target))

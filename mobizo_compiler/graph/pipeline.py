@@ -1,0 +1,117 @@
+"""The contract of a pass, and the pipeline that holds every pass to it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from mobizo_compiler.errors import MobizoError, PassContractError, PassOrderError
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.facts import CHECKS, broken
+from mobizo_compiler.graph.printer import program_text
+from mobizo_compiler.graph.program import GraphProgram
+
+Observer = Callable[["Pass", GraphProgram, str], None]
+
+
+class Pass(abc.ABC):
+    """One rewrite of a program. Subclasses are frozen dataclasses; their fields are their options.
+
+    A pass declares the facts it `needs`, `gives` and `breaks` (see `facts.py`). The pipeline refuses a wrong order
+    before it runs anything, gives `rewrite` a private copy, and checks the result: no dead code, a graph that torch
+    accepts with a value at every call, and every fact that is claimed.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @abc.abstractmethod
+    def rewrite(self, edit: Editor) -> None:
+        """Change the private copy in `edit`; raise an error of `errors.py` to refuse the program."""
+
+    def ensures(self, before: GraphProgram, after: GraphProgram) -> None:
+        """Check what this pass promises, given the programs before and after; raise `PassContractError` if not."""
+        return None
+
+    def __call__(self, program: GraphProgram) -> GraphProgram:
+        """Run this pass alone, with all checks of the pipeline."""
+        return Pipeline([self]).run(program)
+
+
+class Pipeline:
+    """A list of passes, run in order with every check between them.
+
+    Args:
+        passes: The passes.
+        observe: Called after each pass with the pass, the new program and its text; see `dump_to`.
+    """
+
+    def __init__(self, passes: Sequence[Pass], observe: Observer | None = None) -> None:
+        self.passes = tuple(passes)
+        self.observe = observe
+
+    def check_order(self, facts: frozenset[str]) -> None:
+        """Raise one `PassOrderError` that names every need that is not met, given what holds at the start."""
+        problems = []
+        for position, step in enumerate(self.passes):
+            unknown = (step.needs | step.gives | step.breaks) - CHECKS.keys()
+            problems += [f"{step.name} (#{position}) speaks of unknown fact {fact!r}" for fact in sorted(unknown)]
+            for fact in sorted(step.needs - facts):
+                giver = next((p.name for p in self.passes if fact in p.gives), None)
+                problems.append(
+                    f"{step.name} (#{position}) needs {fact!r}, "
+                    + (f"which {giver} gives: run {giver} before it" if giver else "which no pass in the list gives")
+                )
+            facts = (facts - step.breaks) | step.gives
+        if problems:
+            raise PassOrderError("the passes are in a wrong order:\n  - " + "\n  - ".join(problems))
+
+    def run(self, program: GraphProgram) -> GraphProgram:
+        """The program after all passes."""
+        self.check_order(program.facts)
+        text = program_text(program)
+        for step in self.passes:
+            before, text_before = program, text
+            edit = Editor(before)
+            step.rewrite(edit)
+            facts = (before.facts - step.breaks) | step.gives
+            try:
+                program = edit.finish(facts, (*before.history, repr(step)))
+                program.graph.lint()
+                program.exported.validate()  # type: ignore[no-untyped-call]
+            except MobizoError:
+                raise
+            except Exception as error:
+                raise PassContractError(f"pass {step.name} left an invalid graph: {error}") from error
+            problems = broken(program)
+            if problems:
+                raise PassContractError(f"pass {step.name} broke what it must keep:\n  - " + "\n  - ".join(problems))
+            step.ensures(before, program)
+            text = program_text(program)
+            if text == text_before and facts == before.facts:
+                program = before
+            if self.observe:
+                self.observe(step, program, text)
+        return program
+
+
+def dump_to(folder: Path, method: str) -> Observer:
+    """An observer that writes the program text after each pass to `folder/method/NN-pass.txt`."""
+    (folder / method).mkdir(parents=True, exist_ok=True)
+    count = 0
+
+    def write(step: Pass, program: GraphProgram, text: str) -> None:
+        nonlocal count
+        header = f"# {method} after {step!r}\n# facts: {', '.join(sorted(program.facts))}\n"
+        (folder / method / f"{count:02d}-{step.name}.txt").write_text(header + text)
+        count += 1
+
+    return write

@@ -1,0 +1,94 @@
+"""Program text: a stable, readable print of a `GraphProgram`, used by golden tests, dumps and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mobizo_compiler.graph.program import GraphProgram
+
+_DTYPES = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "bool",
+}
+
+
+def program_text(program: GraphProgram) -> str:
+    """The program as text: tensors, inputs, one line a call with the type of its result, outputs.
+
+    The symbol for the number of rows prints as `rows`, other symbols as `s0`, `s1`, ... in order of appearance.
+    """
+    printer = _Printer(program)
+    return "\n".join(printer.lines()) + "\n"
+
+
+class _Printer:
+    def __init__(self, program: GraphProgram) -> None:
+        self.program = program
+        self.symbols: dict[str, str] = {}
+        self.symbols |= {symbol: size.name for symbol, size in program.dynamic.items()}
+        for name, axis in program.rows.items():
+            size = program.inputs[name].shape[axis]
+            if isinstance(size, torch.SymInt):
+                self.symbols |= dict.fromkeys(map(str, size.node.expr.free_symbols), "rows")
+
+    def lines(self) -> Iterator[str]:
+        signature = self.program.exported.graph_signature
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                kind = "input" if node.name in signature.user_inputs else "tensor"
+                if node.name in signature.inputs_to_buffers:
+                    changed = signature.inputs_to_buffers[node.name] in signature.buffers_to_mutate.values()
+                    kind = "state" if changed else kind
+                yield f"{kind:6} %{node.name}: {self.type(node.meta['val'])}"
+            elif node.op == "call_function":
+                arguments = [self.argument(a) for a in node.args]
+                arguments += [f"{name}={self.argument(a)}" for name, a in node.kwargs.items()]
+                call = f"{_operator(node)}({', '.join(arguments)})"
+                yield f"  %{node.name} = {call} : {self.type(node.meta.get('val'))}"
+        for node_name, buffer in signature.buffers_to_mutate.items():
+            yield f"update %b_{buffer.replace('.', '_')} <- %{node_name}"
+        for name, node in self.program.output_nodes.items():
+            yield f"return {name} = %{node.name}"
+
+    def type(self, value: Any) -> str:
+        if isinstance(value, Tensor):
+            dtype = _DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+            return f"{dtype}[{', '.join(self.size(s) for s in value.shape)}]"
+        if isinstance(value, (tuple, list)):
+            return "(" + ", ".join(self.type(v) for v in value) + ")"
+        return self.size(value)
+
+    def size(self, value: Any) -> str:
+        text = str(value)
+        if isinstance(value, torch.SymInt):
+            for symbol in sorted(value.node.expr.free_symbols, key=str):
+                text = text.replace(str(symbol), self.symbols.setdefault(str(symbol), f"s{len(self.symbols)}"))
+        return text
+
+    def argument(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return f"%{value.name}"
+        if isinstance(value, (tuple, list)):
+            return "[" + ", ".join(self.argument(v) for v in value) + "]"
+        if isinstance(value, torch.dtype):
+            return _DTYPES.get(value, str(value).removeprefix("torch."))
+        if value == torch.iinfo(torch.int64).max:
+            return "end"
+        return str(value).removeprefix("torch.")
+
+
+def _operator(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.removeprefix("aten::").replace("::", ".")
+        return name if target._overloadname in ("default", "") else f"{name}.{target._overloadname}"
+    return getattr(target, "__name__", str(target))

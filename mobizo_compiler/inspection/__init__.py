@@ -1,0 +1,1 @@
+"""What a program file and a machine say about themselves."""

@@ -1,0 +1,48 @@
+"""What a program file says about itself, as plain data for people and for pipelines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mobizo_compiler.inspection.plan import Plan, read_plans
+from mobizo_compiler.load import load
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """A program file as JSON values: the manifest, its sites by kind of layer, and what every method runs.
+
+    Raises:
+        ArtifactError: There is no such file, or it is damaged, or not a program of this compiler.
+    """
+    program = load(path)
+    manifest = program.manifest
+    plans: dict[str, Plan] = read_plans(path) if path.suffix != ".pt2" else {}
+    described = dataclasses.asdict(manifest)
+    sites = described.pop("sites")
+    return {
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        **{
+            name: described[name]
+            for name in ("format_version", "backend", "state", "quantization", "eps", "loss", "rule", "prefix")
+        },
+        "cannot_run_here": program.artifact.cannot_run,
+        "inputs": described["inputs"],
+        "labels": described["labels"],
+        "outputs": described["outputs"],
+        "sizes": described["sizes"],
+        "lora": described["lora"],
+        "zo": described["zo"],
+        "lanes": manifest.zo.lanes,
+        "parameters": manifest.parameters,
+        "sites": sites,
+        "layers": dict(Counter(site["fqn"].rpartition(".")[2] for site in sites)),
+        "methods": {name: dataclasses.asdict(plan) for name, plan in plans.items() if not name.startswith("mobizo")},
+        "base_model": manifest.base_model,
+        "outline": described["outline"],
+        "history": {name: list(steps) for name, steps in manifest.history.items()},
+        "versions": dict(manifest.versions),
+    }

@@ -1,0 +1,1 @@
+"""How frozen weights are stored in few bits."""

@@ -1,0 +1,95 @@
+"""Smoothing: make the inputs of quantized layers easier to round, at the expense of their weights.
+
+SmoothQuant (Xiao et al. 2023, arXiv 2211.10438): y = W x = (W diag(s)) (x / s). A few channels of x are far larger than
+the others, and 8 bits per token leave little for those; s takes from them what the weights can carry.
+
+The paper's s is max|x|^strength / max|W|^(1 - strength) per channel. Here the root mean square stands for max|x|: the
+first token of a text has activations a thousand times larger than all others, and a maximum sees that token alone. The
+strength is chosen for each input as AWQ does (Lin et al. 2024, arXiv 2306.00978): of two, the one with the smaller
+error of the layers that read it, weights and inputs rounded. A weight that its codes hold exactly is left as it is so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from mobizo_compiler.analysis.targets import find_targets, linear_weight
+from mobizo_compiler.graph.eager import EagerRunner
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operand
+from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.quantization.weights import QuantizationConfig, store_weight
+
+STRENGTHS = (0.0, 0.5)
+SAMPLES = 128  # tokens that errors are measured on
+SMALLEST = 1e-3  # of the largest channel; what is smaller counts as this
+
+Readers = dict[str, tuple[Tensor, str, str]]  # weight, recipe and layer by the path of the weight
+
+
+def smoothing_of(
+    captured: GraphProgram, inputs: list[Tensor], config: QuantizationConfig, heads: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """What the inputs of each layer are multiplied by, 1/s, measured on example inputs.
+
+    Layers that read the same value share one factor, so that the value is still rounded once for all of them.
+
+    Args:
+        captured: The model's own graph.
+        inputs: Its inputs; texts like those that the program will see.
+        config: What is quantized, and how strongly it is smoothed.
+        heads: Paths of the output layers.
+
+    Returns:
+        By the path of the weight: float32 [in_features], with a geometric mean of 1. Inputs that are best left alone
+        have none.
+    """
+    edit = Editor(captured)
+    readers: dict[fx.Node, Readers] = {}
+    for fqn, calls in find_targets(edit).items():
+        for target in calls:
+            found = linear_weight(edit, target)
+            if found is not None and config.smooths(fqn, fqn in heads):
+                layer = found[1], config.recipe_of(fqn, fqn in heads), fqn
+                readers.setdefault(operand(target.call, target.position), {})[found[0]] = layer
+    strengths = STRENGTHS if config.smoothing == "auto" else (float(config.smoothing),)
+    smoothing: dict[str, Tensor] = {}
+    for x, layers in zip(_values(captured, edit, list(readers), inputs), readers.values(), strict=True):
+        factors = [_factor(x, layers, strength) for strength in strengths]
+        errors = [_error(x, layers, factor, config) for factor in factors] if len(factors) > 1 else [0.0]
+        best = factors[errors.index(min(errors))]
+        if best is not None:
+            smoothing |= {name: best for name in layers if name not in smoothing}
+    return smoothing
+
+
+def _values(captured: GraphProgram, edit: Editor, nodes: list[fx.Node], inputs: list[Tensor]) -> list[Tensor]:
+    """Some tokens of these values, [tokens, channels]."""
+    edit.set_outputs({f"value_{position}": node for position, node in enumerate(nodes)})
+    program = edit.finish(captured.facts, (*captured.history, "measure inputs"))
+    values = [value.reshape(-1, value.shape[-1]) for value in EagerRunner({"measure": program}).call("measure", inputs)]
+    return [value[:: max(1, value.shape[0] // SAMPLES)].clone() for value in values]
+
+
+def _factor(x: Tensor, layers: Readers, strength: float) -> Tensor | None:
+    if not strength:
+        return None
+    largest = torch.stack([weight.abs().amax(0) for weight, _, _ in layers.values()]).amax(0)
+    factor = _floor(largest) ** (1 - strength) / _floor(x.square().mean(0).sqrt()) ** strength
+    return (factor / factor.log().mean().exp()).detach()
+
+
+def _floor(values: Tensor) -> Tensor:
+    return values.clamp(min=max(float(values.max()) * SMALLEST, torch.finfo(torch.float32).tiny))
+
+
+def _error(x: Tensor, layers: Readers, factor: Tensor | None, config: QuantizationConfig) -> float:
+    """Square error of the layers, in units of their results, averaged over tokens."""
+    total = 0.0
+    for weight, recipe, fqn in layers.values():
+        smooth, given = (weight, x) if factor is None else (weight / factor, x * factor)
+        stored = store_weight(smooth.contiguous(), recipe, config.group_size, fqn, config.asymmetric)
+        exact, found = x @ weight.t(), stored.linear(given, None, *stored.parts.values())
+        total += float(((found - exact).square().sum(-1) / exact.square().sum(-1).clamp(min=1e-30)).mean())
+    return total

@@ -1,0 +1,86 @@
+"""Adapter sites: the adapted layers, and where their numbers lie in the flat state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted layer, and where its B lies in the flat state.
+
+    Args:
+        fqn: Path of the module in the user's model.
+        offset: First element of B in the state; B is `state[offset:offset + r * width].view(r, width)`.
+        r: Rank.
+        in_features: Width of the layer's input; channels for a convolution.
+        out_features: Width of the layer's output; channels for a convolution.
+        scaling: Factor of the branch, `lora_alpha / r`.
+        kernel: Window of a convolution; empty for a linear layer.
+        a_offset: First element of A in the state where A is trained too, as [in_features, r]; None where it is frozen.
+        outputs: The outputs that are adapted, ascending; empty for all. The columns of B for others are zero, and not
+            in the state.
+    """
+
+    fqn: str
+    offset: int
+    r: int
+    in_features: int
+    out_features: int
+    scaling: float
+    kernel: tuple[int, ...] = ()
+    a_offset: int | None = None
+    outputs: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Number of outputs that are adapted."""
+        return len(self.outputs) or self.out_features
+
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        """Shape of A: [r, in_features], followed by the window of a convolution."""
+        return (self.r, self.in_features, *self.kernel)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of B in the state."""
+        return self.r * self.width
+
+    @property
+    def trained(self) -> int:
+        """Number of elements that are trained: B, and A where it is not frozen."""
+        return self.size + (0 if self.a_offset is None else self.r * self.in_features)
+
+    def lora_b(self, state: Tensor) -> Tensor:
+        """B in a flat state [..., S], as [..., r, out_features]; an alias where all outputs are adapted."""
+        part = state[..., self.offset : self.offset + self.size].reshape(*state.shape[:-1], self.r, self.width)
+        if not self.outputs:
+            return part
+        whole = part.new_zeros(*part.shape[:-1], self.out_features)
+        return whole.index_copy(-1, torch.tensor(self.outputs), part)
+
+    def lora_a(self, state: Tensor) -> Tensor:
+        """A in a flat state [..., S], where it is trained, as [..., r, in_features]."""
+        assert self.a_offset is not None, "A of this site is frozen"
+        part = state[..., self.a_offset : self.a_offset + self.r * self.in_features]
+        return part.reshape(*state.shape[:-1], self.in_features, self.r).transpose(-1, -2)
+
+
+def initial_state(sites: Sequence[Site], lora_a: Mapping[str, Tensor], memory: int = 0) -> Tensor:
+    """The flat state before the first step, float32 [S].
+
+    Every B, which is zero; then every A that is trained; then what the update rule remembers, which is zero.
+
+    Args:
+        sites: The sites, in the order of their offsets.
+        lora_a: A of every site by path, [r, in_features].
+        memory: How many numbers the rule remembers.
+    """
+    parts = [torch.zeros(sum(site.size for site in sites))]
+    parts += [lora_a[site.fqn].t().reshape(-1) for site in sites if site.a_offset is not None]
+    return torch.cat([*parts, torch.zeros(memory)])

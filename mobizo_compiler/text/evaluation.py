@@ -1,0 +1,215 @@
+"""What a session makes of text: losses of answers, the choice between them, and generated text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mobizo_compiler.device.session import Session
+from mobizo_compiler.errors import DataError
+from mobizo_compiler.text.data import Encoded, Layout, PromptConfig, Speller, TextData
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well samples are answered.
+
+    Args:
+        rows: Number of samples.
+        loss: Mean cross-entropy of an answer's token among all tokens, or of a row's class; nats.
+        choice_loss: Mean cross-entropy of the answer among the choices; None if answers are not a closed set.
+        accuracy: Share of samples whose answer is the most likely choice.
+        auc: Area under the ROC curve, for two choices that are both there: how often a sample of the second has more
+            probability of it than a sample of the first.
+        chosen: Share of samples for which each choice is the most likely.
+        calibrated: Accuracy with the mean log-probability of each choice over all samples taken off: what the accuracy
+            would be without a liking for one of the answers.
+    """
+
+    rows: int
+    loss: float
+    choice_loss: float | None = None
+    accuracy: float | None = None
+    auc: float | None = None
+    chosen: tuple[float, ...] | None = None
+    calibrated: float | None = None
+
+    @property
+    def biased(self) -> bool:
+        """Whether most of what is wrong is a liking for one of the answers."""
+        return self.calibrated is not None and self.calibrated - (self.accuracy or 0.0) > 0.05
+
+
+def score(session: Session, data: TextData, done: Callable[[int], bool | None] = lambda rows: None) -> Score | None:
+    """Measure samples with the session's state.
+
+    Args:
+        session: Its program is the one that the data was encoded for.
+        data: The samples.
+        done: Told after each batch how many samples are done; where it returns True, the result is None.
+    """
+    rate = _class_losses if data.layout.classes is not None else _answer_losses
+    losses: list[tuple[float, int]] = []
+    chosen: list[Tensor] = []
+    size = data.layout.rows
+    for first in range(0, len(data), size):
+        rows = data.encoded[first : first + size]
+        some, choices = rate(session, data, rows)
+        losses += some
+        chosen += choices
+        if done(len(losses)):
+            return None
+    loss = math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses)
+    if not chosen:
+        return Score(len(losses), loss)
+    answers = torch.tensor([-1 if row.choice is None else row.choice for row in data.encoded])
+    log_NC = F.log_softmax(torch.stack(chosen).double(), dim=-1)
+    right = log_NC.argmax(dim=-1) == answers
+    known = answers >= 0
+    choice_loss = -log_NC[known].gather(1, answers[known, None]).mean() if bool(known.any()) else torch.tensor(math.nan)
+    area = auc(log_NC[:, 1] - log_NC[:, 0], answers) if log_NC.shape[1] == 2 else None
+    shares = F.one_hot(log_NC.argmax(dim=-1), log_NC.shape[1]).double().mean(dim=0)
+    calibrated = ((log_NC - log_NC.mean(dim=0)).argmax(dim=-1) == answers).double().mean()
+    accuracy = float(right.double().mean())
+    return Score(len(losses), loss, float(choice_loss), accuracy, area, tuple(map(float, shares)), float(calibrated))
+
+
+def auc(scores: Tensor, answers: Tensor) -> float | None:
+    """How often a sample with answer 1 has a higher score than one with answer 0; None without one of each."""
+    difference = scores[answers == 1][:, None] - scores[answers == 0][None]
+    if not difference.numel():
+        return None
+    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
+
+
+def objective(score: Score, data: TextData) -> float:
+    """The loss that training with this program brings down: that among choices where it was compiled for choices."""
+    chosen = data.layout.choices is not None and score.choice_loss is not None
+    return float(score.choice_loss) if chosen and score.choice_loss is not None else score.loss
+
+
+def logits_of(session: Session, data: TextData, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Logits of rows of tokens; a batch that is not full is filled with its first row."""
+    full = [*rows, *([rows[0]] * (data.layout.rows - len(rows)))]
+    return _logits(session.evaluate(data.inputs(full)))[: len(rows)].float()
+
+
+def _logits(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    found = outputs[0] if found is None and isinstance(outputs, (tuple, list)) else found
+    if not isinstance(found, Tensor):
+        raise DataError(f"the program returns a {type(outputs).__name__} without logits")
+    return found
+
+
+def _class_losses(session: Session, data: TextData, rows: Sequence[Encoded]) -> tuple[list[Any], list[Tensor]]:
+    logits_NC = logits_of(session, data, [row.ids for row in rows])
+    log_NC = F.log_softmax(logits_NC.double(), dim=-1)
+    return [(-float(log_C[row.choice or 0]), 1) for log_C, row in zip(log_NC, rows, strict=True)], list(logits_NC)
+
+
+def _answer_losses(session: Session, data: TextData, rows: Sequence[Encoded]) -> tuple[list[Any], list[Tensor]]:
+    """Of each row: loss summed over its answer and number of its tokens; log-probability of each choice."""
+    logits_NTV = logits_of(session, data, [row.ids for row in rows])
+    losses = [(-_log_probability(logits, row), row.labelled) for logits, row in zip(logits_NTV, rows, strict=True)]
+    if not data.spelled:
+        return losses, []
+    if all(len(ids) == 1 for ids in data.spelled):  # one token decides, and it is predicted where the prompt ends
+        tokens = [ids[0] for ids in data.spelled]
+        pairs = zip(logits_NTV, rows, strict=True)
+        return losses, [logits[len(row.ids) - row.labelled - 1, tokens] for logits, row in pairs]
+    by_choice = []
+    for ids in data.spelled:
+        others = [_with_answer(row, ids, data.layout.tokens) for row in rows]
+        logits_NTV = logits_of(session, data, [row.ids for row in others])
+        by_choice.append([_log_probability(*pair) for pair in zip(logits_NTV, others, strict=True)])
+    return losses, list(torch.tensor(by_choice).t())
+
+
+def _with_answer(row: Encoded, answer: tuple[int, ...], tokens: int) -> Encoded:
+    """The row with another answer; where that is too long, tokens go from the front of the prompt."""
+    prompt = row.ids[: len(row.ids) - row.labelled]
+    return Encoded((*prompt[max(0, len(prompt) + len(answer) - tokens) :], *answer), len(answer), None, row.cut)
+
+
+def _log_probability(logits_TV: Tensor, row: Encoded) -> float:
+    """Of the answer of a row; the token at t is predicted at t - 1."""
+    end = len(row.ids)
+    log_KV = F.log_softmax(logits_TV[end - row.labelled - 1 : end - 1].double(), dim=-1)
+    picked = log_KV.gather(1, torch.tensor(row.ids[end - row.labelled :])[:, None])
+    return float(picked.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Text that a session wrote.
+
+    Args:
+        text: Without the prompt.
+        tokens: Its token ids; the end of text is not among them.
+        stopped: "end": the model ended the text. "limit": as many tokens as were asked for. "length": the rows of the
+            program are full.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    stopped: str
+
+
+def generate(
+    session: Session,
+    tokenizer: Any,
+    prompt: str,
+    most: int = 64,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Generated:
+    """Go on with a prompt, each time with the most likely token.
+
+    Every token is a call of `evaluate` on a whole batch, of which one row is used: a program has no cache of keys and
+    values, so this is for looking at what was learnt, not for serving.
+
+    Args:
+        session: With the state to generate with.
+        tokenizer: The model's.
+        prompt: Taken as it is.
+        most: Most tokens to add.
+        on_text: Told each piece of text when it is there.
+
+    Raises:
+        DataError: The prompt does not fit, or the program gives no logits of tokens.
+    """
+    layout, speller = Layout.of(session.program.manifest), Speller(tokenizer)
+    if layout.classes is not None:
+        raise DataError("the program classifies rows; it does not generate text")
+    data = TextData((), layout, None, (), speller.padding, PromptConfig())
+    ids = speller.front + speller.ids(prompt)
+    if not ids or len(ids) >= layout.tokens or max(ids) >= layout.vocabulary:
+        raise DataError(
+            f"the prompt has {len(ids)} tokens; it must have 1 to {layout.tokens - 1}, below {layout.vocabulary}",
+            hint="compile with more --tokens" if len(ids) >= layout.tokens else None,
+        )
+    first, shown, stopped = len(ids), "", "limit"
+    while len(ids) - first < most:
+        if len(ids) == layout.tokens:
+            stopped = "length"
+            break
+        token = int(logits_of(session, data, [ids])[0, len(ids) - 1].argmax())
+        if token == speller.end:
+            stopped = "end"
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids[first:])
+        if not text.endswith("\ufffd"):  # else the last character is not whole yet
+            on_text(text[len(shown) :])
+            shown = text
+    text = tokenizer.decode(ids[first:])
+    on_text(text[len(shown) :])
+    return Generated(text, tuple(ids[first:]), stopped)
