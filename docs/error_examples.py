@@ -20,8 +20,11 @@ from mobizo_compiler import passes
 from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
-from mobizo_compiler.text.data import Encoded, Layout, PromptConfig, TextData
+from mobizo_compiler.text.answers import Encoded
+from mobizo_compiler.text.batch_shape import BatchShape
+from mobizo_compiler.text.data import TextData
 from mobizo_compiler.text.hub import load_model
+from mobizo_compiler.text.prompts import PromptConfig
 from mobizo_compiler.text.rows import read_rows
 from mobizo_compiler.text.training import TrainingConfig, train
 
@@ -214,7 +217,7 @@ def mbz703():
 
 
 def mbz704():
-    layout = Layout(
+    layout = BatchShape(
         rows=2, tokens=5, shortest=5, inputs=("input_ids",), vocabulary=16, classes=None, max_labels=1, choices=None
     )
     rows = TextData((Encoded((3, 1, 4), 1, None, 0),), layout, None, (), 0, PromptConfig())

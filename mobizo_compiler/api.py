@@ -23,6 +23,7 @@ from mobizo_compiler.analysis.targets import heads, resolve_targets
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
 from mobizo_compiler.compiling.described import described_program
+from mobizo_compiler.compiling.model_config import answer_names, padding_of
 from mobizo_compiler.compiling.verify import check_program
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import (
@@ -82,6 +83,7 @@ def compile(
     rule: str | UpdateRule = "sgd",
     split_prefix: bool = False,
     example_labels: Tensor | None = None,
+    answers: Sequence[str] | None = None,
     base_model: str | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
@@ -103,6 +105,8 @@ def compile(
         backend: Name of an installed backend, or a backend.
         dynamic_shapes: Sizes that may differ from call to call, as in `torch.export`: for each input (by name or
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
+        answers: Names of the classes, or of the choices of a `ChoiceLoss`, in their order, kept in the program for
+            those who have rows with names; if None, classes have the names that the model's configuration gives.
         base_model: Name or folder of the model, kept in the program for those who load its tokenizer or the adapter.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
@@ -170,6 +174,9 @@ def compile(
     captured, methods = _symbolic_or_fixed(graphs, model, example)
     manifest = described_program(
         captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe, base_model
+    )
+    manifest = dataclasses.replace(
+        manifest, answers=answer_names(answers, model, manifest), padding=padding_of(model, manifest)
     )
     if state == "data" and not target.data_files:
         raise BackendRefusedError(

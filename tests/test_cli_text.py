@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import cli
-from mobizo_compiler.text.data import PromptConfig, TextData, samples
+from mobizo_compiler.text.data import TextData
 from mobizo_compiler.text.evaluation import generate, score
+from mobizo_compiler.text.prompts import PromptConfig, samples
 from mobizo_compiler.text.rows import read_rows
 from mobizo_compiler.text.training import restore_best
 

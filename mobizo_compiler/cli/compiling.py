@@ -29,9 +29,10 @@ from mobizo_compiler.options import JsonConfig
 from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
 from mobizo_compiler.step.losses import CausalLMLoss, ChoiceLoss, MaskedLMLoss, MSELoss, SequenceClassificationLoss
 from mobizo_compiler.step.rules import RULES, get_rule
-from mobizo_compiler.text.data import PromptConfig, Speller
 from mobizo_compiler.text.hub import TASKS, load_model, load_tokenizer
+from mobizo_compiler.text.prompts import Piece, PromptConfig
 from mobizo_compiler.text.rows import TEXT, read_rows
+from mobizo_compiler.text.speller import Speller
 
 LOSSES: dict[str, type[JsonConfig]] = {
     "causal-lm": CausalLMLoss,
@@ -247,7 +248,7 @@ def _loss(kind: str, given: dict[str, Any], speller: Speller | None) -> Any:
     fields = {name: value for name, value in given.items() if name != "kind"}
     if kind == "choice":
         assert speller is not None
-        spelled = {choice: speller.answer("", f" {choice.strip()}") for choice in fields["choices"]}
+        spelled = {choice: speller.answer([Piece("x:", True)], choice.strip()) for choice in fields["choices"]}
         for choice, ids in spelled.items():
             if len(ids) != 1:
                 raise ConfigError(
@@ -291,7 +292,7 @@ def _inputs(model: Any, speller: Speller | None, texts: list[str], rows: int, to
     if not texts or speller is None:
         ids = torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    ids = torch.full((rows, tokens), speller.padding)
+    ids = torch.full((rows, tokens), speller.padding or 0)
     mask = torch.zeros_like(ids)
     for row in range(rows):
         # A row is filled with texts, so that few rows see much of the language.

@@ -27,10 +27,11 @@ from mobizo_compiler.errors import ConfigError, MissingPackageError
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import StepResult
 from mobizo_compiler.load import load
-from mobizo_compiler.text.data import PromptConfig, TextData, samples, split
+from mobizo_compiler.text.data import TextData
 from mobizo_compiler.text.evaluation import Score, generate, score
 from mobizo_compiler.text.hub import load_tokenizer
 from mobizo_compiler.text.plot import plot_run
+from mobizo_compiler.text.prompts import PromptConfig, samples, split
 from mobizo_compiler.text.rows import read_rows
 from mobizo_compiler.text.training import Outcome, TrainingConfig, Validation, read_record, restore_best, train
 from mobizo_compiler.text.tuning import Trial, tune

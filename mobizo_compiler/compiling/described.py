@@ -22,6 +22,7 @@ from mobizo_compiler.quantization.weights import default_eps, described
 from mobizo_compiler.step.losses import Loss
 from mobizo_compiler.step.rules import UpdateRule, described_rule, memory_size
 
+aten = torch.ops.aten
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
 
 
@@ -119,14 +120,44 @@ def _digest(captured: GraphProgram) -> str:
     return digest.hexdigest()
 
 
+# Operators whose result has the values of their first argument, in another form.
+_SAME_VALUES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.flatten.using_ints,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten._unsafe_view.default,
+    aten.unflatten.int,
+}
+
+
 def _vocabulary(captured: GraphProgram) -> dict[str, dict[str, int | None]]:
-    """Range of the values of every input that is looked up in an embedding table."""
+    """Range of the values of every input that is looked up in an embedding table, in whatever form."""
     limits: dict[str, dict[str, int | None]] = {}
     for node in captured.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default and node.args[1].op == "placeholder":
-            entries = int(node.args[0].meta["val"].shape[0])
-            name = node.args[1].name
-            if name in captured.inputs:
-                known = limits.get(name, {}).get("high")
-                limits[name] = {"low": 0, "high": entries - 1 if known is None else min(known, entries - 1)}
+        if node.target is not aten.embedding.default:
+            continue
+        source, entries = node.args[1], int(node.args[0].meta["val"].shape[0])
+        while source.target in _SAME_VALUES:
+            source = source.args[0]
+        if source.op == "placeholder" and source.name in captured.inputs:
+            known = limits.get(source.name, {}).get("high")
+            limits[source.name] = {"low": 0, "high": entries - 1 if known is None else min(known, entries - 1)}
     return limits

@@ -121,6 +121,8 @@ class Manifest:
         first_label: Labels before this position of a row never count.
         max_labels: How many labels of a row may count; None if all may.
         base_model: Name or folder of the model, for those who load its tokenizer or the adapter; None if not told.
+        answers: Names of the classes, or of the choices, in their order; None if not told.
+        padding: The token that the model takes for padding; None if it has none, or does not tell.
         history: The passes that made each method, in order, as text.
         outline: The model as blocks, for people.
         format_version: Version of this format; see `docs/program_format.md`.
@@ -149,6 +151,8 @@ class Manifest:
     first_label: int = 0
     max_labels: int | None = None
     base_model: str | None = None
+    answers: tuple[str, ...] | None = None
+    padding: int | None = None
     history: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     outline: tuple[Block, ...] = ()
     format_version: int = FORMAT_VERSION
@@ -199,6 +203,7 @@ class Manifest:
             labels = _spec(values.pop("labels"))
             lora, zo = LoraConfig.from_json(values.pop("lora")), ZOConfig.from_json(values.pop("zo"))
             history = {name: tuple(steps) for name, steps in values.pop("history", {}).items()}
+            answers = values.pop("answers", None)
             blocks = tuple(Block.from_json(item) for item in values.pop("outline", ()))
             return cls(
                 **values,
@@ -208,6 +213,7 @@ class Manifest:
                 labels=labels,
                 lora=lora,
                 zo=zo,
+                answers=None if answers is None else tuple(answers),
                 history=history,
                 outline=blocks,
             )

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import DataError
-from mobizo_compiler.text.data import Encoded, Layout, PromptConfig, Speller, TextData
+from mobizo_compiler.text.answers import Encoded
+from mobizo_compiler.text.batch_shape import BatchShape
+from mobizo_compiler.text.data import TextData, filling
+from mobizo_compiler.text.prompts import Piece, PromptConfig
+from mobizo_compiler.text.speller import Speller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +85,18 @@ def score(session: Session, data: TextData, done: Callable[[int], bool | None] =
 
 
 def auc(scores: Tensor, answers: Tensor) -> float | None:
-    """How often a sample with answer 1 has a higher score than one with answer 0; None without one of each."""
-    difference = scores[answers == 1][:, None] - scores[answers == 0][None]
-    if not difference.numel():
+    """How often a sample with answer 1 has a higher score than one with answer 0; None without one of each.
+
+    It is the Mann-Whitney statistic, from ranks; equal scores share the mean of their ranks.
+    """
+    positive, negative = int((answers == 1).sum()), int((answers == 0).sum())
+    if not positive or not negative:
         return None
-    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
+    counted = (answers == 0) | (answers == 1)
+    _, place, count = torch.unique(scores[counted], sorted=True, return_inverse=True, return_counts=True)
+    rank = count.cumsum(0).double() - (count - 1).double() / 2
+    above = rank[place][answers[counted] == 1].sum() - positive * (positive + 1) / 2
+    return float(above / (positive * negative))
 
 
 def objective(score: Score, data: TextData) -> float:
@@ -94,10 +105,11 @@ def objective(score: Score, data: TextData) -> float:
     return float(score.choice_loss) if chosen and score.choice_loss is not None else score.loss
 
 
-def logits_of(session: Session, data: TextData, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Logits of rows of tokens; a batch that is not full is filled with its first row."""
+def logits_of(session: Session, data: TextData, rows: Sequence[Encoded]) -> Tensor:
+    """Logits of rows; a batch that is not full is filled with its first row."""
     full = [*rows, *([rows[0]] * (data.layout.rows - len(rows)))]
-    return _logits(session.evaluate(data.inputs(full)))[: len(rows)].float()
+    inputs = data.inputs([row.ids for row in full], [row.types for row in full])
+    return _logits(session.evaluate(inputs))[: len(rows)].float()
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -111,14 +123,14 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _class_losses(session: Session, data: TextData, rows: Sequence[Encoded]) -> tuple[list[Any], list[Tensor]]:
-    logits_NC = logits_of(session, data, [row.ids for row in rows])
+    logits_NC = logits_of(session, data, rows)
     log_NC = F.log_softmax(logits_NC.double(), dim=-1)
     return [(-float(log_C[row.choice or 0]), 1) for log_C, row in zip(log_NC, rows, strict=True)], list(logits_NC)
 
 
 def _answer_losses(session: Session, data: TextData, rows: Sequence[Encoded]) -> tuple[list[Any], list[Tensor]]:
     """Of each row: loss summed over its answer and number of its tokens; log-probability of each choice."""
-    logits_NTV = logits_of(session, data, [row.ids for row in rows])
+    logits_NTV = logits_of(session, data, rows)
     losses = [(-_log_probability(logits, row), row.labelled) for logits, row in zip(logits_NTV, rows, strict=True)]
     if not data.spelled:
         return losses, []
@@ -129,7 +141,7 @@ def _answer_losses(session: Session, data: TextData, rows: Sequence[Encoded]) ->
     by_choice = []
     for ids in data.spelled:
         others = [_with_answer(row, ids, data.layout.tokens) for row in rows]
-        logits_NTV = logits_of(session, data, [row.ids for row in others])
+        logits_NTV = logits_of(session, data, others)
         by_choice.append([_log_probability(*pair) for pair in zip(logits_NTV, others, strict=True)])
     return losses, list(torch.tensor(by_choice).t())
 
@@ -179,18 +191,18 @@ def generate(
     Args:
         session: With the state to generate with.
         tokenizer: The model's.
-        prompt: Taken as it is.
+        prompt: Taken as it is, special tokens included; a space at its end is the model's to write, as in training.
         most: Most tokens to add.
         on_text: Told each piece of text when it is there.
 
     Raises:
         DataError: The prompt does not fit, or the program gives no logits of tokens.
     """
-    layout, speller = Layout.of(session.program.manifest), Speller(tokenizer)
+    layout, speller = BatchShape.of(session.program.manifest), Speller(tokenizer)
     if layout.classes is not None:
         raise DataError("the program classifies rows; it does not generate text")
-    data = TextData((), layout, None, (), speller.padding, PromptConfig())
-    ids = speller.front + speller.ids(prompt)
+    data = TextData((), layout, None, (), filling(layout, speller), PromptConfig())
+    ids = speller.front + speller.spell(speller.prompt([Piece(prompt, True)]))
     if not ids or len(ids) >= layout.tokens or max(ids) >= layout.vocabulary:
         raise DataError(
             f"the prompt has {len(ids)} tokens; it must have 1 to {layout.tokens - 1}, below {layout.vocabulary}",
@@ -201,7 +213,7 @@ def generate(
         if len(ids) == layout.tokens:
             stopped = "length"
             break
-        token = int(logits_of(session, data, [ids])[0, len(ids) - 1].argmax())
+        token = int(logits_of(session, data, [Encoded(tuple(ids), 0, None, 0)])[0, len(ids) - 1].argmax())
         if token == speller.end:
             stopped = "end"
             break

@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
 import dataclasses
-import io
 import json
+import math
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mobizo_compiler.errors import DataError
+from mobizo_compiler.errors import ConfigError, DataError
 from mobizo_compiler.optional import optional
+from mobizo_compiler.text.tables import read_table
 
 TEXT = "text"  # the column of a file of lines
+UTF8 = "utf-8"
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a file: its cells by column, and where it is, for messages."""
+    """One row of a file.
+
+    Args:
+        cells: Text by column; what is missing is empty.
+        where: Where it is, for messages.
+        nested: Columns that hold something else than text or a number, and what.
+    """
 
     cells: Mapping[str, str]
     where: str
+    nested: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def cell(self, column: str, hint: str) -> str:
+        """The text of a column.
+
+        Raises:
+            DataError: There is no such column, or it is no text; `hint` says how to name another.
+        """
+        if column in self.nested:
+            raise DataError(
+                f"column {column!r} is a {self.nested[column]}, not text or a number", where=self.where, hint=hint
+            )
+        if column not in self.cells:
+            names = ", ".join([*self.cells, *self.nested])
+            raise DataError(f"there is no column {column!r}", where=self.where, hint=f"the columns are {names}; {hint}")
+        return self.cells[column]
 
 
-def read_rows(path: str | PathLike[str]) -> list[Row]:
+def read_rows(path: str | PathLike[str], encoding: str = UTF8) -> list[Row]:
     """The rows of a file, or of a folder that `datasets` saved.
 
     Args:
         path: `.csv` or `.tsv` with a header; `.jsonl` with an object a line; `.json` with a list of objects; `.txt`
-            with a row a line, whose column is `text`; or a folder of `Dataset.save_to_disk`. Text is UTF-8.
+            with a row a line, whose column is `text`; or a folder of `Dataset.save_to_disk`.
+        encoding: Of a text file, as Python names it.
 
     Raises:
         DataError: There is no such file, it is empty, or it is damaged; the message names the line.
+        ConfigError: There is no such encoding.
     """
     source = Path(path)
     if source.is_dir():
@@ -44,9 +70,9 @@ def read_rows(path: str | PathLike[str]) -> list[Row]:
     elif source.suffix not in _SUFFIXES:
         raise DataError(f"a file of rows ends in {', '.join(_SUFFIXES)}", where=str(source))
     else:
-        text = _text(source)
+        text = _text(source, encoding)
         if source.suffix in (".csv", ".tsv"):
-            rows = list(_table(text, "," if source.suffix == ".csv" else "\t", source))
+            rows = [Row(cells, where) for cells, where in read_table(text, source)]
         elif source.suffix == ".txt":
             rows = [Row({TEXT: line}, where) for where, line in _lines(text, source)]
         else:
@@ -56,14 +82,20 @@ def read_rows(path: str | PathLike[str]) -> list[Row]:
     return rows
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, encoding: str) -> str:
+    try:
+        known = codecs.lookup(encoding).name
+    except LookupError:
+        raise ConfigError(f"there is no encoding {encoding!r}", hint="utf-8, latin-1, cp1252, utf-16") from None
     data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig" if known == UTF8 else known)
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"byte {error.start} is not UTF-8", where=f"{path}, line {line}", hint="save the file as UTF-8"
+            f"byte {error.start} is not {encoding.upper()}",
+            where=f"{path}, line {line}",
+            hint="--encoding latin-1 (or cp1252, utf-16) says how the file is written; or save it as UTF-8",
         ) from None
 
 
@@ -71,30 +103,6 @@ def _lines(text: str, path: Path) -> Iterable[tuple[str, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{path}, line {number}", line.strip("\r")
-
-
-def _table(text: str, delimiter: str, path: Path) -> Iterable[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    try:
-        for cells in reader:
-            where = f"{path}, line {reader.line_num}"
-            if not cells:
-                continue
-            if header is None:
-                header = [name.strip() for name in cells]
-                if len(set(header)) < len(header) or "" in header:
-                    raise DataError(f"the columns {header} need names, each its own", where=where)
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"the row has {len(cells)} cells, the header has {len(header)}",
-                    where=where,
-                    hint='put text with a delimiter or a line break in it between "double quotes"',
-                )
-            yield Row(dict(zip(header, cells, strict=True)), where)
-    except csv.Error as error:
-        raise DataError(f"the row cannot be read: {error}", where=f"{path}, line {reader.line_num}") from None
 
 
 def _objects(text: str, path: Path) -> Iterable[Row]:
@@ -111,7 +119,7 @@ def _objects(text: str, path: Path) -> Iterable[Row]:
     for where, value in pairs:
         if not isinstance(value, dict):
             raise DataError(f"the row is a {type(value).__name__}, not an object with columns", where=where)
-        yield Row({str(name): _cell(name, cell, where) for name, cell in value.items()}, where)
+        yield _row(value, where)
 
 
 def _value(line: str, where: str) -> Any:
@@ -131,15 +139,19 @@ def _saved(folder: Path) -> Iterable[Row]:
         parts = ", ".join(f"{folder / name}" for name in loaded)
         raise DataError("the folder holds several splits", where=str(folder), hint=f"name one of them: {parts}")
     for number, values in enumerate(loaded):
-        where = f"{folder}, row {number}"
-        yield Row({str(name): _cell(name, cell, where) for name, cell in values.items()}, where)
+        yield _row(values, f"{folder}, row {number}")
 
 
-def _cell(name: object, value: Any, where: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (bool, int, float)):
-        return json.dumps(value)
-    raise DataError(f"column {name!r} is a {type(value).__name__}, not text or a number", where=where)
+def _row(values: Mapping[Any, Any], where: str) -> Row:
+    """A row of values; pandas writes NaN where there is nothing."""
+    cells, nested = {}, {}
+    for name, value in values.items():
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            cells[str(name)] = ""
+        elif isinstance(value, str):
+            cells[str(name)] = value
+        elif isinstance(value, (bool, int, float)):
+            cells[str(name)] = json.dumps(value)
+        else:
+            nested[str(name)] = type(value).__name__
+    return Row(cells, where, nested)

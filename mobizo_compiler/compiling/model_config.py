@@ -1,0 +1,42 @@
+"""What the configuration of a model of transformers says about its rows: names of classes, and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mobizo_compiler.errors import ConfigError
+from mobizo_compiler.format.manifest import Manifest
+
+
+def answer_names(given: Sequence[str] | None, model: object, manifest: Manifest) -> tuple[str, ...] | None:
+    """Names of the classes or choices: as given, or as the configuration of a model of transformers has them.
+
+    Raises:
+        ConfigError: There are more or fewer names than classes or choices, or two are equal.
+    """
+    labels = manifest.labels
+    by_row = len(labels.shape) == 1 and labels.dtype == "int64" and labels.high is not None
+    count = len(labels.choices) if labels.choices is not None else labels.high + 1 if by_row and labels.high else None
+    if given is not None:
+        names = tuple(given)
+        if len(names) != count or len(set(names)) != count or not all(isinstance(n, str) and n for n in names):
+            raise ConfigError(
+                f"answers are {list(names)}; the loss is for {count or 'no'} classes or choices, each of which needs a "
+                "name of its own"
+            )
+        return names
+    known = getattr(getattr(model, "config", None), "id2label", None)
+    if labels.choices is not None or not isinstance(known, Mapping) or sorted(known) != list(range(count or 0)):
+        return None
+    found = tuple(str(known[number]) for number in range(len(known)))
+    unnamed = found == tuple(f"LABEL_{number}" for number in known) or len(set(found)) < len(found)
+    return None if unnamed else found
+
+
+def padding_of(model: object, manifest: Manifest) -> int | None:
+    """The token that a model of transformers takes for padding, if it is one that the model has."""
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    highest = next((spec.high for spec in manifest.inputs if spec.name == "input_ids"), None)
+    if not isinstance(padding, int) or isinstance(padding, bool) or highest is None:
+        return None
+    return padding if 0 <= padding <= highest else None
