@@ -18,7 +18,7 @@ from torch import nn
 import mobizo_compiler as mobizo
 from mobizo_compiler import passes
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.graph import facts
+from mobizo_compiler.graph import facts, parse
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.text.answers import Encoded
 from mobizo_compiler.text.batch_shape import BatchShape
@@ -146,6 +146,10 @@ def mbz302():
             pass
 
     Pipeline([Boaster()]).run(passes.empty_program())
+
+
+def mbz303():
+    parse("input %x: f32[rows, 3]\n%y = tanh(%z) : f32[rows, 3]\nreturn output_0 = %y")
 
 
 def mbz401():

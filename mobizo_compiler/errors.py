@@ -186,6 +186,17 @@ class PassContractError(MobizoError):
     code = "MBZ302"
 
 
+class ProgramTextError(MobizoError, ValueError):
+    """A text is not a program, or not the one that it says it is.
+
+    For authors of passes, who write programs as text in their tests: the message has the line with its number. What a
+    line may be is written in `mobizo_compiler/graph/parser.py`; the surest way is to start from a text that
+    `program_text` printed.
+    """
+
+    code = "MBZ303"
+
+
 class BackendRefusedError(MobizoError):
     """The backend cannot run this program; the message lists each reason.
 

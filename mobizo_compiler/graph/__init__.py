@@ -1,12 +1,13 @@
 """The graph of one method, and the passes that rewrite it: all that the author of a pass imports.
 
 `GraphProgram` is what flows through a `Pipeline` of `Pass`es; a pass changes a private copy through an `Editor`, and
-declares `facts` that it needs, gives and breaks. `program_text` prints a program.
+declares `facts` that it needs, gives and breaks. `program_text` prints a program, `parse` reads one.
 """
 
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors, operand, operator_name, source_line
+from mobizo_compiler.graph.parser import parse
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.graph.printer import program_text
 from mobizo_compiler.graph.program import GraphProgram
@@ -20,6 +21,7 @@ __all__ = [
     "facts",
     "operand",
     "operator_name",
+    "parse",
     "program_text",
     "source_line",
 ]

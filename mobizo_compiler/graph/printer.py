@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from mobizo_compiler.graph.program import GraphProgram
 
-_DTYPES = {
+DTYPES = {
     torch.float32: "f32",
     torch.float64: "f64",
     torch.float16: "f16",
     torch.bfloat16: "bf16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "bool",
 }
+ROWS_SYMBOL = "rows"
+_WORDS = frozenset(("True", "False", "None", "end", "inf", "nan"))
 
 
 def program_text(program: GraphProgram) -> str:
@@ -26,11 +31,13 @@ def program_text(program: GraphProgram) -> str:
 
     The symbol for the number of rows prints as `rows`, other symbols as `s0`, `s1`, ... in order of appearance.
     """
-    printer = _Printer(program)
+    printer = Printer(program)
     return "\n".join(printer.lines()) + "\n"
 
 
-class _Printer:
+class Printer:
+    """Prints parts of a program, with one name for each symbol."""
+
     def __init__(self, program: GraphProgram) -> None:
         self.program = program
         self.symbols: dict[str, str] = {}
@@ -38,9 +45,10 @@ class _Printer:
         for name, axis in program.rows.items():
             size = program.inputs[name].shape[axis]
             if isinstance(size, torch.SymInt):
-                self.symbols |= dict.fromkeys(map(str, size.node.expr.free_symbols), "rows")
+                self.symbols |= dict.fromkeys(map(str, size.node.expr.free_symbols), ROWS_SYMBOL)
 
     def lines(self) -> Iterator[str]:
+        """All lines of the program."""
         signature = self.program.exported.graph_signature
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
@@ -60,29 +68,36 @@ class _Printer:
             yield f"return {name} = %{node.name}"
 
     def type(self, value: Any) -> str:
+        """Dtype and sizes of a tensor, the types of several values, or a number."""
         if isinstance(value, Tensor):
-            dtype = _DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+            dtype = DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
             return f"{dtype}[{', '.join(self.size(s) for s in value.shape)}]"
         if isinstance(value, (tuple, list)):
             return "(" + ", ".join(self.type(v) for v in value) + ")"
         return self.size(value)
 
     def size(self, value: Any) -> str:
-        text = str(value)
-        if isinstance(value, torch.SymInt):
-            for symbol in sorted(value.node.expr.free_symbols, key=str):
-                text = text.replace(str(symbol), self.symbols.setdefault(str(symbol), f"s{len(self.symbols)}"))
-        return text
+        """A number, or an expression whose terms are in the order of the names that are printed."""
+        if not isinstance(value, torch.SymInt):
+            return str(value)
+        names = {}
+        for symbol in sorted(value.node.expr.free_symbols, key=str):
+            name = self.symbols.setdefault(str(symbol), f"s{len(self.symbols)}")
+            names[symbol] = sympy.Symbol(name, integer=True, positive=True)
+        return str(value.node.expr.xreplace(names))
 
     def argument(self, value: Any) -> str:
+        """An argument of a call; text is quoted where it could be taken for something else."""
         if isinstance(value, fx.Node):
             return f"%{value.name}"
         if isinstance(value, (tuple, list)):
             return "[" + ", ".join(self.argument(v) for v in value) + "]"
         if isinstance(value, torch.dtype):
-            return _DTYPES.get(value, str(value).removeprefix("torch."))
+            return DTYPES.get(value, str(value).removeprefix("torch."))
         if value == torch.iinfo(torch.int64).max:
             return "end"
+        if isinstance(value, str) and (not value.isidentifier() or value in _WORDS):
+            return repr(value)
         return str(value).removeprefix("torch.")
 
 
