@@ -1,4 +1,5 @@
-"""Write what is made from the code: pages about passes, errors, coverage, public names; excerpts; noise vectors.
+"""Write what is made from the code: pages about passes, errors, coverage, public names; excerpts; noise vectors; the
+picture and the tables of the architecture.
 
 python -m docs.generate [--check]
 """
@@ -17,7 +18,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from docs import error_examples
+from docs import error_examples, structure
 from docs.blocks import section
 from docs.docstrings import reference_page
 from mobizo_compiler import backends, noise, passes
@@ -224,12 +225,15 @@ def noise_vectors() -> str:
     return "\n".join(lines) + "\n"
 
 
+def filled(page: Path, name: str, text: str) -> str:
+    """A page with another text between `<!-- name -->` and `<!-- end of name -->`."""
+    inside = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    return inside.sub(lambda match: match.group(1) + text + match.group(2), page.read_text())
+
+
 def pages() -> dict[Path, str]:
     """Path and text of every page that is generated, whole or in part."""
-    format_page = DOCS / "program_format.md"
-    text = format_page.read_text()
-    inside = re.compile(r"(<!-- vectors -->\n).*?(<!-- end of vectors -->)", re.DOTALL)
-    filled = inside.sub(lambda match: match.group(1) + noise_vectors() + match.group(2), text)
+    format_page, architecture_page, house = DOCS / "program_format.md", DOCS / "architecture.md", structure.Structure()
     return {
         DOCS / "passes.md": passes_page(),
         DOCS / "errors.md": errors_page(),
@@ -238,7 +242,9 @@ def pages() -> dict[Path, str]:
         DOCS / "coverage.md": coverage_page(),
         DOCS / "quantization.md": quantization_page(),
         DOCS / "accuracy.md": accuracy_page(),
-        format_page: filled,
+        format_page: filled(format_page, "vectors", noise_vectors()),
+        architecture_page: filled(architecture_page, "tables", structure.tables(house)),
+        DOCS / "architecture.svg": structure.picture(house).decode(),
     }
 
 

@@ -24,6 +24,7 @@ from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
 from mobizo_compiler.compiling.described import described_program
 from mobizo_compiler.compiling.model_config import answer_names, padding_of
+from mobizo_compiler.compiling.smoothing import smoothing_of
 from mobizo_compiler.compiling.verify import check_program
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import (
@@ -42,7 +43,6 @@ from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.pipeline import Observer, Pass, Pipeline, dump_to
 from mobizo_compiler.graph.program import GraphProgram
-from mobizo_compiler.quantization.smoothing import smoothing_of
 from mobizo_compiler.quantization.weights import RECIPES, QuantizationConfig, Recipe
 from mobizo_compiler.step.losses import CallableLoss, CausalLMLoss, Loss
 from mobizo_compiler.step.rules import PLAIN, UpdateRule, get_rule

@@ -1,1 +1,4 @@
-"""Lowering through ExecuTorch, and its stock runtime. Shared by the backends that are delegates."""
+"""Lowering through ExecuTorch, and its stock runtime: what the backends that are its delegates share.
+
+Knows none of them.
+"""

@@ -1,1 +1,1 @@
-"""Passes that more than one backend uses."""
+"""Passes that more than one backend puts into its own list."""

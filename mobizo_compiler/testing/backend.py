@@ -52,7 +52,7 @@ def _check_members(loaded: Backend, asked: str | Backend) -> None:
 def _check_programs(loaded: Backend) -> None:
     from mobizo_compiler import LoraConfig, Session, ZOConfig, compile
     from mobizo_compiler.reference import ReferenceStep
-    from mobizo_compiler.testing import TokenWise
+    from mobizo_compiler.testing.models import TokenWise
 
     generator = torch.Generator().manual_seed(0)
 
