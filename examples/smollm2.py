@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mobizo_compiler.format.files import ScratchFolder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -56,14 +57,13 @@ def _converted() -> Path:
         del model.config.quantization_config
     model.hf_quantizer = None
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+    with ScratchFolder(folder.parent) as scratch:
+        partial = scratch.path / folder.name
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        os.chmod(partial, 0o755)
         try:
             os.rename(partial, folder)
         except OSError:
             if not (folder / "config.json").exists():
                 raise
-        os.makedirs(partial, exist_ok=True)
     return folder

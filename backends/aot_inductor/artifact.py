@@ -17,7 +17,6 @@ import json
 import mmap
 import platform
 import shutil
-import tempfile
 import weakref
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from torch import Tensor
 from mobizo_compiler.backends.aot_inductor.tensors import map_tensors, write_tensors
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum
-from mobizo_compiler.format.files import copy_whole, raw_bytes
+from mobizo_compiler.format.files import ScratchFolder, copy_whole, raw_bytes
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact, Program
 from mobizo_compiler.graph.program import STATE, GraphProgram
@@ -86,8 +85,8 @@ def write_program(
     """Copy a package of AOTInductor to a temporary folder of its own, and add the weights and the manifest."""
     keys, weights = _weights(methods)
     lora_a = {LORA_A + site.fqn: methods["train_step"].lora_a[site.fqn] for site in manifest.sites}
-    folder = tempfile.mkdtemp(prefix="mobizo-")
-    path = Path(folder) / package.name
+    folder = ScratchFolder()
+    path = folder.path / package.name
     shutil.move(package, path)
     described = {**dataclasses.asdict(target), "weights": keys}
     with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
@@ -100,7 +99,7 @@ def write_program(
         archive.comment = checksum.PLACEHOLDER
     checksum.seal(path)
     artifact = AotInductorArtifact(path, manifest, target, keys)
-    weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(artifact, folder.remove)
     return artifact
 
 

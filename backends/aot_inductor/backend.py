@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from mobizo_compiler.backends.contract import Backend
 from mobizo_compiler.backends.requirements import missing_for_cuda
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.errors import ConfigError, LoweringError
+from mobizo_compiler.format.files import ScratchFolder
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.editor import Editor
@@ -103,9 +103,9 @@ class AotInductorBackend(Backend):
             LoweringError: Inductor cannot compile a method.
         """
         target = Target.here(self.device)
-        with tempfile.TemporaryDirectory(prefix="mobizo-") as folder:
-            files = {name: self._compile(name, program, Path(folder)) for name, program in methods.items()}
-            package = Path(folder) / "program.pt2"
+        with ScratchFolder() as folder:
+            files = {name: self._compile(name, program, folder.path) for name, program in methods.items()}
+            package = folder.path / "program.pt2"
             package_aoti(str(package), files)
             return write_program(package, methods, manifest, target)
 

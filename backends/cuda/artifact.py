@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from mobizo_compiler.backends.executorch.program_file import (
 )
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum
-from mobizo_compiler.format.files import copy_whole
+from mobizo_compiler.format.files import ScratchFolder, copy_whole
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.program import GraphProgram
 
@@ -49,15 +47,15 @@ def write_program(
         )
         delegation = {name: delegation_of(edge.exported_program(name)) for name in methods}
         executable = emit(edge, ExecutorchBackendConfig(), manifest.state)
-    folder = tempfile.mkdtemp(prefix="mobizo-")
-    path = Path(folder) / "program.pte"
+    folder = ScratchFolder()
+    path = folder.path / "program.pte"
     with path.open("wb") as file:
         executable.write_to_file(file)
-    executable.write_tensor_data_to_file(folder)
-    (Path(folder) / BLOB).rename(data_path(path))
+    executable.write_tensor_data_to_file(str(folder.path))
+    (folder.path / BLOB).rename(data_path(path))
     checksum.seal(data_path(path))
     artifact = CudaArtifact(path, manifest, delegation)
-    weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(artifact, folder.remove)
     return artifact
 
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from executorch.exir import (
@@ -36,6 +33,7 @@ from mobizo_compiler.backends.executorch.program_file import (
 )
 from mobizo_compiler.backends.executorch.quiet import quiet
 from mobizo_compiler.errors import LoweringError, MobizoError
+from mobizo_compiler.format.files import ScratchFolder
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.program import STATE, STATE_INPUT, GraphProgram
 
@@ -60,13 +58,13 @@ def lower_to_executorch(
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
     with explained(methods, manifest.backend):
         executable, delegation = _lower(methods, manifest, lora_a, partitioners)
-    folder = tempfile.mkdtemp(prefix="mobizo-")
-    path = Path(folder) / "program.pte"
+    folder = ScratchFolder()
+    path = folder.path / "program.pte"
     with path.open("wb") as file:
         executable.write_to_file(file)
     share_equal_data(path)
     artifact = ExecuTorchArtifact(path, manifest, delegation)
-    weakref.finalize(artifact, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(artifact, folder.remove)
     return artifact
 
 

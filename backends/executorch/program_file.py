@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mobizo_compiler.backends.executorch.quiet import quiet
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum, data_file
-from mobizo_compiler.format.files import copy_whole
+from mobizo_compiler.format.files import ScratchFolder, copy_whole
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact
 from mobizo_compiler.graph.program import STATE
@@ -89,8 +88,8 @@ class ExecuTorchRunner:
         if self._artifact.manifest.state != "data":
             yield None
             return
-        with tempfile.TemporaryDirectory(prefix="mobizo-") as folder:
-            path = Path(folder) / "state.ptd"
+        with ScratchFolder() as folder:
+            path = folder.path / "state.ptd"
             path.write_bytes(data_file.packed(torch.zeros(self._artifact.manifest.state_size)))
             yield path
 

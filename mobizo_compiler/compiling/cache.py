@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mobizo_compiler.errors import ArtifactError
-from mobizo_compiler.format.files import raw_bytes
+from mobizo_compiler.format.files import raw_bytes, remove_partial
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.printer import program_text
@@ -37,6 +37,7 @@ def cached(
             return program
     program = compile_anew()
     folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(folder)  # names are hashes, so that nobody may ever write one of them again
     program.save(path)
     return program
 
