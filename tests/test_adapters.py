@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.errors import AdapterError, ConfigError
-from mobizo_compiler.format.peft import CONFIG, WEIGHTS
+from mobizo_compiler.format.peft import CONFIG, WEIGHTS, read_peft
 
 
 def llama() -> nn.Module:
@@ -130,6 +130,115 @@ def test_starting_from_an_adapter_of_peft(name: str, tmp_path: Path) -> None:
     assert set(old) == set(new) and all(torch.equal(old[name], new[name]) for name in old)
 
 
+PLAIN: dict[str, dict[str, Any]] = {
+    "as peft has it": {},
+    "rank-stabilized": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "with B from the start": {"init_lora_weights": False},
+    "dropout in training": {"lora_dropout": 0.3},
+    "some layers": {"layers_to_transform": [1], "exclude_modules": ["v_proj"]},
+}
+NOT_PLAIN: dict[str, dict[str, Any]] = {
+    "init_lora_weights = 'pissa'": {"init_lora_weights": "pissa"},
+    "init_lora_weights = 'pissa_niter_2'": {"init_lora_weights": "pissa_niter_2"},
+    "init_lora_weights = 'olora'": {"init_lora_weights": "olora"},
+    "init_lora_weights = 'mica'": {"init_lora_weights": "mica"},
+    "use_dora": {"use_dora": True},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [3, 4]},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
+    "bias = 'lora_only'": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 2}},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+    "target_parameters": {"target_parameters": ["o_proj.weight"]},
+}
+# What peft makes from data, or for other engines: only the option is written into a file.
+WRITTEN: dict[str, Any] = {
+    "init_lora_weights": "corda",
+    "loftq_config": {"loftq_bits": 4},
+    "corda_config": {"corda_method": "kpm"},
+    "lora_ga_config": {"direction": "ArBr"},
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {"beta": 1e-4},
+    "velora_config": {"num_groups": 2},
+    "monteclora_config": {"samples": 2},
+    "megatron_config": {"tensor_model_parallel_size": 2},
+    "ensure_weight_tying": True,
+    "an_option_of_tomorrow": True,
+}
+
+
+def of_peft(folder: Path, **options: Any) -> Path:
+    """An adapter that peft made, with a B that shows, as peft saves it."""
+    torch.manual_seed(3)
+    config = PeftLoraConfig(**{"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"], **options})
+    adapted = get_peft_model(llama(), config)
+    generator = torch.Generator().manual_seed(2)
+    for path, parameter in adapted.named_parameters():
+        if "lora_B" in path:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def from_peft(folder: Path) -> Session:
+    program = mobizo.compile(llama(), words(), zo=ZOConfig(queries=1), backend="eager", adapter=folder)
+    session = Session(program)
+    session.import_adapter(folder)
+    return session
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_a_plain_lora_computes_what_it_does_in_peft(name: str, tmp_path: Path) -> None:
+    folder = of_peft(tmp_path / "peft", **PLAIN[name])
+    session = from_peft(folder)
+    wanted = run(PeftModel.from_pretrained(llama(), str(folder)).eval(), words())
+    assert float((wanted - run(llama(), words())).abs().max()) > 1e-3, "it must show"
+    close(logits(session.evaluate(words())), wanted)
+    session.export_adapter(tmp_path / "ours")
+    close(run(PeftModel.from_pretrained(llama(), str(tmp_path / "ours")).eval(), words()), wanted)
+
+
+@pytest.mark.parametrize("said", NOT_PLAIN)
+def test_what_passes_for_a_plain_lora_is_refused_by_name(said: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=f"the adapter has {said}"):
+        from_peft(of_peft(tmp_path, **NOT_PLAIN[said]))
+
+
+@pytest.mark.parametrize("option", WRITTEN)
+def test_what_is_not_known_is_refused_unless_it_is_off(option: str, tmp_path: Path) -> None:
+    folder = of_peft(tmp_path)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {option: WRITTEN[option]}))
+    with pytest.raises(AdapterError, match=f"the adapter has {option} = "):
+        read_peft(folder)
+    (folder / CONFIG).write_text(json.dumps(config | {option: type(WRITTEN[option])()} | {"init_lora_weights": True}))
+    assert read_peft(folder).lora.r == 4
+
+
+def test_what_changed_the_base_may_be_converted(tmp_path: Path) -> None:
+    """peft turns it into a plain one of twice the rank, as the error says."""
+    adapted = get_peft_model(llama(), PeftLoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(str(tmp_path / "first"))
+    adapted.peft_config["default"].init_lora_weights = "pissa"
+    for path, parameter in adapted.named_parameters():
+        if "lora_B" in path:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    wanted = run(adapted.eval(), words())
+    adapted.save_pretrained(str(tmp_path / "pissa"))
+    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+        from_peft(tmp_path / "pissa")
+    first = str(tmp_path / "first")
+    adapted.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=first)
+    close(logits(from_peft(tmp_path / "plain").evaluate(words())), wanted)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Path]:
     lora = LoraConfig(r=4, target_modules=("q_proj",))
@@ -229,6 +338,54 @@ def test_merging_into_another_model_changes_nothing(trained: tuple[Session, Path
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before["model.layers.0.self_attn.q_proj.weight"])
     with pytest.raises(AdapterError, match="no layer model"):
         session.merge_into(gpt2())
+
+
+def other_weights(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.q_proj.weight.data[3, 4] += 1e-3
+
+
+def other_weights_that_are_not_adapted(model: nn.Module) -> None:
+    model.model.embed_tokens.weight.data[1, 2] += 1e-3
+
+
+def one_more_time(model: nn.Module) -> None:
+    """Merged already."""
+
+
+@pytest.mark.parametrize("change", [other_weights, other_weights_that_are_not_adapted, one_more_time])
+def test_merging_into_a_model_of_the_same_shapes(change: Callable[[nn.Module], None], trained: Any) -> None:
+    session, _ = trained
+    model = llama()
+    if change is one_more_time:
+        session.merge_into(model)
+    change(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AdapterError, match=r"another one than was compiled: model\.(layers|embed)\S* has other values"):
+        session.merge_into(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_merging_into_a_wider_copy_of_the_weights(trained: Any) -> None:
+    """The values are compared, not their type."""
+    session, _ = trained
+    plain, wide = llama(), llama().double()
+    session.merge_into(plain)
+    session.merge_into(wide)
+    close(run(wide, words()), run(plain, words()).double())
+
+
+def test_an_adapter_knows_the_model_that_it_was_trained_on(trained: Any, tmp_path: Path) -> None:
+    """A program of a model with other weights has the same A, which is drawn from a seed."""
+    session, folder = trained
+    model = llama()
+    other_weights_that_are_not_adapted(model)
+    lora = LoraConfig(r=4, target_modules=("q_proj",))
+    other = Session(mobizo.compile(model, words(), lora, ZOConfig(queries=1), backend="eager"))
+    with pytest.raises(AdapterError, match=r"trained on another model(.|\n)*adapter=folder"):
+        other.import_adapter(folder)
+    assert not other.state().any()
+    taken = Session(mobizo.compile(model, words(), zo=ZOConfig(queries=1), backend="eager", adapter=folder))
+    assert taken.program.manifest.model == other.program.manifest.model != session.program.manifest.model
 
 
 def test_adapter_and_lora_are_not_both_given(trained: tuple[Session, Path]) -> None:

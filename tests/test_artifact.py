@@ -18,7 +18,7 @@ from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.compiling.described import installed_versions
 from mobizo_compiler.errors import ArtifactError, NotSupportedYetError
 from mobizo_compiler.format import checksum
-from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.manifest import FORMAT_VERSION, Manifest
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 pytestmark = pytest.mark.xdist_group("artifact")  # one process, so that its programs are made once
@@ -156,7 +156,7 @@ def test_a_damaged_file_in_the_cache_is_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=99), "has format 99, this version reads format 6"),
+        (lambda m: m.update(format_version=99), f"has format 99, this version reads format {FORMAT_VERSION}"),
         (lambda m: m.pop("sites"), "lacks or has unknown fields"),
         (lambda m: m.update(colour="red"), "lacks or has unknown fields"),
         (lambda m: m["lora"].update(r=0), "LoraConfig.r is 0"),

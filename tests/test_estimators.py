@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +133,55 @@ def test_an_estimator_of_ones_own() -> None:
     assert session.train_step(*tiny_batch(), seed=0, learning_rate=0.0, eps=0.05).lane_losses.shape == (5,)
     steps(session, reference, 3)
     assert program.manifest.zo.lanes == 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Quarter(UpdateRule):
+    """A quarter of the direction."""
+
+    def update(self, direction_P: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return direction_P * 0.25, memory
+
+
+ELSEWHERE = """
+import sys, torch, mobizo_compiler as mobizo
+from mobizo_compiler.cli import app
+from mobizo_compiler.errors import ConfigError
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.testing import tiny_batch
+path, folder = sys.argv[1:]
+session = mobizo.Session(path)
+manifest = session.program.manifest
+assert (manifest.zo.estimator, manifest.zo.lanes, manifest.rule["rule"]) == ("all-but-one", 5, "quarter")
+assert Manifest.from_json(manifest.to_json(), "memory") == manifest
+summary = session.finetune([tiny_batch()], steps=3, learning_rate=0.1, eps=0.05, run=folder)
+again = mobizo.Session(path)
+again.finetune([tiny_batch()], steps=4, learning_rate=0.1, eps=0.05, run=folder)
+again.restore(folder)
+torch.save(again.state(), folder + "/state")
+try:
+    with session.lane(0, seed=1, eps=0.1):
+        raise SystemExit("there are no lanes without the estimator")
+except ConfigError as error:
+    assert "'all-but-one', which is not registered in this process" in str(error), error
+sys.argv = ["mobizo", "inspect", path]
+app(prog_name="mobizo")
+"""
+
+
+def test_a_program_opens_where_its_estimator_and_rule_are_not_registered(tmp_path: Path) -> None:
+    """All of both is in the graph."""
+    register_estimator("all-but-one", LeaveOneOut())
+    register_rule("quarter", Quarter)
+    program, session, _ = pair(ZOConfig(queries=5, estimator="all-but-one"), Quarter(), "portable")
+    session.load_state(torch.zeros_like(session.state()))
+    path = program.save(tmp_path / "program.pte")
+    command = [sys.executable, "-c", ELSEWHERE, str(path), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "all-but-one" in done.stdout and "quarter" in done.stdout
+    session.finetune([tiny_batch()], steps=4, learning_rate=0.1, eps=0.05, run=tmp_path / "here")
+    assert torch.equal(torch.load(tmp_path / "run" / "state"), session.state())
 
 
 def pair(zo: ZOConfig, rule: UpdateRule, backend: str, **lora: Any) -> tuple[mobizo.Program, Session, ReferenceStep]:

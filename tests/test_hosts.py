@@ -505,7 +505,11 @@ def edited(case: Case, folder: Path, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('"format_version": 6', '"format_version": 9', "the program has format 9, this host reads format 6"),
+        (
+            f'"format_version": {FORMAT_VERSION}',
+            '"format_version": 9',
+            "the program has format 9, this host reads format 7",
+        ),
         ('"format_version"', '"format_versi0n"', "the field format_version is missing"),
         ('"labels": {', '"labels": [', "no JSON"),
         ('"state": "shared"', '"state": "sharem"', "the state is sharem, not shared or io"),

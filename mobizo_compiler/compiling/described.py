@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mobizo_compiler.analysis.outline import outline
 from mobizo_compiler.analysis.targets import short_names
 from mobizo_compiler.backends import Backend
 from mobizo_compiler.config import ALL_LINEAR, LoraConfig, ZOConfig
+from mobizo_compiler.format.checksum import of_values
 from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.format.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.graph.example import Example
@@ -87,6 +89,7 @@ def described_program(
         lora=dataclasses.replace(lora, target_modules=names),
         zo=zo,
         loss=repr(loss),
+        lanes=zo.lanes,
         prefix=tuple(
             tensor_spec(name.removeprefix("mobizo_"), value, dynamic)
             for name, value in train_step.inputs.items()
@@ -95,6 +98,7 @@ def described_program(
         rule=described_rule(rule),
         memory=memory_size(rule, train_step.parameters),
         model=_digest(captured),
+        weights=_weights(captured),
         state=state,
         quantization=described(quantization),
         eps=default_eps(quantization),
@@ -146,6 +150,14 @@ _SAME_VALUES = {
     aten._unsafe_view.default,
     aten.unflatten.int,
 }
+
+
+def _weights(captured: GraphProgram) -> dict[str, int]:
+    """By name, so that a model can be compared with the one that was compiled, and the weight named that differs."""
+    stored = captured.exported.state_dict
+    named = {path: stored[path] for path, _ in captured.tensors().values() if path in stored}
+    plain = {path: tensor for path, tensor in sorted(named.items()) if type(tensor) in (Tensor, nn.Parameter)}
+    return {path: of_values(tensor) for path, tensor in plain.items()}
 
 
 def _vocabulary(captured: GraphProgram) -> dict[str, dict[str, int | None]]:

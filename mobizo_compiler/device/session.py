@@ -26,7 +26,7 @@ from mobizo_compiler.graph.example import flat_names
 from mobizo_compiler.graph.program import Nesting
 from mobizo_compiler.load import load
 from mobizo_compiler.options import MAX_SEED
-from mobizo_compiler.step.estimators import get_estimator
+from mobizo_compiler.step.estimators import estimator_names, get_estimator
 from mobizo_compiler.step.noise import noise
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -190,6 +190,10 @@ class Session:
             index: 0..lanes-1.
             seed: Seed of the step.
             eps: Size of the perturbation, above 0.
+
+        Raises:
+            InputError: There is no such lane, or a number is out of range.
+            ConfigError: The program's estimator is not registered in this process, so that nobody knows its lanes.
         """
         zo = self.program.manifest.zo
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < zo.lanes:
@@ -198,6 +202,12 @@ class Session:
         size = float(_number("eps", eps))
         if not size > 0:
             raise InputError(f"eps is {eps}; it must be above 0")
+        if zo.estimator not in estimator_names():
+            raise ConfigError(
+                f"the program has the estimator {zo.estimator!r}, which is not registered in this process",
+                hint="import the package that registers it, or call register_estimator; train_step and replay need "
+                "neither, and train_step with learning rate 0 measures the losses of all lanes",
+            )
         parameters = self.program.parameters
         with self._held():
             alias = self._runner.state()

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 from mobizo_compiler.errors import ArtifactError
@@ -95,6 +97,12 @@ def of_tensors(described: Mapping[str, str], tensors: Mapping[str, Tensor]) -> s
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def of_values(tensor: Tensor) -> int:
+    """CRC-32 of the values of a tensor, those of floating point as float32: a copy in a wider type has the same."""
+    values = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+    return zlib.crc32(raw_bytes(values), zlib.crc32(str(list(tensor.shape)).encode()))
 
 
 def _end_of_content(file: IO[bytes]) -> int:

@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
 from mobizo_compiler.graph.program import DynamicSize, Nesting
+from mobizo_compiler.step.estimators import estimator_names
 from mobizo_compiler.step.sites import Site
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +109,14 @@ class Manifest:
         nesting: How they nest, as JSON; None if that cannot be written down.
         sites: Adapter sites.
         lora: Adapter options.
-        zo: Estimator options.
+        zo: Estimator options. Its estimator need not be registered where the program is loaded.
+        lanes: How many copies of every row a step runs.
         prefix: What `prefix` returns and `train_step` takes in place of the model's inputs; empty without `prefix`.
         rule: Update rule, as `rules.described_rule` writes it.
         memory: How many numbers of the state the rule remembers.
         loss: The loss, as text.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
+        weights: CRC-32 of the values of each of them, by name; see `checksum.of_values`.
         state: "shared", a buffer that all methods share; "data", the same, with its initial value in a data file; or
             "io", the last input and output of every method.
         quantization: How the base weights were quantized when the program was compiled, as JSON; None if they were not.
@@ -141,10 +144,12 @@ class Manifest:
     lora: LoraConfig
     zo: ZOConfig
     loss: str
+    lanes: int
     prefix: tuple[TensorSpec, ...] = ()
     rule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rule": "sgd"})
     memory: int = 0
     model: str = ""
+    weights: Mapping[str, int] = dataclasses.field(default_factory=dict)
     state: str = "shared"
     quantization: str | None = None
     eps: float = 1e-2
@@ -201,7 +206,7 @@ class Manifest:
             )
             sizes = tuple(DynamicSize(**item) for item in values.pop("sizes"))
             labels = _spec(values.pop("labels"))
-            lora, zo = LoraConfig.from_json(values.pop("lora")), ZOConfig.from_json(values.pop("zo"))
+            lora, zo = LoraConfig.from_json(values.pop("lora")), _zo(values.pop("zo"), values["lanes"])
             history = {name: tuple(steps) for name, steps in values.pop("history", {}).items()}
             answers = values.pop("answers", None)
             blocks = tuple(Block.from_json(item) for item in values.pop("outline", ()))
@@ -219,6 +224,26 @@ class Manifest:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"the manifest lacks or has unknown fields: {error!r}", where=where) from None
+
+
+class _Foreign(ZOConfig):
+    """Options whose estimator is not registered in this process: the graph has all of it, and its name is kept."""
+
+    def __post_init__(self) -> None:
+        """What it asks of the other options was checked when the program was compiled."""
+
+    @property
+    def lanes(self) -> int:
+        """As the manifest has it."""
+        return int(self.__dict__["_lanes"])
+
+
+def _zo(values: Mapping[str, Any], lanes: int) -> ZOConfig:
+    if values["estimator"] in estimator_names():
+        return ZOConfig.from_json(values)
+    foreign = _Foreign.from_json(values)
+    object.__setattr__(foreign, "_lanes", lanes)
+    return foreign
 
 
 def _spec(item: dict[str, Any]) -> TensorSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,35 @@ from mobizo_compiler.step.sites import Site, initial_state
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 MADE_BY = "mobizo_compiler"
-# Options of peft that change what an adapter computes, and the value that this compiler can do.
-_PLAIN: dict[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "modules_to_save": None,
-    "trainable_token_indices": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
+# Options of peft that an adapter may have, because they do not change what it computes once it is trained: where its
+# layers are is read from the tensors, and a dropout is for training alone.
+_SAYS_NOTHING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
 }
+# Those that do, and the values that this compiler can do. Whatever is in neither must be off.
+_UNDERSTOOD: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # The others ("pissa", "olora", "corda", "loftq", "lora_ga", ...) also change the weights of the base model.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "use_rslora": (True, False),
+}
+_CONVERTIBLE = ("pissa", "corda", "olora")  # peft can turn them into a plain LoRA of twice the rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +67,13 @@ class PeftAdapter:
         lora: Rank, alpha, and the paths of the layers.
         a: By path, float32 [r, in_features], followed by the window of a convolution.
         b: By path, float32 [r, out_features].
+        model: Digest of the model that it was trained on, as in the manifest; None where it is not told.
     """
 
     lora: LoraConfig
     a: Mapping[str, Tensor]
     b: Mapping[str, Tensor]
+    model: str | None = None
 
 
 def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | None) -> None:
@@ -70,18 +91,25 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
         window = [1] * len(site.kernel)
         tensors[f"{PREFIX}{site.fqn}.lora_B.weight"] = b.t().reshape(site.out_features, site.r, *window).contiguous()
     lora = program.manifest.lora
-    config = _PLAIN | {
+    config = {
+        "peft_type": "LORA",
         "base_model_name_or_path": base_model,
+        "bias": "none",
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": 0.0,
         "target_modules": sorted(site.fqn for site in program.sites),
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "task_type": None,
     }
-    described = {"format": "pt", "made_by": MADE_BY}
+    described = {"format": "pt", "made_by": MADE_BY, "model": program.manifest.model}
     described["sha256"] = _checksum(config, described, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / WEIGHTS) as file:
@@ -94,7 +122,8 @@ def read_peft(folder: Path) -> PeftAdapter:
     """Read what `peft.PeftModel.save_pretrained` or `write_peft` wrote.
 
     Raises:
-        AdapterError: A file is missing or damaged, or the adapter is not a plain LoRA of one rank.
+        AdapterError: A file is missing or damaged, or the adapter is not a plain LoRA of one rank: an option of peft
+            that is not known here is refused by its name, unless it is off.
     """
     if not (folder / WEIGHTS).exists():
         pickled = (folder / "adapter_model.bin").exists()
@@ -118,17 +147,16 @@ def read_peft(folder: Path) -> PeftAdapter:
             hint="export it again; an adapter that was changed on purpose is to be saved with peft",
         )
     tensors = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
-    for option, plain in _PLAIN.items():
-        if config.get(option, plain) not in (plain, None) and (config[option] or plain):
-            raise AdapterError(
-                f"the adapter has {option} = {config[option]!r}, which is not a plain LoRA", where=str(folder)
-            )
+    _check_plain(config, str(folder))
     a, b = _pairs(tensors, str(folder))
     for fqn in sorted(set(a) | set(b)):
         if any(fqn not in side or side[fqn].shape[0] != r for side in (a, b)):
             raise AdapterError(f"layer {fqn} has no A and B of rank {r}", where=str(folder))
     try:
-        return PeftAdapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=tuple(sorted(a))), a, b)
+        # A rank-stabilized LoRA is scaled by alpha / sqrt(r), which a plain one of another alpha does.
+        scaled = LoraConfig(r=r, lora_alpha=alpha).lora_alpha * (math.sqrt(r) if config.get("use_rslora") else 1)
+        lora = LoraConfig(r=r, lora_alpha=scaled, target_modules=tuple(sorted(a)))
+        return PeftAdapter(lora, a, b, described.get("model"))
     except MobizoError as error:
         raise AdapterError(f"the adapter cannot be used: {error.problem}", where=str(folder)) from None
 
@@ -140,6 +168,12 @@ def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
         AdapterError: Sites, shapes, scaling or A differ.
     """
     lora = program.manifest.lora
+    if adapter.model not in (None, program.manifest.model):
+        raise AdapterError(
+            "the adapter was trained on another model: same layers, other weights",
+            where=where,
+            hint="compile(..., adapter=folder) takes it over to this model, where that is meant",
+        )
     names = {site.fqn for site in program.sites}
     if names != set(adapter.a):
         missing, unknown = sorted(names - set(adapter.a)), sorted(set(adapter.a) - names)
@@ -195,7 +229,8 @@ def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
     """Add the adapter to the weights of the model it was compiled from, in place.
 
     Raises:
-        AdapterError: A layer is missing, or its weight has another shape or is quantized; then nothing was changed.
+        AdapterError: A layer is missing, or its weight has another shape or is quantized, or a weight of the model,
+            adapted or not, has other values than when it was compiled; then nothing was changed.
     """
     sums: list[tuple[Tensor, Tensor]] = []
     for site in program.sites:
@@ -218,6 +253,7 @@ def merge_into(program: Program, state: Tensor, model: nn.Module) -> None:
                 f"{list(getattr(weight, 'shape', []))}, the adapter's product {list(delta.shape)}"
             )
         sums.append((weight, delta.to(weight.dtype)))
+    _check_weights(program, model)
     with torch.no_grad():
         for weight, delta in sums:
             weight += delta
@@ -231,6 +267,34 @@ def _checksum(config: Mapping[str, Any], described: Mapping[str, str], tensors: 
         f"{file} {name}": json.dumps(value, sort_keys=True) for file, name, value in said if name not in left_out
     }
     return checksum.of_tensors(options, tensors)
+
+
+def _check_weights(program: Program, model: nn.Module) -> None:
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, digest in program.manifest.weights.items():
+        if name not in named or checksum.of_values(named[name]) != digest:
+            raise AdapterError(
+                f"the model is another one than was compiled: {name} "
+                + ("has other values" if name in named else "is missing"),
+                hint="load the model again as it was compiled: an adapter fits no other weights, and is merged once",
+            )
+
+
+def _check_plain(config: Mapping[str, Any], where: str) -> None:
+    """Refuse an adapter that computes something else than a plain LoRA, by the name of the option."""
+    for option, value in config.items():
+        if option in _SAYS_NOTHING or option in ("r", "lora_alpha") or value is None:
+            continue
+        known = _UNDERSTOOD.get(option)
+        if value in known if known is not None else not value:
+            continue
+        hint = "merge it into the model with peft (merge_and_unload), and compile that"
+        if option == "init_lora_weights" and str(value).lower().startswith(_CONVERTIBLE):
+            hint = "save it as a plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
+        raise AdapterError(f"the adapter has {option} = {value!r}, which is not a plain LoRA", where=where, hint=hint)
 
 
 def _pairs(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

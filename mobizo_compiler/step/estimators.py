@@ -106,6 +106,11 @@ def register_estimator(name: str, estimator: Estimator) -> None:
     _ESTIMATORS[name] = estimator
 
 
+def estimator_names() -> tuple[str, ...]:
+    """Names that are known in this process."""
+    return tuple(sorted(_ESTIMATORS))
+
+
 def get_estimator(name: str) -> Estimator:
     """The estimator of that name.
 
