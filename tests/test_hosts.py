@@ -508,7 +508,7 @@ def edited(case: Case, folder: Path, old: str, new: str) -> Path:
         (
             f'"format_version": {FORMAT_VERSION}',
             '"format_version": 9',
-            "the program has format 9, this host reads format 7",
+            f"the program has format 9, this host reads format {FORMAT_VERSION}",
         ),
         ('"format_version"', '"format_versi0n"', "the field format_version is missing"),
         ('"labels": {', '"labels": [', "no JSON"),
@@ -623,6 +623,7 @@ def test_the_sources_for_phones_name_what_there_is(passed: Case) -> None:
     assert len(named) > 10 and {re.sub("[A-Z]", lambda m: "_" + m[0].lower(), name) for name in named} <= fields
     for source in (kotlin, swift):
         assert re.findall(r'(?:"format_version"\)|formatVersion) == (\d+)', source) == [str(FORMAT_VERSION)]
+    assert (ROOT / "docs" / "program_format.md").read_text().startswith(f"# Program format, version {FORMAT_VERSION}\n")
 
 
 def test_the_documented_commands(host: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -270,10 +270,8 @@ def _checksum(config: Mapping[str, Any], described: Mapping[str, str], tensors: 
 
 
 def _check_weights(program: Program, model: nn.Module) -> None:
-    named = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
     for name, digest in program.manifest.weights.items():
         if name not in named or checksum.of_values(named[name]) != digest:
             raise AdapterError(
