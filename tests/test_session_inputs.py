@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,19 @@ STEP_CASES: dict[str, tuple[Change, type[MobizoError], str]] = {
     "labels all ignored": (lambda a: a["labels"].fill_(-100), LabelError, "nothing is labelled"),
     "only the first token labelled": (lambda a: a["labels"][:, 1:].fill_(-100), LabelError, "nothing is labelled"),
     "label shape": (lambda a: a.update(labels=a["labels"][:2]), InputError, r"'labels' has shape \[2, 7\]"),
+    "no labels": (lambda a: a.pop("labels"), InputError, "there are no labels"),
+    "labels twice": (lambda a: a["inputs"].update(labels=a["labels"]), InputError, "no input 'labels'"),
+    "no row": (lambda a: a.update(labels=a["labels"][:0]), InputError, r"'labels' has shape \[0, 7\]"),
+    "rows missing from the inputs alone": (
+        lambda a: a["inputs"].update(input_ids=a["inputs"]["input_ids"][:2]),
+        InputError,
+        r"'input_ids' has shape \[2, 7\]",
+    ),
+    "rows missing from one input": (
+        lambda a: a.update(labels=a["labels"][:2], inputs={**a["inputs"], "input_ids": a["inputs"]["input_ids"][:2]}),
+        InputError,
+        r"'input_ids' has shape \[2, 7\]",
+    ),
     "label dtype": (lambda a: a.update(labels=a["labels"].int()), InputError, "int32"),
     "seed negative": (lambda a: a.update(seed=-1), InputError, "seed is -1"),
     "seed float": (lambda a: a.update(seed=1.0), InputError, "seed"),
@@ -77,7 +91,13 @@ STEP_CASES: dict[str, tuple[Change, type[MobizoError], str]] = {
     "eps zero": (lambda a: a.update(eps=0.0), InputError, "eps is 0.0"),
     "eps nan": (lambda a: a.update(eps=float("nan")), InputError, "eps"),
     "eps text": (lambda a: a.update(eps="small"), InputError, "eps"),
+    "eps too small": (lambda a: a.update(eps=1e-46), InputError, "eps is 1e-46; in float32(.*)that is 0"),
+    "eps too large": (lambda a: a.update(eps=1e39), InputError, r"eps is 1e\+39; in float32(.*)that is inf"),
     "learning rate inf": (lambda a: a.update(learning_rate=float("inf")), InputError, "learning_rate"),
+    "learning rate bool": (lambda a: a.update(learning_rate=True), InputError, "learning_rate is True"),
+    "learning rate too large": (lambda a: a.update(learning_rate=1e39), InputError, "in float32(.*)that is inf"),
+    "learning rate too small": (lambda a: a.update(learning_rate=-1e-50), InputError, "in float32(.*)that is -0"),
+    "seed of numpy's bool": (lambda a: a.update(seed=numpy.True_), InputError, "seed is np.True_"),
 }
 
 

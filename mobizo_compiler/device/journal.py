@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from mobizo_compiler.errors import JournalError
-from mobizo_compiler.format.files import hold, raw_bytes, sync_folder
+from mobizo_compiler.format.files import hold, raw_bytes, sync_folder, whole_file
 from mobizo_compiler.format.program import Program
 
 MAGIC, VERSION = b"MBZJRNL\n", 1
@@ -91,7 +91,8 @@ class Journal:
         JournalLockedError: Another session has it open, in this process or another.
         JournalError: The file is no journal, a journal of another program, or damaged before its end.
 
-    A record at the end that is not whole, as a kill during writing leaves it, is cut off with a `JournalWarning`.
+    A record at the end that is not whole, as a kill during writing leaves it, is cut off with a `JournalWarning`, and
+    an empty file is begun anew with one.
     """
 
     def __init__(self, path: str | PathLike[str], program: Program) -> None:
@@ -107,6 +108,9 @@ class Journal:
             self._header = _header(program)
             self._layout = _record(program.manifest.zo.queries)
             if not self.path.exists():
+                self._begin()
+            elif not self.path.stat().st_size:  # the system lost what was in it, or another host died making it
+                warnings.warn(f"{self.path}: the journal is empty, and is begun anew", JournalWarning, stacklevel=2)
                 self._begin()
             self.records, whole = _read(self.path, self._header, self._layout)
             self._file = self.path.open("r+b", buffering=0)
@@ -163,12 +167,8 @@ class Journal:
 
     def _begin(self) -> None:
         """The header appears whole or not at all."""
-        temporary = self.path.with_name(f".{self.path.name}.new")
-        with temporary.open("wb") as file:
+        with whole_file(self.path) as file:
             file.write(self._header)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
         sync_folder(self.path.parent)
 
 
@@ -241,6 +241,8 @@ def _read(path: Path, header: bytes, layout: struct.Struct) -> tuple[list[Record
 def _check_header(found: bytes, wanted: bytes, where: str) -> None:
     if found == wanted:
         return
+    if not found:
+        raise JournalError("the journal is empty", where=where, hint="a run that is taken up begins it anew")
     body, checksum = found[: -_CHECKSUM.size], found[-_CHECKSUM.size :]
     if len(found) < _HEADER.size or not found.startswith(MAGIC):
         raise JournalError("this is not a journal", where=where)

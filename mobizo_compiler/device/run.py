@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mobizo_compiler.device.batches import Batches, by_step
 from mobizo_compiler.device.journal import Journal, JournalWarning, Record, fingerprint, replayed
-from mobizo_compiler.errors import InputError, JournalError
+from mobizo_compiler.device.scalars import float32, whole
+from mobizo_compiler.errors import JournalError
 from mobizo_compiler.format import checksum
 from mobizo_compiler.format.files import sync_folder, whole_file
 from mobizo_compiler.format.program import Program, StepResult
@@ -32,8 +34,6 @@ from mobizo_compiler.options import MAX_SEED
 
 JOURNAL, START, SNAPSHOT = "journal", "start.safetensors", "snapshot.safetensors"
 Stop = Callable[[], bool]
-Batch = tuple[Any, Tensor]
-Batches = Callable[[int], Batch] | Sequence[Batch]
 LearningRate = float | Callable[[int], float]
 OnStep = Callable[[int, StepResult], object]
 
@@ -50,7 +50,7 @@ class Trainee(Protocol):
         """Set the flat state."""
 
     def train_step(
-        self, inputs: Any, labels: Tensor, *, seed: int, learning_rate: float, eps: float | None = None
+        self, inputs: Any, labels: Tensor | None = None, *, seed: int, learning_rate: float, eps: float | None = None
     ) -> StepResult:
         """One step."""
 
@@ -81,7 +81,7 @@ def finetune(
     *,
     steps: int,
     learning_rate: LearningRate,
-    run: str | PathLike[str],
+    run: str | PathLike[str] | None = None,
     seed: int = 0,
     eps: float | None = None,
     snapshot_every: int = 200,
@@ -91,12 +91,13 @@ def finetune(
     """Train to a number of steps, in a folder that survives kills; called again, it goes on where it was.
 
     Args:
-        batches: (inputs, labels) of a step: a function of the step's number, or a sequence that is gone through
-            again and again.
+        batches: (inputs, labels) of a step, or a dict of inputs with labels among them: a function of the step's
+            number, or a sequence or a loader that is gone through again and again. A loader that shuffles has an order
+            of its own in every process.
         steps: Steps that the run has in the end, those of earlier calls included.
         learning_rate: A number, or a function of the step's number.
         run: The folder. If it holds a run of this program, the state is restored from it first; a new run starts
-            from the session's state.
+            from the session's state. Without a folder nothing is written, and a kill loses the run.
         seed: With the step's number, it gives the seed of the step.
         eps: As in `train_step`.
         snapshot_every: Steps between saved states; more of them make a restart replay less.
@@ -110,39 +111,71 @@ def finetune(
 
     A step whose losses are not finite changes nothing; the summary names it.
     """
+    batch = by_step(batches)
+    steps, seed = whole("steps", steps, 0), whole("seed", seed, 0)
+    snapshot_every = whole("snapshot_every", snapshot_every, 1)
+    size = float32("eps", session.program.manifest.eps if eps is None else eps, above=0)
+    if not callable(learning_rate):
+        float32("learning_rate", learning_rate)
+
+    def records(first: int) -> Iterator[tuple[Record, StepResult]]:
+        for step in range(first, steps):
+            if stop is not None and stop():
+                break
+            inputs, labels = batch(step)
+            rate = float32("learning_rate", learning_rate(step) if callable(learning_rate) else learning_rate)
+            drawn = step_seed(seed, step)
+            result = session.train_step(inputs, labels, seed=drawn, learning_rate=rate, eps=size)
+            gradient, loss = tuple(result.projected_gradient.tolist()), result.loss
+            if not all(math.isfinite(g) for g in gradient):
+                gradient, loss = (0.0,) * len(gradient), math.nan if math.isfinite(loss) else loss
+            yield Record(step, drawn, rate, size, loss, gradient), result
+
+    tell = on_step or (lambda step, result: None)
+    if run is None:
+        kept = []
+        for record, result in records(0):
+            kept.append(record)
+            tell(record.step, result)
+        return _summary(kept, 0)
     folder = Path(run)
-    _check(batches, steps, seed, snapshot_every)
     folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / JOURNAL, session.program) as journal:
+    with _open(folder, session.program) as journal:
         if not journal.records and not (folder / START).exists():
             write_state(folder / START, session, 0)
         _restore(session, folder, journal.records)
         resumed_at = len(journal.records)
-        for step in range(resumed_at, steps):
-            if stop is not None and stop():
-                break
-            inputs, labels = batch_of(batches, step)
-            rate = learning_rate(step) if callable(learning_rate) else learning_rate
-            size = session.program.manifest.eps if eps is None else eps
-            result = session.train_step(inputs, labels, seed=step_seed(seed, step), learning_rate=rate, eps=size)
-            gradient, loss = tuple(result.projected_gradient.tolist()), result.loss
-            if not all(math.isfinite(g) for g in gradient):
-                gradient, loss = (0.0,) * len(gradient), math.nan if math.isfinite(loss) else loss
-            journal.append(Record(step, step_seed(seed, step), rate, size, loss, gradient))
-            if (step + 1) % snapshot_every == 0 and step + 1 < steps:
-                write_state(folder / SNAPSHOT, session, step + 1)
-            if on_step is not None:
-                on_step(step, result)
+        for record, result in records(resumed_at):
+            journal.append(record)
+            done = record.step + 1
+            if done % snapshot_every == 0 and done < steps:
+                write_state(folder / SNAPSHOT, session, done)
+            tell(record.step, result)
         if len(journal.records) > resumed_at:
             write_state(folder / SNAPSHOT, session, len(journal.records))
-        losses = tuple(record.loss for record in journal.records)
+        return _summary(journal.records, resumed_at)
+
+
+def _summary(records: Sequence[Record], resumed_at: int) -> RunSummary:
+    losses = tuple(record.loss for record in records)
     void = tuple(step for step, loss in enumerate(losses) if not math.isfinite(loss))
     return RunSummary(len(losses), resumed_at, losses, void)
 
 
-def batch_of(batches: Batches, step: int) -> Batch:
-    """The batch of a step; a sequence is gone through again and again."""
-    return batches(step) if callable(batches) else batches[step % len(batches)]
+def _open(folder: Path, program: Program) -> Journal:
+    """The journal of a run; an empty one is begun anew, if nothing is there that it should have.
+
+    Raises:
+        JournalError: It has lost its steps.
+    """
+    path = folder / JOURNAL
+    if path.exists() and not path.stat().st_size and (folder / SNAPSHOT).exists():
+        raise JournalError(
+            f"the journal is empty, but there is a {SNAPSHOT} of later steps: it was lost",
+            where=str(path),
+            hint=f"without {SNAPSHOT} the run begins anew; the state in it is a safetensors file",
+        )
+    return Journal(path, program)
 
 
 def begin(session: Trainee, run: str | PathLike[str]) -> Path:
@@ -171,7 +204,7 @@ def restore(session: Trainee, run: str | PathLike[str]) -> int:
     folder = Path(run)
     if not (folder / JOURNAL).exists():
         raise JournalError("there is no run in this folder", where=str(folder))
-    with Journal(folder / JOURNAL, session.program) as journal:
+    with _open(folder, session.program) as journal:
         _restore(session, folder, journal.records)
         return len(journal.records)
 
@@ -252,15 +285,3 @@ def _restore(session: Trainee, folder: Path, records: list[Record]) -> None:
             session.replay(seed, gradient, learning_rate)
         return
     raise problem or JournalError("the run has lost its saved states", where=str(folder / START))
-
-
-def _check(batches: object, steps: int, seed: int, snapshot_every: int) -> None:
-    for name, value, low in (("steps", steps, 0), ("seed", seed, 0), ("snapshot_every", snapshot_every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InputError(f"{name} is {value!r}; it must be an int of {low} or more")
-    if not callable(batches) and (not isinstance(batches, Sequence) or not batches):
-        raise InputError(
-            f"batches is a {type(batches).__name__}; it must be a function of the step, or a sequence of "
-            "(inputs, labels)",
-            hint="a generator cannot be rewound, so a run could not be taken up again",
-        )

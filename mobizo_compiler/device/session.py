@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -15,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import mobizo_compiler.device.run as runs
+from mobizo_compiler.device.batches import filled, labelled, without_labels
 from mobizo_compiler.device.journal import fingerprint, read_journal, replayed
 from mobizo_compiler.device.prefix_cache import PrefixCache
+from mobizo_compiler.device.scalars import float32, scalar_tensor, seed_tensor, whole
 from mobizo_compiler.errors import ConfigError, InputError, LabelError, SessionBusyError, StateError
 from mobizo_compiler.format.files import whole_file
 from mobizo_compiler.format.manifest import TensorSpec, nesting_from_json
@@ -97,35 +98,56 @@ class Session:
 
     @_by_one_thread
     def train_step(
-        self, inputs: Inputs, labels: Tensor, *, seed: int, learning_rate: float, eps: float | None = None
+        self,
+        inputs: Inputs,
+        labels: Tensor | None = None,
+        *,
+        seed: int,
+        learning_rate: float,
+        eps: float | None = None,
     ) -> StepResult:
         """One step: a forward of all perturbed copies, losses, projected gradient and update, in one call.
+
+        A batch may have fewer rows than the program, where the loss has a label that does not count: the missing rows
+        are filled with rows that do not.
 
         Args:
             inputs: As `example_inputs` of `compile`.
             labels: As the loss takes them; for a language model int64, the shape of `input_ids`, -100 does not count.
+                They may also lie among the inputs, as "labels".
             seed: 0..2^31-1; the step's noise is a function of it alone.
-            learning_rate: Finite; 0 measures and leaves the state as it is.
-            eps: Size of the perturbation, above 0; if None, what suits the program's quantization (`manifest.eps`).
+            learning_rate: Finite in float32; 0 measures and leaves the state as it is.
+            eps: Size of the perturbation, above 0 in float32; if None, what suits the program's quantization
+                (`manifest.eps`).
 
         Raises:
             InputError: An input is missing, unknown, or of the wrong shape, dtype or value. Nothing has run then.
+            StateError: The update is too large for float32. The state is what it was.
         """
-        eps = self.program.manifest.eps if eps is None else eps
+        manifest = self.program.manifest
+        size = manifest.eps if eps is None else eps
+        scalars = [
+            seed_tensor(seed),
+            scalar_tensor("learning_rate", learning_rate),
+            scalar_tensor("eps", size, above=0),
+        ]
         sizes: dict[str, int] = {}
-        given = self._flat(inputs, sizes)
-        checked = self._labels(labels, sizes)
-        scalars = [_seed(seed), _number("learning_rate", learning_rate), _number("eps", eps)]
-        if not scalars[-1] > 0:
-            raise InputError(f"eps is {eps}; it must be above 0")
-        start = self._prefix(given, checked) if self.program.manifest.prefix else given
-        loss, lane_losses, projected_gradient = self._runner.call("train_step", [*start, checked, *scalars])
+        inputs, labels = labelled(inputs, labels, manifest.inputs)
+        values, labels = filled(self._leaves(inputs), labels, manifest.inputs, manifest.labels)
+        given, checked = self._checked(values, sizes), self._labels(labels, sizes)
+        start = self._prefix(given, checked) if manifest.prefix else given
+        loss, lane_losses, projected_gradient = self._update("train_step", [*start, checked, *scalars])
         return StepResult(float(loss), lane_losses, projected_gradient)
 
     @_by_one_thread
     def evaluate(self, inputs: Inputs) -> Any:
-        """What the model returns for these inputs, with the adapter on and nothing perturbed."""
-        outputs = self._runner.call("evaluate", self._flat(inputs, {}))
+        """What the model returns for these inputs, with the adapter on and nothing perturbed.
+
+        Args:
+            inputs: As `example_inputs` of `compile`; labels among them are left out.
+        """
+        given = self._checked(self._leaves(without_labels(inputs, self.program.manifest.inputs)), {})
+        outputs = self._runner.call("evaluate", given)
         if self._nesting is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         return self._nesting.unflatten(outputs)
@@ -137,13 +159,17 @@ class Session:
         Args:
             seed: Seed of the step.
             projected_gradient: float32 [q], finite. It may come from a step, or from rewards that a host computed.
-            learning_rate: Finite.
+            learning_rate: Finite in float32.
+
+        Raises:
+            InputError: A number is out of range.
+            StateError: The update is too large for float32. The state is what it was.
         """
         gradient = torch.as_tensor(projected_gradient, dtype=torch.float32).contiguous()
         queries = self.program.manifest.zo.queries
         if tuple(gradient.shape) != (queries,) or not bool(gradient.isfinite().all()):
             raise InputError(f"projected_gradient must be {queries} finite numbers, not {gradient.tolist()}")
-        self._runner.call("replay", [_seed(seed), gradient, _number("learning_rate", learning_rate)])
+        self._update("replay", [seed_tensor(seed), gradient, scalar_tensor("learning_rate", learning_rate)])
 
     finetune = _by_one_thread(runs.finetune)
     restore = _by_one_thread(runs.restore)
@@ -160,8 +186,12 @@ class Session:
             The number of steps replayed.
 
         Raises:
-            JournalError: A journal is damaged or of another program; then the state is as it was.
+            JournalError: A journal is damaged or of another program.
+            InputError: A learning rate times the weight is no number of float32.
+            StateError: A sum of steps is not finite.
             ConfigError: The update rule remembers its steps, so that steps of others cannot be put between them.
+
+        After an error the state is what it was.
         """
         paths = [journals] if isinstance(journals, (str, PathLike)) else list(journals)
         if not paths:
@@ -172,10 +202,15 @@ class Session:
                 "which remembers its own steps",
                 hint='compile with rule="sgd"',
             )
-        factor = 1 / len(paths) if weight is None else float(_number("weight", weight))
+        factor = 1 / len(paths) if weight is None else float32("weight", weight)
         steps = [step for path in paths for step in replayed(read_journal(path, self.program))]
-        for seed, gradient, learning_rate in steps:
-            self.replay(seed, gradient, learning_rate * factor)
+        before = self.state()
+        try:
+            for seed, gradient, learning_rate in steps:
+                self.replay(seed, gradient, learning_rate * factor)
+        except BaseException:
+            self._runner.state().copy_(before)
+            raise
         return len(steps)
 
     @contextlib.contextmanager
@@ -196,12 +231,8 @@ class Session:
             ConfigError: The program's estimator is not registered in this process, so that nobody knows its lanes.
         """
         zo = self.program.manifest.zo
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < zo.lanes:
-            raise InputError(f"lane is {index!r}; it must be an int in 0..{zo.lanes - 1}")
-        _seed(seed)
-        size = float(_number("eps", eps))
-        if not size > 0:
-            raise InputError(f"eps is {eps}; it must be above 0")
+        index, seed = whole("lane", index, 0, zo.lanes - 1), whole("seed", seed, 0, MAX_SEED)
+        size = float32("eps", eps, above=0)
         if zo.estimator not in estimator_names():
             raise ConfigError(
                 f"the program has the estimator {zo.estimator!r}, which is not registered in this process",
@@ -311,20 +342,35 @@ class Session:
             self._prefix_cache.close()
             self._prefix_cache = None
 
-    def _flat(self, inputs: Inputs, sizes: dict[str, int]) -> list[Tensor]:
-        """The tensors in flat order, checked; the dynamic sizes of this call go to `sizes`."""
+    def _update(self, method: str, arguments: list[Tensor]) -> list[Tensor]:
+        """Call a method that changes the state, and keep no state that is not finite: nothing leads back from one."""
+        state = self._runner.state()
+        before = state.clone()
+        results = self._runner.call(method, arguments)
+        state = self._runner.state()
+        if not bool(state.isfinite().all()):
+            state.copy_(before)
+            raise StateError("the update is too large for float32", hint="give a lower learning rate")
+        return results
+
+    def _leaves(self, inputs: Inputs) -> list[Any]:
+        """The inputs in flat order, as many as the program takes."""
         manifest = self.program.manifest
         specs = manifest.inputs
         if isinstance(inputs, Mapping):
-            values = _by_name(inputs, specs, manifest.fixed)
-        elif manifest.keywords:
+            return _by_name(inputs, specs, manifest.fixed)
+        if manifest.keywords:
             names = [spec.name for spec in specs]
             raise InputError(f"inputs must be a dict with the keys {names}, not a {type(inputs).__name__}")
-        else:
-            leaves = flat_names((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
-            values = [value for name, value in leaves if not _is_fixed(name, value, manifest.fixed)]
-            if len(values) != len(specs):
-                raise InputError(f"the model takes {len(specs)} inputs, {len(values)} were given")
+        leaves = flat_names((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+        values = [value for name, value in leaves if not _is_fixed(name, value, manifest.fixed)]
+        if len(values) != len(specs):
+            raise InputError(f"the model takes {len(specs)} inputs, {len(values)} were given")
+        return values
+
+    def _checked(self, values: Sequence[Any], sizes: dict[str, int]) -> list[Tensor]:
+        """The inputs as tensors that methods take; the dynamic sizes of this call go to `sizes`."""
+        specs = self.program.manifest.inputs
         return [spec.check(value, self._sizes, sizes) for spec, value in zip(specs, values, strict=True)]
 
     def _prefix(self, inputs: list[Tensor], labels: Tensor) -> list[Tensor]:
@@ -386,18 +432,6 @@ def _is_fixed(name: str, value: object, fixed: Mapping[str, str]) -> bool:
             hint="values that are no tensors are fixed when compiling",
         )
     return True
-
-
-def _seed(seed: int) -> Tensor:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise InputError(f"seed is {seed!r}; it must be an int in 0..{MAX_SEED}")
-    return torch.tensor([seed], dtype=torch.int32)
-
-
-def _number(name: str, value: float) -> Tensor:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{name} is {value!r}; it must be a finite number")
-    return torch.tensor([value], dtype=torch.float32)
 
 
 def _nesting(text: str | None) -> Nesting | None:

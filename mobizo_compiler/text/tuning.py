@@ -6,7 +6,6 @@ Both are read off training steps of the program itself, on the first batches of 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mobizo_compiler.device.run import Batch, Batches, batch_of, step_seed
+from mobizo_compiler.device.batches import Batches, Pair, by_step
+from mobizo_compiler.device.run import step_seed
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, InputError
 
@@ -98,7 +98,7 @@ def tune(
             hint=f"a search pays from {needed} steps on; else give eps, or fewer learning rates",
         )
 
-    batch = functools.partial(batch_of, batches)
+    batch = by_step(batches)
     try:
         eps_trials = _eps_trials(session, batch, sizes, seed)
         for trial in eps_trials:
@@ -120,7 +120,7 @@ def tune(
     return Tuning(chosen, best.value, tuple(eps_trials), tuple(rate_trials), taken)
 
 
-def _eps_trials(session: Session, batch: Callable[[int], Batch], sizes: Sequence[float], seed: int) -> list[Trial]:
+def _eps_trials(session: Session, batch: Callable[[int], Pair], sizes: Sequence[float], seed: int) -> list[Trial]:
     """How much the projected gradients of each size are those of its neighbours."""
     found: list[Tensor] = []
     for size in sizes:
@@ -138,7 +138,7 @@ def _eps_trials(session: Session, batch: Callable[[int], Batch], sizes: Sequence
     return trials
 
 
-def _candidates(session: Session, batch: Callable[[int], Batch], eps: float, seed: int) -> list[float]:
+def _candidates(session: Session, batch: Callable[[int], Pair], eps: float, seed: int) -> list[float]:
     """Learning rates around one that fits the size of the gradient."""
     if not _follows_the_gradient(session):
         return list(_FIXED_RATES if session.program.manifest.rule["rule"] in _SIZELESS else _RATES)
@@ -154,7 +154,7 @@ def _follows_the_gradient(session: Session) -> bool:
     return not manifest.zo.normalize and manifest.rule["rule"] not in _SIZELESS
 
 
-def _loss(session: Session, batch: Callable[[int], Batch], rate: float, eps: float, steps: int, seed: int) -> float:
+def _loss(session: Session, batch: Callable[[int], Pair], rate: float, eps: float, steps: int, seed: int) -> float:
     """Mean loss of the second half of so many steps; every rate sees the same batches and noise."""
     losses = []
     for step in range(steps):
