@@ -257,9 +257,9 @@ class LabelError(InputError):
 
 
 class StateError(MobizoError, ValueError):
-    """A state of the wrong length, or one with values that are not finite.
+    """A state of the wrong length, or one with values that are not finite, given or made by an update.
 
-    The state is as it was. Load a state of the same program; `Session.state` gives one.
+    The state is as it was. Load a state of the same program; `Session.state` gives one. Give a lower learning rate.
     """
 
     code = "MBZ604"
