@@ -91,7 +91,7 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
         window = [1] * len(site.kernel)
         tensors[f"{PREFIX}{site.fqn}.lora_B.weight"] = b.t().reshape(site.out_features, site.r, *window).contiguous()
     lora = program.manifest.lora
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model,
         "bias": "none",
