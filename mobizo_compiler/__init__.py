@@ -1,6 +1,7 @@
 """A compiler that turns any traced inference graph into a program that fine-tunes itself with forward passes only."""
 
 from mobizo_compiler.api import compile
+from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.device.journal import JournalWarning
 from mobizo_compiler.device.run import RunSummary
@@ -35,6 +36,7 @@ __all__ = [
     "MSELoss",
     "MaskedLMLoss",
     "MobizoError",
+    "Options",
     "Program",
     "QuantizationConfig",
     "RunSummary",

@@ -4,53 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from mobizo_compiler import passes
-from mobizo_compiler.analysis.targets import heads, resolve_targets
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
 from mobizo_compiler.compiling.described import described_program
+from mobizo_compiler.compiling.methods import captured_and_rewritten
 from mobizo_compiler.compiling.model_config import answer_names, padding_of
-from mobizo_compiler.compiling.smoothing import smoothing_of
+from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.verify import check_program
 from mobizo_compiler.config import LoraConfig, ZOConfig
-from mobizo_compiler.errors import (
-    BackendRefusedError,
-    BackendUnavailableError,
-    CaptureError,
-    ConfigError,
-    ExampleInputError,
-    LossError,
-    MobizoError,
-    NoMatchingTargetError,
-    UnsupportedGraphError,
-)
+from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError
 from mobizo_compiler.format.peft import read_peft
 from mobizo_compiler.format.program import Program
-from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
-from mobizo_compiler.graph.pipeline import Observer, Pass, Pipeline, dump_to
-from mobizo_compiler.graph.program import GraphProgram
-from mobizo_compiler.quantization.weights import RECIPES, QuantizationConfig, Recipe
-from mobizo_compiler.step.losses import CallableLoss, CausalLMLoss, Loss
-from mobizo_compiler.step.rules import PLAIN, UpdateRule, get_rule
+from mobizo_compiler.graph.example import DynamicShapes, ExampleInputs, RowAxes, bind_example
+from mobizo_compiler.graph.pipeline import Insertion
+from mobizo_compiler.quantization.weights import QuantizationConfig
+from mobizo_compiler.step.losses import CallableLoss, Loss
+from mobizo_compiler.step.rules import UpdateRule
 
-DUMP_VARIABLE = "MOBIZO_DUMP"
 Progress = Callable[[str], None]
 LossFunction = Callable[[Any, Tensor], Tensor]
-_Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
+# What `Options` takes the place of, with the defaults of `compile`.
+_DEFAULTS: Mapping[str, Any] = {
+    "lora": None,
+    "zo": None,
+    "loss": None,
+    "quantization": None,
+    "rule": "sgd",
+    "state": "shared",
+    "split_prefix": False,
+    "passes": (),
+}
 
 
 @contextlib.contextmanager
@@ -72,7 +64,7 @@ def compile(
     example_inputs: ExampleInputs,
     lora: LoraConfig | None = None,
     zo: ZOConfig | None = None,
-    loss: Loss | LossFunction | None = None,
+    loss: Loss | LossFunction | str | None = None,
     quantization: str | QuantizationConfig | object | None = None,
     backend: str | Backend = "xnnpack",
     dynamic_shapes: DynamicShapes | None = None,
@@ -82,6 +74,8 @@ def compile(
     adapter: str | PathLike[str] | None = None,
     rule: str | UpdateRule = "sgd",
     split_prefix: bool = False,
+    passes: Sequence[Insertion] = (),
+    options: Options | None = None,
     example_labels: Tensor | None = None,
     answers: Sequence[str] | None = None,
     base_model: str | None = None,
@@ -97,8 +91,8 @@ def compile(
             shapes that the program takes. Values that are no tensors are fixed by the capture.
         lora: Which layers are adapted; `LoraConfig()` if None.
         zo: How the gradient is estimated; `ZOConfig()` if None.
-        loss: `CausalLMLoss()` if None; a loss of `mobizo_compiler`, or a traceable function of the model's outputs and
-            the labels to one loss per row, [rows].
+        loss: `CausalLMLoss()` if None; a loss of `mobizo_compiler` or its name, or a traceable function of the model's
+            outputs and the labels to one loss per row, [rows].
         quantization: How the frozen base weights are stored: a recipe ("fp16", "8da8w", "8da4w", "int8", "int4" or
             "nf4"), a `QuantizationConfig`, or a configuration of torchao for all linear layers. None leaves them as
             they are, also if torchao quantized the model before.
@@ -122,6 +116,9 @@ def compile(
         rule: What a step does with the estimate: "sgd", "momentum", "sign", "adam", "scalar-adam", or an `UpdateRule`.
         split_prefix: Make what no adapter reaches a method of its own, whose results a `Session` can keep on disk; for
             adapters in the last blocks (`LoraConfig.layers_to_transform`).
+        passes: Passes of one's own, each with its place; see docs/writing_a_pass.md.
+        options: `lora`, `zo`, `loss`, `rule`, `quantization`, `state`, `split_prefix` and `passes` in one, in place of
+            them.
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
@@ -137,52 +134,45 @@ def compile(
     (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=(), a_offset=None, outputs=()),)
     """
     say = progress or (lambda line: None)
+    chosen = _options(
+        options,
+        example_labels,
+        lora=lora,
+        zo=zo,
+        loss=loss,
+        quantization=quantization,
+        rule=rule,
+        state=state,
+        split_prefix=split_prefix,
+        passes=passes,
+    )
     given: Mapping[str, tuple[Tensor, Tensor]] = {}
     if adapter is not None:
-        if lora is not None:
+        if lora is not None or chosen.lora != LoraConfig():
             raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
         found = read_peft(Path(adapter))
-        lora, given = found.lora, {fqn: (found.a[fqn], found.b[fqn]) for fqn in found.a}
-    lora, zo = lora or LoraConfig(), zo or ZOConfig()
-    row_loss = _loss(loss, example_labels)
-    recipe = _quantization(quantization)
-    update_rule = get_rule(rule)
-    _check_options(lora, zo, row_loss, state)
+        chosen = dataclasses.replace(chosen, lora=found.lora)
+        given = {fqn: (found.a[fqn], found.b[fqn]) for fqn in found.a}
     target = get_backend(backend)
     if reason := target.unavailable():
         raise BackendUnavailableError(f"backend {target.name!r} cannot be used on this machine: {reason}")
     suffix = target.suffix
     if cache_dir is not None and suffix is None:
         raise ConfigError(f"programs of backend {target.name!r} cannot be cached: they have no file format")
-    example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
-    if split_prefix and dynamic_shapes:
-        raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
-
-    observer = functools.partial(_observer, dump_dir)
-
-    def graphs(symbolic: bool) -> tuple[GraphProgram, dict[str, GraphProgram]]:
-        say("capture")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
-            captured = passes.capture(model, example, symbolic=symbolic)
-        say("rewrite")
-        store = _store(captured, recipe, example)
-        return captured, rewrite(
-            captured, example.rows, lora, zo, row_loss, target, update_rule, split_prefix, state, store, given, observer
-        )
-
-    captured, methods = _symbolic_or_fixed(graphs, model, example)
-    manifest = described_program(
-        captured, methods, example, lora, zo, row_loss, target, update_rule, state, recipe, base_model
-    )
-    manifest = dataclasses.replace(
-        manifest, answers=answer_names(answers, model, manifest), padding=padding_of(model, manifest)
-    )
-    if state == "data" and not target.data_files:
+    if chosen.state == "data" and not target.data_files:
         raise BackendRefusedError(
             f"programs of backend {target.name!r} cannot look up their state in a data file",
             hint='state="shared", and Session.import_ptd',
         )
+    if chosen.split_prefix and dynamic_shapes:
+        raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
+    example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
+
+    captured, methods = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
+    manifest = described_program(captured, methods, example, chosen, target.name, base_model)
+    manifest = dataclasses.replace(
+        manifest, answers=answer_names(answers, model, manifest), padding=padding_of(model, manifest)
+    )
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
@@ -190,7 +180,7 @@ def compile(
         say("lower")
         program = Program(manifest, target.lower(methods, manifest), methods["train_step"].lora_a, methods)
         say("check")
-        if reason := check_program(program, row_loss, example.tensors):
+        if reason := check_program(program, chosen.loss, example.tensors):
             say(f"not run: {reason}; the program can be saved, but was not compared with its graphs")
         return program
 
@@ -199,136 +189,27 @@ def compile(
     return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew)
 
 
-def _symbolic_or_fixed(graphs: Callable[[bool], _Graphs], model: object, example: Example) -> _Graphs:
-    """The graphs from a capture with a symbolic number of rows, or, for a module that resists, with a fixed one.
-
-    What is wrong with the user's own arguments is wrong either way, and said at once.
-    """
-    if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module) or model.training:
-        return graphs(True)
-    before = logging.root.manager.disable
-    try:
-        logging.disable(logging.ERROR)  # torch logs what fails while sizes are computed
-        return graphs(True)
-    except (LossError, NoMatchingTargetError, ExampleInputError):
-        raise
-    except Exception as error:
-        symbolic = error
-    finally:
-        logging.disable(before)
-    if any(leaf.dims for leaf in example.leaves):
-        if isinstance(symbolic, MobizoError):
-            raise symbolic
-        raise CaptureError(f"the model cannot be compiled with these dynamic shapes: {symbolic}") from symbolic
-    try:
-        return graphs(False)
-    except Exception as error:
-        if isinstance(symbolic, UnsupportedGraphError) or not isinstance(error, MobizoError):
-            error, symbolic = symbolic, error
-        if isinstance(error, MobizoError):
-            raise error from symbolic
-        raise CaptureError(f"the captured graph cannot be rewritten: {error}") from symbolic
-
-
-def rewrite(
-    captured: GraphProgram,
-    rows: int,
-    lora: LoraConfig,
-    zo: ZOConfig,
-    loss: Loss,
-    backend: Backend,
-    rule: UpdateRule = PLAIN,
-    split_prefix: bool = False,
-    state: str = "shared",
-    store: Sequence[passes.Quantize] = (),
-    given: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
-    observer: Callable[[str], Observer | None] = lambda method: None,
-) -> dict[str, GraphProgram]:
-    """The methods of a program: static graphs that share one state, ready for the backend to lower."""
-    carry: list[Pass] = [passes.PassState()] if state == "io" else []
-    finish: list[Pass] = [passes.Specialize(rows), *store, passes.Canonicalize(), *carry, *backend.passes()]
-    front: list[Pass] = [passes.AttachLoss(loss), passes.Canonicalize(), passes.FreeRows(), passes.SliceLabels()]
-    observe = observer("train_step")
-    with_loss = Pipeline(front, observe).run(captured)
-    lora = resolve_targets(with_loss, lora)
-    lanes: list[Pass] = [
-        passes.InsertMPLoRA(lora, given=given, rule=rule),
-        passes.MergeSiblings(),
-        *([passes.SliceOutputs()] if all(step.by_row for step in store) else []),
-        passes.DuplicateLanes(zo.lanes),
-    ]
-    step: list[Pass] = [passes.Perturb(zo), passes.DifferenceLosses(zo), passes.UpdateState(rule)]
-    with_lanes = Pipeline(lanes, observe).run(with_loss)
-    split: list[Pass] = [passes.AfterPrefix()] if split_prefix else []
-    train_step = Pipeline([*split, *step, *finish], observe).run(with_lanes)
-    adapted: list[Pass] = [
-        passes.Canonicalize(),
-        passes.SliceLabels(),
-        passes.InsertMPLoRA(lora, train_step.sites, given, rule),
-        passes.MergeSiblings(),
-    ]
-    evaluate = Pipeline([*adapted, *finish], observer("evaluate")).run(captured)
-    replay = passes.Replay(train_step.sites, zo, rule, train_step.lora_a)
-    methods = {
-        "train_step": train_step,
-        "evaluate": evaluate,
-        "replay": Pipeline([replay, *carry], observer("replay")).run(passes.empty_program()),
-    }
-    if split_prefix:
-        whole = [step for step in finish if step not in carry]
-        methods["prefix"] = Pipeline([passes.Prefix(), *whole], observer("prefix")).run(with_lanes)
-    return methods
-
-
-def _store(captured: GraphProgram, quantization: Any, example: Example) -> list[passes.Quantize]:
-    """What quantizes the base weights, if anything."""
-    if quantization is None:
-        return []
-    output_layers = heads(captured)
-    smoothing: dict[str, Tensor] = {}
-    if isinstance(quantization, QuantizationConfig):
-        smoothing = smoothing_of(captured, example.tensors, quantization, output_layers)
-    return [passes.Quantize(quantization, output_layers, smoothing)]
-
-
-def _observer(dump_dir: str | PathLike[str] | None, method: str) -> Observer | None:
-    folder = dump_dir or os.environ.get(DUMP_VARIABLE)
-    return dump_to(Path(folder), method) if folder else None
-
-
-def _loss(loss: object, example_labels: Tensor | None) -> Any:
-    """The loss as the passes want it: a function with example labels becomes one."""
-    if loss is None or isinstance(loss, Loss) or not callable(loss):
-        if example_labels is not None:
+def _options(options: Options | None, example_labels: Tensor | None, **fields: Any) -> Options:
+    """The options, given as such or one by one."""
+    given = {name: value for name, value in fields.items() if value != _DEFAULTS[name]}
+    if options is None:
+        if callable(given.get("loss")) and not isinstance(given["loss"], (Loss, type)):
+            given["loss"] = _callable_loss(given["loss"], example_labels)
+        elif example_labels is not None:
             raise ConfigError("example_labels are only for a loss that is a function", hint="leave them out")
-        return CausalLMLoss() if loss is None else loss
+        return Options(**{name: value for name, value in given.items() if value is not None})
+    if not isinstance(options, Options):
+        raise ConfigError(f"options must be Options, not {type(options).__name__}")
+    if given or example_labels is not None:
+        name = next(iter(given), "example_labels")
+        raise ConfigError(f"options and {name} are both given", hint=f"dataclasses.replace(options, {name}=...)")
+    return options
+
+
+def _callable_loss(loss: Any, example_labels: Tensor | None) -> CallableLoss:
     if not isinstance(example_labels, Tensor) or not example_labels.dim():
         raise ConfigError(
             f"the loss {loss!r} is a function, so example_labels must be a tensor with rows in its first axis",
             hint="compile(..., loss=function, example_labels=labels of one batch)",
         )
     return CallableLoss(loss, tuple(example_labels.shape[1:]), example_labels.dtype)
-
-
-def _quantization(quantization: object) -> Any:
-    """The option as the pass wants it: None, a `QuantizationConfig`, or a torchao configuration."""
-    from torchao.core.config import AOBaseConfig
-
-    if isinstance(quantization, str):
-        return QuantizationConfig(cast(Recipe, quantization))
-    if quantization is None or isinstance(quantization, (QuantizationConfig, AOBaseConfig)):
-        return quantization
-    raise ConfigError(
-        f"quantization is {quantization!r}",
-        hint=f"use None, one of {', '.join(RECIPES)}, a QuantizationConfig, or a configuration of torchao",
-    )
-
-
-def _check_options(lora: object, zo: object, loss: object, state: object) -> None:
-    for name, value, kind in (("lora", lora, LoraConfig), ("zo", zo, ZOConfig), ("loss", loss, Loss)):
-        if not isinstance(value, kind):
-            raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
-    if not dataclasses.is_dataclass(loss):
-        raise ConfigError(f"loss must be a frozen dataclass, so that it can be named in the program; got {loss!r}")
-    if state not in ("shared", "data", "io"):
-        raise ConfigError(f"state is {state!r}", hint='use state="shared", state="data" or state="io"')

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, fx
 
 from mobizo_compiler.analysis.axes import Layout, row_axes
-from mobizo_compiler.analysis.targets import Target, find_targets
+from mobizo_compiler.analysis.targets import Target, find_targets, resolve_targets
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.errors import AdapterError, NoMatchingTargetError, NotSupportedYetError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
@@ -77,7 +77,7 @@ class InsertMPLoRA(Pass):
             calls = {site.fqn: every.get(site.fqn, []) for site in self.sites}
             edit.sites = self.sites
         else:
-            calls = self._targets(every)
+            calls = self._targets(every, resolve_targets(edit.before, self.lora))
             edit.sites = self._layout(calls)
         edit.lora_a = self._given(edit.sites) if self.given else initial_lora_a(edit.sites, self.lora.init_seed)
         layouts = None if self.sites else row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors)
@@ -120,14 +120,14 @@ class InsertMPLoRA(Pass):
                 )
         return {site.fqn: self.given[site.fqn][0] for site in sites}
 
-    def _targets(self, every: dict[str, list[Target]]) -> dict[str, list[Target]]:
+    def _targets(self, every: dict[str, list[Target]], lora: LoraConfig) -> dict[str, list[Target]]:
         """Calls of targeted layers by path, in order of first call."""
-        found = {fqn: targets for fqn, targets in every.items() if self.lora.matches(fqn)}
+        found = {fqn: targets for fqn, targets in every.items() if lora.matches(fqn)}
         if not found:
             names = sorted({fqn.rpartition(".")[2] for fqn in every})
-            layers = "" if self.lora.layers_to_transform is None else f" in layers {self.lora.layers_to_transform}"
+            layers = "" if lora.layers_to_transform is None else f" in layers {lora.layers_to_transform}"
             raise NoMatchingTargetError(
-                f"no linear layer or convolution matches target_modules={self.lora.target_modules!r}{layers}",
+                f"no linear layer or convolution matches target_modules={lora.target_modules!r}{layers}",
                 hint=f"the layers of this model that can be adapted are named {', '.join(names) or '(there is none)'}; "
                 f"a whole path is for example {next(iter(every), '-')!r}",
             )

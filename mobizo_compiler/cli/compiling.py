@@ -20,27 +20,20 @@ from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.cli.app import AsJson, Quiet, Remarks, app, megabytes, print_json
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
 from mobizo_compiler.compiling.dry_run import DryRun, estimate
+from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
 from mobizo_compiler.errors import ConfigError, DataError
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.inspection.figures import draw_program
-from mobizo_compiler.options import JsonConfig
 from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
-from mobizo_compiler.step.losses import CausalLMLoss, ChoiceLoss, MaskedLMLoss, MSELoss, SequenceClassificationLoss
-from mobizo_compiler.step.rules import RULES, get_rule
+from mobizo_compiler.step.losses import LOSSES, get_loss
+from mobizo_compiler.step.rules import RULES
 from mobizo_compiler.text.hub import TASKS, load_model, load_tokenizer
 from mobizo_compiler.text.prompts import Piece, PromptConfig
 from mobizo_compiler.text.rows import TEXT, read_rows
 from mobizo_compiler.text.speller import Speller
 
-LOSSES: dict[str, type[JsonConfig]] = {
-    "causal-lm": CausalLMLoss,
-    "choice": ChoiceLoss,
-    "masked-lm": MaskedLMLoss,
-    "sequence-classification": SequenceClassificationLoss,
-    "mse": MSELoss,
-}
 _DRY_PHASES = ("capture", "rewrite")
 _DEFAULT_LOSS = {"causal-lm": "causal-lm", "sequence-classification": "sequence-classification"}
 
@@ -149,12 +142,17 @@ def compile_model(
     """
     remark = Remarks(quiet)
     _check(task, output, dry_run, graph, tokens, max_tokens, rows, max_rows)
-    configs = (
-        LoraConfig.from_json(lora) if lora else None,
-        ZOConfig.from_json(zo),
-        _quantization(quantization),
-    )
     kind = _loss_kind(loss, task)
+    options = Options.from_json(
+        {
+            "lora": lora,
+            "zo": zo,
+            "rule": {"rule": "sgd", **rule},
+            "quantization": _quantization(quantization),
+            "state": state,
+            "split_prefix": split_prefix,
+        }
+    )
     target: Backend = get_backend(backend)
     started = time.monotonic()
 
@@ -165,23 +163,17 @@ def compile_model(
     texts = _texts(examples, template)
     speller = Speller(load_tokenizer(tokenizer or model)) if texts or kind == "choice" else None
     inputs = _inputs(loaded, speller, texts, rows, tokens)
-    if not texts and configs[2] is not None and _measures(configs[2]):
+    if not texts and options.quantization is not None and _measures(options.quantization):
         remark(
             "smoothing is measured on random tokens: --examples FILE with real text suits the model better", "yellow"
         )
     program = compile(
         loaded,
         inputs,
-        configs[0],
-        configs[1],
-        _loss(kind, loss, speller),
-        configs[2],
-        DryRun(target) if dry_run else target,
-        _dynamic(inputs, max_rows, max_tokens),
-        state=state,
+        options=dataclasses.replace(options, loss=_loss(kind, loss, speller)),
+        backend=DryRun(target) if dry_run else target,
+        dynamic_shapes=_dynamic(inputs, max_rows, max_tokens),
         adapter=adapter,
-        rule=get_rule({"rule": "sgd", **rule}),
-        split_prefix=split_prefix,
         base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
         dump_dir=None if dry_run else dump_dir,
         cache_dir=None if dry_run else cache_dir,
@@ -256,7 +248,7 @@ def _loss(kind: str, given: dict[str, Any], speller: Speller | None) -> Any:
                     hint="choose other words for the answers, or train with the loss causal-lm",
                 )
         fields["choices"] = tuple(ids[0] for ids in spelled.values())
-    return LOSSES[kind].from_json(fields)
+    return get_loss({"loss": kind, **fields})
 
 
 def _texts(examples: Path | None, template: str | None) -> list[str]:

@@ -6,23 +6,21 @@ import dataclasses
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mobizo_compiler.analysis.outline import outline
 from mobizo_compiler.analysis.targets import short_names
-from mobizo_compiler.backends import Backend
-from mobizo_compiler.config import ALL_LINEAR, LoraConfig, ZOConfig
+from mobizo_compiler.compiling.options import Options
+from mobizo_compiler.config import ALL_LINEAR
 from mobizo_compiler.format.checksum import of_values
 from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.format.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.graph.example import Example
 from mobizo_compiler.graph.program import LABELS, PREFIX, STATE_INPUT, GraphProgram
 from mobizo_compiler.quantization.weights import default_eps, described
-from mobizo_compiler.step.losses import Loss
-from mobizo_compiler.step.rules import UpdateRule, described_rule, memory_size
+from mobizo_compiler.step.rules import described_rule, memory_size
 
 aten = torch.ops.aten
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
@@ -46,26 +44,24 @@ def described_program(
     captured: GraphProgram,
     methods: Mapping[str, GraphProgram],
     example: Example,
-    lora: LoraConfig,
-    zo: ZOConfig,
-    loss: Loss,
-    backend: Backend,
-    rule: UpdateRule,
-    state: str,
-    quantization: Any,
+    options: Options,
+    backend: str,
     base_model: str | None,
 ) -> Manifest:
     """The manifest of the methods that a captured graph was rewritten to."""
+    lora = options.lora
     train_step, evaluate = methods["train_step"], methods["evaluate"]
     sites = [site.fqn for site in train_step.sites]
     names = short_names(sites, sites) if lora.target_modules in (None, ALL_LINEAR) else lora.target_modules
     inputs = {n: v for n, v in evaluate.inputs.items() if n != STATE_INPUT}
     public = [leaf.name for leaf in example.leaves] if example.keywords else list(inputs)
     assert captured.nesting is not None
-    labels = loss.label_spec(captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()]))
+    labels = options.loss.label_spec(
+        captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()])
+    )
     limits, dynamic = _vocabulary(captured), captured.dynamic
     return Manifest(
-        backend=backend.name,
+        backend=backend,
         versions=installed_versions(),
         inputs=tuple(
             tensor_spec(name, value, dynamic, **limits.get(inner, {}))
@@ -87,21 +83,21 @@ def described_program(
         nesting=nesting_to_json(captured.nesting),
         sites=train_step.sites,
         lora=dataclasses.replace(lora, target_modules=names),
-        zo=zo,
-        loss=repr(loss),
-        lanes=zo.lanes,
+        zo=options.zo,
+        loss=repr(options.loss),
+        lanes=options.zo.lanes,
         prefix=tuple(
             tensor_spec(name.removeprefix("mobizo_"), value, dynamic)
             for name, value in train_step.inputs.items()
             if name.startswith(PREFIX)
         ),
-        rule=described_rule(rule),
-        memory=memory_size(rule, train_step.parameters),
+        rule=described_rule(options.rule),
+        memory=memory_size(options.rule, train_step.parameters),
         model=_digest(captured),
         weights=_weights(captured),
-        state=state,
-        quantization=described(quantization),
-        eps=default_eps(quantization),
+        state=options.state,
+        quantization=described(options.quantization),
+        eps=default_eps(options.quantization),
         first_label=labels.first,
         max_labels=labels.max_labels,
         base_model=base_model,

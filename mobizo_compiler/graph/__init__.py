@@ -8,13 +8,14 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors, operand, operator_name, source_line
 from mobizo_compiler.graph.parser import parse
-from mobizo_compiler.graph.pipeline import Pass, Pipeline
+from mobizo_compiler.graph.pipeline import Insertion, Pass, Pipeline
 from mobizo_compiler.graph.printer import program_text
 from mobizo_compiler.graph.program import GraphProgram
 
 __all__ = [
     "Editor",
     "GraphProgram",
+    "Insertion",
     "Pass",
     "Pipeline",
     "ancestors",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mobizo_compiler.errors import MobizoError, PassContractError, PassOrderError
+from mobizo_compiler.errors import ConfigError, MobizoError, PassContractError, PassOrderError
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.facts import CHECKS, broken
 from mobizo_compiler.graph.printer import program_text
@@ -101,6 +102,35 @@ class Pipeline:
             if self.observe:
                 self.observe(step, program, text)
         return program
+
+
+@dataclasses.dataclass(frozen=True)
+class Insertion:
+    """A pass of one's own, and its place in the pipelines that `compile` runs (`mobizo passes` lists them).
+
+    Args:
+        step: The pass.
+        before: Name of the pass that it comes before; the first of that name.
+        after: Name of the pass that it comes after; the last of that name.
+        methods: The methods whose pipeline gets it; if empty, every pipeline that has the named pass.
+
+    Raises:
+        ConfigError: It is no pass, or not exactly one of `before` and `after` is given.
+    """
+
+    step: Pass
+    before: str | None = None
+    after: str | None = None
+    methods: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.step, Pass):
+            raise ConfigError(f"{self.step!r} is not a Pass", hint="derive it from mobizo_compiler.graph.Pass")
+        if (self.before is None) == (self.after is None):
+            raise ConfigError(
+                f"{self.step!r} needs one place", hint='give before="canonicalize" or after=..., not both'
+            )
+        object.__setattr__(self, "methods", (self.methods,) if isinstance(self.methods, str) else tuple(self.methods))
 
 
 def dump_to(folder: Path, method: str) -> Observer:

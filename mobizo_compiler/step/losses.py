@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +251,50 @@ class ChoiceLoss(JsonConfig):
 
 
 TokenClassificationLoss = MaskedLMLoss
+LOSSES: dict[str, type[Any]] = {
+    "causal-lm": CausalLMLoss,
+    "choice": ChoiceLoss,
+    "masked-lm": MaskedLMLoss,
+    "sequence-classification": SequenceClassificationLoss,
+    "mse": MSELoss,
+}
+
+
+def get_loss(loss: Loss | str | Mapping[str, Any]) -> Loss:
+    """A loss from its name, from what `described_loss` returned, or itself.
+
+    Raises:
+        ConfigError: There is no such loss, an option of it is out of range, or it is a class or a function.
+
+    >>> get_loss({"loss": "mse", "output": "embeddings"})
+    MSELoss(output='embeddings')
+    """
+    if isinstance(loss, type):
+        raise ConfigError(f"loss is the class {loss.__name__}", hint=f"make one: {loss.__name__}()")
+    if isinstance(loss, (str, Mapping)):
+        options = {"loss": loss} if isinstance(loss, str) else dict(loss)
+        name = options.pop("loss", None)
+        if not isinstance(name, str) or name not in LOSSES:
+            raise ConfigError(f"loss is {name!r}", hint=f"use one of {', '.join(LOSSES)}, or a Loss")
+        return cast(Loss, LOSSES[name].from_json(options))
+    if not isinstance(loss, Loss):
+        hint = "compile(loss=function, example_labels=...) makes one of a function" if callable(loss) else None
+        raise ConfigError(f"loss must be a Loss, not {type(loss).__name__}", hint=hint)
+    if not dataclasses.is_dataclass(loss):
+        raise ConfigError(f"loss must be a frozen dataclass, so that it can be named in the program; got {loss!r}")
+    return loss
+
+
+def described_loss(loss: Loss) -> dict[str, Any]:
+    """The loss as JSON values.
+
+    Raises:
+        ConfigError: Its class has no name, as that of a loss that is a function.
+    """
+    name = next((name for name, kind in LOSSES.items() if kind is type(loss)), None)
+    if name is None:
+        raise ConfigError(f"the loss {loss!r} has no name that another process could find it by")
+    return {"loss": name, **cast(JsonConfig, loss).to_json()}
 
 
 def _token_labels(loss: _TokenLoss | ChoiceLoss, outputs: Any, first: int) -> LabelSpec:

@@ -1,0 +1,145 @@
+"""From a model to its methods: capture, then the pipeline of each method."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from mobizo_compiler import passes
+from mobizo_compiler.analysis.targets import heads
+from mobizo_compiler.backends import Backend
+from mobizo_compiler.compiling import pipelines
+from mobizo_compiler.compiling.options import Options
+from mobizo_compiler.compiling.smoothing import smoothing_of
+from mobizo_compiler.errors import (
+    CaptureError,
+    ExampleInputError,
+    LossError,
+    MobizoError,
+    NoMatchingTargetError,
+    UnsupportedGraphError,
+)
+from mobizo_compiler.graph.example import Example
+from mobizo_compiler.graph.pipeline import Observer, Pipeline, dump_to
+from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.quantization.weights import QuantizationConfig
+
+DUMP_VARIABLE = "MOBIZO_DUMP"
+_Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
+
+
+def captured_and_rewritten(
+    model: nn.Module | ExportedProgram,
+    example: Example,
+    options: Options,
+    backend: Backend,
+    given: Mapping[str, tuple[Tensor, Tensor]],
+    dump_dir: str | PathLike[str] | None,
+    say: Callable[[str], None],
+) -> _Graphs:
+    """The captured graph of a model, and the methods of its program, ready for the backend to lower.
+
+    Args:
+        model: The module or exported program.
+        example: Its example inputs.
+        options: What the program is.
+        backend: What it will run on.
+        given: A and B of every site by path, where A is not drawn.
+        dump_dir: Where the text after every pass is written, if anywhere.
+        say: Told of every phase.
+    """
+    observer = functools.partial(_observer, dump_dir)
+
+    def graphs(symbolic: bool) -> _Graphs:
+        say("capture")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
+            captured = passes.capture(model, example, symbolic=symbolic)
+        say("rewrite")
+        parts = pipelines.Parts(
+            example.rows, _quantize_passes(captured, options.quantization, example), tuple(backend.passes()), given
+        )
+        return captured, rewritten(captured, options, parts, observer)
+
+    return _symbolic_or_fixed(graphs, model, example)
+
+
+def _symbolic_or_fixed(graphs: Callable[[bool], _Graphs], model: object, example: Example) -> _Graphs:
+    """The graphs from a capture with a symbolic number of rows, or, for a module that resists, with a fixed one.
+
+    What is wrong with the user's own arguments is wrong either way, and said at once.
+    """
+    if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module) or model.training:
+        return graphs(True)
+    before = logging.root.manager.disable
+    try:
+        logging.disable(logging.ERROR)  # torch logs what fails while sizes are computed
+        return graphs(True)
+    except (LossError, NoMatchingTargetError, ExampleInputError):
+        raise
+    except Exception as error:
+        symbolic = error
+    finally:
+        logging.disable(before)
+    if any(leaf.dims for leaf in example.leaves):
+        if isinstance(symbolic, MobizoError):
+            raise symbolic
+        raise CaptureError(f"the model cannot be compiled with these dynamic shapes: {symbolic}") from symbolic
+    try:
+        return graphs(False)
+    except Exception as error:
+        if isinstance(symbolic, UnsupportedGraphError) or not isinstance(error, MobizoError):
+            error, symbolic = symbolic, error
+        if isinstance(error, MobizoError):
+            raise error from symbolic
+        raise CaptureError(f"the captured graph cannot be rewritten: {error}") from symbolic
+
+
+def rewritten(
+    captured: GraphProgram,
+    options: Options,
+    parts: pipelines.Parts,
+    observer: Callable[[str], Observer | None] = lambda method: None,
+) -> dict[str, GraphProgram]:
+    """The methods of a program: static graphs that share one state."""
+    steps = pipelines.train_step(options, parts)
+    after = pipelines.prefix(options, parts) if options.split_prefix else []
+    alike = pipelines.common(steps, after)
+    observe = observer("train_step")
+    with_lanes = Pipeline(steps[:alike], observe).run(captured)
+    train_step = Pipeline(steps[alike:], observe).run(with_lanes)
+    parts = dataclasses.replace(parts, sites=train_step.sites, lora_a=train_step.lora_a)
+    methods = {
+        "train_step": train_step,
+        "evaluate": Pipeline(pipelines.evaluate(options, parts), observer("evaluate")).run(captured),
+        "replay": Pipeline(pipelines.replay(options, parts), observer("replay")).run(passes.empty_program()),
+    }
+    if after:
+        methods["prefix"] = Pipeline(after[alike:], observer("prefix")).run(with_lanes)
+    return methods
+
+
+def _quantize_passes(captured: GraphProgram, quantization: Any, example: Example) -> tuple[passes.Quantize, ...]:
+    """What quantizes the base weights, if anything."""
+    if quantization is None:
+        return ()
+    output_layers = heads(captured)
+    smoothing: dict[str, Tensor] = {}
+    if isinstance(quantization, QuantizationConfig):
+        smoothing = smoothing_of(captured, example.tensors, quantization, output_layers)
+    return (passes.Quantize(quantization, output_layers, smoothing),)
+
+
+def _observer(dump_dir: str | PathLike[str] | None, method: str) -> Observer | None:
+    folder = dump_dir or os.environ.get(DUMP_VARIABLE)
+    return dump_to(Path(folder), method) if folder else None

@@ -1,0 +1,137 @@
+"""`Options`: what a training program is, checked once, as JSON and back.
+
+`compile`, the command line, recipes of `executorch.export` and the pipelines share it. What is not here belongs to one
+compilation: the model, its example inputs, the backend, where to write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self, cast
+
+from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.errors import ConfigError
+from mobizo_compiler.graph.pipeline import Insertion
+from mobizo_compiler.quantization.weights import RECIPES, QuantizationConfig, Recipe, described
+from mobizo_compiler.step.losses import CausalLMLoss, Loss, described_loss, get_loss
+from mobizo_compiler.step.rules import PLAIN, UpdateRule, described_rule, get_rule
+
+STATES = ("shared", "data", "io")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is adapted, how the gradient is estimated, what is learnt, and how the program holds its weights and state.
+
+    Args:
+        lora: Which layers are adapted, and of what rank.
+        zo: How the gradient is estimated.
+        loss: A loss of `mobizo_compiler`, of another package, or its name.
+        rule: What a step does with the estimate: an `UpdateRule`, or its name.
+        quantization: How the frozen base weights are stored: a `QuantizationConfig`, the name of a recipe, a
+            configuration of torchao, or None for as they are.
+        state: "shared", "data" or "io"; see `compile`.
+        split_prefix: Whether what no adapter reaches is a method of its own.
+        passes: Passes of one's own, each with its place in the pipelines.
+
+    Raises:
+        ConfigError: A field is out of range.
+
+    >>> options = Options(rule="momentum", quantization="8da4w")
+    >>> options.rule, options.quantization.rows
+    (Momentum(weight_decay=0.0, beta=0.9), 'int8')
+    >>> Options.from_json(options.to_json()) == options
+    True
+    """
+
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    zo: ZOConfig = dataclasses.field(default_factory=ZOConfig)
+    loss: Loss = dataclasses.field(default_factory=CausalLMLoss)
+    rule: UpdateRule = PLAIN
+    quantization: Any = None
+    state: Literal["shared", "data", "io"] = "shared"
+    split_prefix: bool = False
+    passes: tuple[Insertion, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, kind in (("lora", LoraConfig), ("zo", ZOConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} must be a {kind.__name__}, not {_shown(getattr(self, name))}")
+        object.__setattr__(self, "loss", get_loss(self.loss))
+        object.__setattr__(self, "rule", get_rule(self.rule))
+        object.__setattr__(self, "quantization", _quantization(self.quantization))
+        if self.state not in STATES:
+            raise ConfigError(f"state is {self.state!r}", hint='use state="shared", state="data" or state="io"')
+        if not isinstance(self.split_prefix, bool):
+            raise ConfigError(f"split_prefix is {self.split_prefix!r}; it must be True or False")
+        passes: Any = self.passes
+        passes = (passes,) if isinstance(passes, Insertion) else tuple(passes)
+        for step in passes:
+            if not isinstance(step, Insertion):
+                raise ConfigError(
+                    f"passes has {_shown(step)}, which has no place among the others",
+                    hint='mobizo_compiler.graph.Insertion(step, after="attach_loss") gives it one',
+                )
+        object.__setattr__(self, "passes", passes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as values that `json.dumps` takes.
+
+        Raises:
+            ConfigError: A field has no name that another process could find it by, as a loss that is a function.
+        """
+        if self.passes:
+            raise ConfigError("passes of one's own cannot be written down", hint="give them to compile(passes=...)")
+        text = described(self.quantization)
+        return {
+            "lora": self.lora.to_json(),
+            "zo": self.zo.to_json(),
+            "loss": described_loss(self.loss),
+            "rule": described_rule(self.rule),
+            "quantization": None if text is None else json.loads(text),
+            "state": self.state,
+            "split_prefix": self.split_prefix,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of `to_json`; fields that are missing have their defaults.
+
+        Raises:
+            ConfigError: A key is not a field, or a field is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)} - {"passes"}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"Options has no field {unknown[0]!r}", hint=f"its fields are {', '.join(sorted(known))}")
+        found = dict(values)
+        for name, kind in (("lora", LoraConfig), ("zo", ZOConfig)):
+            if name in found:
+                found[name] = kind.from_json(found[name])
+        return cls(**found)
+
+
+def _shown(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{value!r} ({type(value).__name__})"
+
+
+def _quantization(value: Any) -> Any:
+    """None, a `QuantizationConfig`, or a configuration of torchao."""
+    if value is None or isinstance(value, QuantizationConfig):
+        return value
+    if isinstance(value, str):
+        return QuantizationConfig(cast(Recipe, value))
+    from torchao.core.config import AOBaseConfig, config_from_dict
+
+    if isinstance(value, AOBaseConfig):
+        return value
+    if isinstance(value, Mapping):
+        try:
+            return config_from_dict(value["torchao"]) if "torchao" in value else QuantizationConfig.from_json(value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"quantization is {value!r}: {error}") from None
+    raise ConfigError(
+        f"quantization is {_shown(value)}",
+        hint=f"use None, one of {', '.join(RECIPES)}, a QuantizationConfig, or a configuration of torchao",
+    )
