@@ -23,6 +23,8 @@ from docs.blocks import section
 from docs.docstrings import reference_page
 from mobizo_compiler import backends, noise, passes
 from mobizo_compiler.backends import get_backend
+from mobizo_compiler.compiling.options import Options
+from mobizo_compiler.compiling.pipelines import METHODS, Parts, methods_of
 from mobizo_compiler.errors import MobizoError, raised_errors
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.quantization.weights import DEFAULT_EPS
@@ -41,12 +43,28 @@ def passes_page() -> str:
         for step in get_backend(name).passes():
             if type(step) not in steps:
                 steps.append(type(step))
-    lines = [MARKER, "# Passes\n"]
+    lines = [MARKER, "# Passes\n", *_pipelines()]
     for step in sorted(steps, key=lambda cls: cls.__module__):
         text = inspect.getdoc(inspect.getmodule(step)) or ""
         facts = [f"{word}: {', '.join(sorted(getattr(step, word))) or '-'}" for word in ("needs", "gives", "breaks")]
         lines.append(f"## {step.__name__}\n\n`{step.__module__}`; {'; '.join(facts)}\n\n```text\n{text.strip()}\n```\n")
     return "\n".join(lines)
+
+
+def _pipelines() -> list[str]:
+    """Which passes make which method, with the default options on the default backend."""
+    options = Options(split_prefix=True)
+    parts = Parts(backend=tuple(get_backend("xnnpack").passes()))
+    lines = [
+        "A method is the captured graph after a list of passes (`mobizo_compiler.compiling.pipelines`). For XNNPACK,",
+        "with `split_prefix` (`mobizo passes` prints the lists for other backends and options; an `Insertion` puts a pass",
+        "of your own before or after a named one):\n",
+        "| method | passes |",
+        "| --- | --- |",
+    ]
+    for method in methods_of(options):
+        lines.append(f"| `{method}` | {', '.join(f'`{step.name}`' for step in METHODS[method](options, parts))} |")
+    return [*lines, ""]
 
 
 def errors_page() -> str:
