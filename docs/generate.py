@@ -57,7 +57,7 @@ def _pipelines() -> list[str]:
     parts = Parts(backend=tuple(get_backend("xnnpack").passes()))
     lines = [
         "A method is the captured graph after a list of passes (`mobizo_compiler.compiling.pipelines`). For XNNPACK,",
-        "with `split_prefix`; `mobizo passes` prints the lists for other backends and options, and an `Insertion` puts a",
+        "with `split_prefix`; `mobizo passes` prints the lists for other backends and options. An `Insertion` puts a",
         "pass of your own before or after a named one:\n",
         "| method | passes |",
         "| --- | --- |",
