@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler.graph import facts
-from mobizo_compiler.graph.editor import Editor
-from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph import Editor, Pass, facts
 
 aten = torch.ops.aten
 _MASKED = -1e30  # finite, so that a row of nothing else does not become NaN

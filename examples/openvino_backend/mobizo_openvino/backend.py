@@ -6,10 +6,9 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 
 from mobizo_compiler.backends import Artifact
-from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
+from mobizo_compiler.backends.executorch import ExecuTorchBackend, lower_to_executorch
 from mobizo_compiler.format.manifest import Manifest
-from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.graph import GraphProgram, Pass
 from mobizo_openvino.attention import AttentionAsProducts
 
 _DELEGATE = "OpenvinoBackend"  # its name in the registry of ExecuTorch's runtime
@@ -45,7 +44,6 @@ class MobizoOpenvino(ExecuTorchBackend):
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> Artifact:
         """Lower through ExecuTorch, with a partitioner for each method that knows the names of its inputs."""
-        from mobizo_compiler.backends.executorch.lower import lower_to_executorch
         from mobizo_openvino.partition import NetworkPartitioner
         from mobizo_openvino.preprocess import check_alone
 
