@@ -77,7 +77,10 @@ def test_data_files_of_others(session: Session, tmp_path: Path) -> None:
     path.write_bytes(data_file.packed(torch.zeros(5), fingerprint(session.program)))
     with pytest.raises(StateError, match=r"not torch.float32\[5\]"):
         session.import_ptd(path)
-    path.write_bytes(data_file.packed(wanted * torch.nan))
+    path.write_bytes(data_file.packed(wanted))
+    with pytest.raises(ArtifactError, match=r"does not say which program its state is of(.|\n)*verify=False"):
+        session.import_ptd(path)
+    path.write_bytes(data_file.packed(wanted * torch.nan, fingerprint(session.program)))
     with pytest.raises(StateError, match="not finite"):
         session.import_ptd(path)
     path.write_bytes(data_file.packed(wanted).replace(b"mobizo_lora_b", b"other_lora_bb")[: -checksum.SIZE])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -28,9 +29,9 @@ from torch import Tensor, nn
 import mobizo_compiler as mobizo
 from examples.cpp_host.write_tokens import write_tokens
 from mobizo_compiler import CausalLMLoss, JournalWarning, LoraConfig, Session, ZOConfig
-from mobizo_compiler.device.journal import Journal, Record, read_journal
+from mobizo_compiler.device.journal import Journal, Record, fingerprint, read_journal
 from mobizo_compiler.device.run import SNAPSHOT, START, step_seed
-from mobizo_compiler.errors import JournalLockedError
+from mobizo_compiler.errors import ArtifactError, JournalLockedError
 from mobizo_compiler.format import checksum, data_file
 from mobizo_compiler.format.manifest import FORMAT_VERSION
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
@@ -131,7 +132,7 @@ def saved(path: Path) -> Tensor:
     from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
     payload = FlatTensorSerializer().deserialize(path.read_bytes())
-    assert list(payload.named_data) == ["mobizo_lora_b"]
+    assert set(payload.named_data) == {"mobizo_fingerprint", "mobizo_lora_b"}
     entry = payload.named_data["mobizo_lora_b"]
     assert entry.tensor_layout is not None
     assert entry.tensor_layout.scalar_type == 6, "float32"
@@ -379,7 +380,9 @@ def test_a_run_starts_from_a_state(case: Case, tmp_path: Path) -> None:
     layout = TensorLayout(scalar_type=ScalarType.FLOAT, sizes=[len(state)], dim_order=[0])
 
     def write(data: bytes) -> Path:
-        payload = DataPayload([data], {"mobizo_lora_b": DataEntry(0, 16, layout)})
+        bytes_layout = TensorLayout(scalar_type=ScalarType.BYTE, sizes=[32], dim_order=[0])
+        entries = {"mobizo_lora_b": DataEntry(0, 16, layout), "mobizo_fingerprint": DataEntry(1, 16, bytes_layout)}
+        payload = DataPayload([data, fingerprint(case.program)], entries)
         (tmp_path / "given.ptd").write_bytes(checksum.sealed(bytes(FlatTensorSerializer().serialize(payload))))
         return tmp_path / "given.ptd"
 
@@ -445,6 +448,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(host: Path, tmp_path: Path) -
         (["p", "t", "r", "--seed", "x"], "--seed is 'x', which is no whole number"),
         (["p", "t", "r", "--learning-rate", "nan"], "--learning-rate is nan; it must be a finite number"),
         (["p", "t", "r", "--learning-rate", "1e99"], "--learning-rate is 1e99; it must be a finite number"),
+        (["p", "t", "r", "--learning-rate", "1e-60"], "--learning-rate is 1e-60; it must be a finite number"),
         (["p", "t", "r", "--eps", "0"], "--eps is 0; it must be above 0"),
         (["p", "t", "r", "--threads", "0"], "--threads is 0"),
         (["p", "t", "r", "--rate", "0"], "there is no option --rate"),
@@ -573,8 +577,71 @@ def test_data_files_go_back_and_forth(case: Case, tmp_path: Path) -> None:
     other = Session(case.program)
     other.import_ptd(tmp_path / "back.ptd")
     assert torch.equal(other.state(), session.state())
+    assert (tmp_path / "back.ptd").read_bytes() == given.read_bytes(), "the same state is the same file"
     given.write_bytes(data_file.packed(session.state(), bytes(32)))
     assert "state of another program" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(given))
+    given.write_bytes(data_file.packed(session.state()))
+    assert "does not say which program" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(given))
+
+
+def test_the_state_of_another_program_of_the_same_size(host: Path, case: Case, tmp_path: Path) -> None:
+    """The host's own file: refused by the host and by Python where the other program has other weights."""
+    torch.manual_seed(1)
+    lora, zo, loss = LoraConfig(r=3), ZOConfig(queries=QUERIES), CausalLMLoss(max_labels=6)
+    other = Case(host, tmp_path, mobizo.compile(TinyCausalLM().eval(), tiny_batch()[0], lora, zo, loss), batches())
+    case.train(tmp_path / "run", 2, "--save", str(tmp_path / "state.ptd"))
+    assert other.program.manifest.state_size == case.program.manifest.state_size
+    said = other.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(tmp_path / "state.ptd"))
+    assert "it has the state of another program" in said
+    session = Session(other.program)
+    with pytest.raises(ArtifactError, match="state of another program"):
+        session.import_ptd(tmp_path / "state.ptd")
+    assert not session.state().any()
+
+
+def test_quiet_is_quiet(case: Case, tmp_path: Path) -> None:
+    loud = case.train(tmp_path / "loud", 2, "--threads", "1")
+    done = case.train(tmp_path / "run", 2, "--threads", "1", "--quiet", "--save", str(tmp_path / "state.ptd"))
+    assert (done.stdout, done.stderr) == ("", "") and len(loud.stdout.splitlines()) == 4
+    assert (tmp_path / "run" / "journal").read_bytes() == (tmp_path / "loud" / "journal").read_bytes()
+    os.truncate(tmp_path / "run" / "journal", 100)
+    done = case.train(tmp_path / "run", 2, "--quiet")
+    assert done.stdout == "" and all(line.startswith("warning: ") for line in done.stderr.splitlines())
+    assert len(done.stderr.splitlines()) == 2, "warnings stay"
+    assert "there is no option" in case.refused(BAD_ARGUMENTS, tmp_path / "run", 2, "--quiet", "--option", "1")
+
+
+def test_an_empty_journal(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "journal").write_bytes(b"")
+    assert "warning: the journal is empty, and is begun anew" in case.train(tmp_path, 2).stderr
+    assert len(read_journal(tmp_path / "journal", case.program)) == 2
+    (tmp_path / "journal").write_bytes(b"")
+    assert "there is a snapshot.safetensors of later steps" in case.refused(BAD_RUN, tmp_path, 3)
+
+
+def test_what_killed_hosts_left_is_removed(case: Case, tmp_path: Path) -> None:
+    """As Python does it, which names and locks its temporary files alike: what is locked is being written."""
+    case.train(tmp_path, 0)
+    dead = tmp_path / f".{SNAPSHOT}.0123abcd.partial"
+    living, others = tmp_path / f".{SNAPSHOT}.4567abcd.partial", tmp_path / f".{SNAPSHOT}.settings"
+    for path in (dead, living, others):
+        path.write_bytes(b"half")
+    with living.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        case.train(tmp_path, 1)
+        assert not dead.exists() and living.exists() and others.exists()
+    case.train(tmp_path, 2)
+    assert not living.exists() and others.exists()
+
+    def killed() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500,) * 2)  # and SIGXFSZ ends the process
+
+    done = subprocess.run(case.command(tmp_path / "run", 1), capture_output=True, preexec_fn=killed)
+    assert done.returncode == -signal.SIGXFSZ
+    (left,) = (tmp_path / "run").glob(".*")
+    assert left.name.startswith(f".{START}.") and left.name.endswith(".partial")
+    case.finetune(tmp_path / "run", 1)
+    assert not list((tmp_path / "run").glob(".*")), "Python removes what the host left"
 
 
 def test_the_calls_of_a_phone(passed: Case) -> None:

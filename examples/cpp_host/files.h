@@ -11,8 +11,9 @@ namespace host {
 
 std::string read_file(const std::filesystem::path& path);
 
-// Write to a temporary name beside `path`, flush it, and rename it; then flush the folder.
-void write_whole_file(const std::filesystem::path& path, std::string_view data, mode_t mode = 0644);
+// Write to a temporary name beside `path`, flush it, and rename it; then flush the folder. What dead processes have left of
+// the same file is removed first. The permissions are `mode` less what the process masks.
+void write_whole_file(const std::filesystem::path& path, std::string_view data, mode_t mode = 0666);
 
 // Write everything at an offset of an open file; throws with the system's reason.
 void write_all(int descriptor, std::string_view data, off_t offset);

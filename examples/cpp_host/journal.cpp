@@ -70,7 +70,8 @@ Journal::Journal(std::filesystem::path path, const Sha256::Digest& fingerprint, 
       record_bytes_(24 + 4 * size_t{queries}) {
   lock();
   try {
-    if (!std::filesystem::exists(path_)) {
+    was_empty_ = std::filesystem::exists(path_) && std::filesystem::file_size(path_) == 0;
+    if (was_empty_ || !std::filesystem::exists(path_)) {
       write_whole_file(path_, header_);
     }
     read(read_file(path_));

@@ -23,7 +23,8 @@ uint32_t crc32(std::string_view data, uint32_t start = 0);
 // Open for appending; nobody else can open it meanwhile, in this language or another.
 class Journal {
  public:
-  // The file is made if there is none. A last record that is not whole is cut off, and `cut_bytes` says so.
+  // The file is made if there is none, or nothing in it (`was_empty`). A last record that is not whole is cut off, and
+  // `cut_bytes` says so.
   // Throws `Failure` where it is no journal, of another program, damaged before its end, or open elsewhere.
   Journal(std::filesystem::path path, const Sha256::Digest& fingerprint, uint32_t queries, uint64_t parameters);
   ~Journal();
@@ -32,6 +33,7 @@ class Journal {
 
   const std::vector<Record>& records() const { return records_; }
   size_t cut_bytes() const { return cut_bytes_; }
+  bool was_empty() const { return was_empty_; }
 
   // Write a record and wait until it is on the disk. Throws `Failure`; the journal is then what it was before.
   void append(const Record& record);
@@ -51,6 +53,7 @@ class Journal {
   size_t record_bytes_;
   std::vector<Record> records_;
   size_t cut_bytes_ = 0;
+  bool was_empty_ = false;
   off_t end_ = 0;
   int lock_ = -1;
   int file_ = -1;

@@ -1,6 +1,9 @@
 // Fine-tune a program on the ExecuTorch runtime, with forward passes only, in a folder that survives kills.
+#include <executorch/runtime/platform/platform.h>
+
 #include <charconv>
 #include <cmath>
+#include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -38,6 +41,7 @@ constexpr char kUsage[] =
     "  --load FILE.ptd    the state that a new run starts from (the program's, which is zero)\n"
     "  --save FILE.ptd    write the state at the end\n"
     "  --threads N        threads of the kernels (the runtime's choice)\n"
+    "  --quiet            print nothing but warnings and errors, and hold back what the runtime logs\n"
     "\n"
     "exit codes: 2 arguments, 3 program, 4 token file or .ptd file, 5 run folder, 6 the run is open elsewhere\n";
 
@@ -51,6 +55,7 @@ struct Options {
   std::optional<float> eps;
   std::filesystem::path load, save;
   std::optional<uint32_t> threads;
+  bool quiet = false;
 };
 
 template <class Number>
@@ -66,9 +71,10 @@ Number number(const std::string& name, const std::string& text) {
 
 // Rounded once, from the decimal text to double and on to float, as Python does it.
 float real(const std::string& name, const std::string& text) {
-  const float value = static_cast<float>(number<double>(name, text));
-  if (!std::isfinite(value)) {
-    throw Failure(Exit::bad_arguments, name + " is " + text + "; it must be a finite number");
+  const double given = number<double>(name, text);
+  const float value = static_cast<float>(given);
+  if (!std::isfinite(value) || (given != 0 && value == 0)) {
+    throw Failure(Exit::bad_arguments, name + " is " + text + "; it must be a finite number of float32");
   }
   return value;
 }
@@ -80,6 +86,10 @@ Options parse(int count, char** arguments) {
     const std::string name = arguments[i];
     if (name.compare(0, 2, "--") != 0) {
       places.emplace_back(name);
+      continue;
+    }
+    if (name == "--quiet") {
+      options.quiet = true;
       continue;
     }
     if (i + 1 == count) {
@@ -141,7 +151,33 @@ std::string peak_memory() {
   return "unknown";
 }
 
+void log_nothing(et_timestamp_t, et_pal_log_level_t, const char*, const char*, size_t, const char*, size_t) {}
+
+// What the host says on its way; warnings and errors go elsewhere.
+class Talk {
+ public:
+  explicit Talk(bool quiet) : quiet_(quiet) {}
+
+  __attribute__((format(printf, 2, 3))) void operator()(const char* format, ...) const {
+    if (quiet_) {
+      return;
+    }
+    std::va_list values;
+    va_start(values, format);
+    std::vprintf(format, values);
+    va_end(values);
+    std::fflush(stdout);
+  }
+
+ private:
+  bool quiet_;
+};
+
 void train(const Options& options) {
+  if (options.quiet) {
+    executorch::runtime::register_pal(executorch::runtime::PalImpl::create(log_nothing, __FILE__));
+  }
+  const Talk say(options.quiet);
   if (options.threads) {
     host::set_threads(*options.threads);
   }
@@ -149,15 +185,23 @@ void train(const Options& options) {
   const host::Manifest& manifest = program.manifest();
   auto batches = host::read_batches(options.tokens, manifest);
   const float eps = options.eps.value_or(manifest.eps);
-  std::printf("%zu parameters, %u queries, %zu batches, eps %g\n", manifest.parameters, manifest.queries,
-              batches.size(), static_cast<double>(eps));
+  say("%zu parameters, %u queries, %zu batches, eps %g\n", manifest.parameters, manifest.queries, batches.size(),
+      static_cast<double>(eps));
 
   std::error_code problem;
   std::filesystem::create_directories(options.run, problem);
   if (std::error_code unknown; !std::filesystem::is_directory(options.run, unknown)) {
     throw Failure(Exit::bad_run, options.run.string() + ": " + (problem ? problem.message() : "this is no folder"));
   }
+  if (std::error_code none; std::filesystem::file_size(options.run / host::kJournal, none) == 0 && !none &&
+                            std::filesystem::exists(options.run / host::kSnapshot)) {
+    throw Failure(Exit::bad_run, (options.run / host::kJournal).string() + ": the journal is empty, but there is a " +
+                                     host::kSnapshot + " of later steps: it was lost");
+  }
   host::Journal journal(options.run / host::kJournal, program.fingerprint(), manifest.queries, manifest.parameters);
+  if (journal.was_empty()) {
+    std::fputs("warning: the journal is empty, and is begun anew\n", stderr);
+  }
   if (journal.cut_bytes() > 0) {
     std::fprintf(stderr, "warning: the last %zu bytes of the journal were not a whole step and have been cut off; %zu "
                  "steps are left\n", journal.cut_bytes(), journal.records().size());
@@ -175,7 +219,7 @@ void train(const Options& options) {
     for (const std::string& message : host::restore(options.run, journal.records(), program)) {
       std::fprintf(stderr, "warning: %s; replaying from the start\n", message.c_str());
     }
-    std::printf("the run has %zu steps\n", journal.records().size());
+    say("the run has %zu steps\n", journal.records().size());
   }
 
   const size_t resumed_at = journal.records().size();
@@ -194,9 +238,8 @@ void train(const Options& options) {
     }
     journal.append({static_cast<uint32_t>(step), seed, *options.learning_rate, eps, result.loss,
                     result.projected_gradient});
-    std::printf("step %zu loss %.6f%s\n", step, static_cast<double>(result.loss),
-                finite ? "" : " (not finite: nothing was changed)");
-    std::fflush(stdout);
+    say("step %zu loss %.6f%s\n", step, static_cast<double>(result.loss),
+        finite ? "" : " (not finite: nothing was changed)");
     if ((step + 1) % kSnapshotEvery == 0 && step + 1 < *options.steps) {
       host::write_state(options.run / host::kSnapshot, program, step + 1);
     }
@@ -205,10 +248,10 @@ void train(const Options& options) {
     host::write_state(options.run / host::kSnapshot, program, journal.records().size());
   }
   if (!options.save.empty()) {
-    host::save_ptd(options.save, program.state());
-    std::printf("state saved to %s\n", options.save.c_str());
+    host::save_ptd(options.save, program);
+    say("state saved to %s\n", options.save.c_str());
   }
-  std::printf("peak memory %s\n", peak_memory().c_str());
+  say("peak memory %s\n", peak_memory().c_str());
 }
 
 }  // namespace

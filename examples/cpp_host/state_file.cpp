@@ -2,7 +2,6 @@
 
 #include <executorch/extension/data_loader/file_data_loader.h>
 #include <executorch/extension/flat_tensor/flat_tensor_data_map.h>
-#include <executorch/extension/flat_tensor/serialize/flat_tensor_header.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,69 +18,61 @@ namespace {
 
 using executorch::extension::FileDataLoader;
 using executorch::extension::FlatTensorDataMap;
-using executorch::extension::FlatTensorHeader;
 
 constexpr char kKey[] = "mobizo_lora_b";
 constexpr char kFingerprint[] = "mobizo_fingerprint";
-constexpr size_t kTables = 48;  // where the flatbuffer goes on after ExecuTorch's header
-constexpr size_t kData = 256;   // where it ends, and the data begins
+constexpr size_t kAlignment = 128;  // of what follows another tensor
 
-// What is in front of the data. The wheel has no writer (`flat_tensor::save_ptd` is in no header and no library of it),
-// and this flatbuffer is always the same but for two numbers, so it is written here at fixed places. The schema is
-// extension/flat_tensor/serialize/flat_tensor.fbs. In a flatbuffer an offset counts from where it stands; a table
-// begins with the distance back to its vtable, which lists its own size, that of the table, and where each field is (0:
-// it has its default); and every number stands at a multiple of its size.
-std::string flat_tensor_front(size_t parameters) {
-  std::string front(kData, '\0');
-  const auto put = [&front](size_t at, auto value) { std::memcpy(&front[at], &value, sizeof(value)); };
-  const auto put_offset = [&put](size_t at, uint32_t target) { put(at, target - static_cast<uint32_t>(at)); };
-  const auto put_table = [&put](size_t at, std::initializer_list<uint16_t> vtable, int32_t table) {
-    put(static_cast<size_t>(table), table - static_cast<int32_t>(at));
-    for (const uint16_t entry : vtable) {
-      put(at, entry);
-      at += sizeof(entry);
-    }
-  };
-  put_offset(0, 60);
-  front.replace(4, 4, "FT01");
-  front.replace(8, FlatTensorHeader::kMagicSize, FlatTensorHeader::kMagic, FlatTensorHeader::kMagicSize);
-  put(12, FlatTensorHeader::kHeaderExpectedLength);
-  put(16, uint64_t{kTables});
-  put(24, uint64_t{kData - kTables});
-  put(32, uint64_t{kData});
-  put(40, uint64_t{parameters * sizeof(float)});
+// What ExecuTorch's own serializer writes in front of a state and a fingerprint. The wheel has no writer in C++
+// (`flat_tensor::save_ptd` is in no header and no library of it), and all that depends on the state are four numbers at
+// fixed places, which are zero here. tests/test_hosts.py compares whole files with those of Python.
+constexpr uint8_t kFront[] = {
+    0x3c, 0x00, 0x00, 0x00, 0x46, 0x54, 0x30, 0x31, 0x46, 0x48, 0x30, 0x31, 0x28, 0x00, 0x00, 0x00,
+    0x30, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x18, 0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x80, 0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0xca, 0xff, 0xff, 0xff,
+    0xc8, 0x00, 0x00, 0x00, 0x04, 0x00, 0x00, 0x00, 0x02, 0x00, 0x00, 0x00, 0x70, 0x00, 0x00, 0x00,
+    0x10, 0x00, 0x00, 0x00, 0x00, 0x00, 0x0a, 0x00, 0x12, 0x00, 0x04, 0x00, 0x08, 0x00, 0x0c, 0x00,
+    0x0a, 0x00, 0x00, 0x00, 0x34, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x00, 0x10, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x0a, 0x00, 0x0c, 0x00, 0x00, 0x00, 0x04, 0x00, 0x08, 0x00, 0x0a, 0x00, 0x00, 0x00,
+    0x10, 0x00, 0x00, 0x00, 0x04, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x01, 0x00, 0x00, 0x00, 0x20, 0x00, 0x00, 0x00, 0x12, 0x00, 0x00, 0x00, 0x6d, 0x6f, 0x62, 0x69,
+    0x7a, 0x6f, 0x5f, 0x66, 0x69, 0x6e, 0x67, 0x65, 0x72, 0x70, 0x72, 0x69, 0x6e, 0x74, 0x00, 0x00,
+    0x00, 0x00, 0x0a, 0x00, 0x0e, 0x00, 0x04, 0x00, 0x00, 0x00, 0x08, 0x00, 0x0a, 0x00, 0x00, 0x00,
+    0x34, 0x00, 0x00, 0x00, 0x10, 0x00, 0x00, 0x00, 0x00, 0x00, 0x0a, 0x00, 0x10, 0x00, 0x07, 0x00,
+    0x08, 0x00, 0x0c, 0x00, 0x0a, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x06, 0x10, 0x00, 0x00, 0x00,
+    0x04, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x0d, 0x00, 0x00, 0x00, 0x6d, 0x6f, 0x62, 0x69, 0x7a, 0x6f, 0x5f, 0x6c,
+    0x6f, 0x72, 0x61, 0x5f, 0x62, 0x00, 0x00, 0x00, 0x02, 0x00, 0x00, 0x00, 0x30, 0x00, 0x00, 0x00,
+    0x0c, 0x00, 0x00, 0x00, 0x08, 0x00, 0x18, 0x00, 0x04, 0x00, 0x0c, 0x00, 0x08, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x20, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x08, 0x00, 0x0c, 0x00, 0x00, 0x00, 0x04, 0x00, 0x08, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+};
+constexpr size_t kDataBytesAt = 40, kSizeAt = 240, kFingerprintAt = 288, kStateBytesAt = 320;
 
-  put_table(48, {10, 12, 0, 4, 8}, 60);  // FlatTensor: version 0, segments, named_data
-  put_offset(64, 72);
-  put_offset(68, 104);
-  put(72, uint32_t{1});  // one segment
-  put_offset(76, 88);
-  put_table(80, {8, 16, 0, 8}, 88);  // DataSegment: offset 0, size
-  put(96, uint64_t{parameters * sizeof(float)});
-  put(104, uint32_t{1});  // one name
-  put_offset(108, 124);
-  put_table(112, {10, 12, 4, 0, 8}, 124);  // NamedData: key, segment_index 0, tensor_layout
-  put_offset(128, 180);
-  put_offset(132, 148);
-  put_table(136, {10, 13, 12, 4, 8}, 148);  // TensorLayout: scalar_type, sizes, dim_order
-  put_offset(152, 164);
-  put_offset(156, 172);
-  put(160, static_cast<int8_t>(executorch::aten::ScalarType::Float));
-  put(164, uint32_t{1});  // one size
-  put(168, static_cast<int32_t>(parameters));
-  put(172, uint32_t{1});  // one axis, 0
-  put(180, static_cast<uint32_t>(sizeof(kKey) - 1));
-  front.replace(184, sizeof(kKey), kKey, sizeof(kKey));
-  return front;
+std::string flat_tensor(const State& state, const Sha256::Digest& fingerprint) {
+  const uint64_t state_bytes = state.size() * sizeof(float);
+  const uint64_t fingerprint_at = (state_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  std::string file(reinterpret_cast<const char*>(kFront), sizeof(kFront));
+  const auto put = [&file](size_t at, auto value) { std::memcpy(&file[at], &value, sizeof(value)); };
+  put(kDataBytesAt, fingerprint_at + fingerprint.size());
+  put(kSizeAt, static_cast<int32_t>(state.size()));
+  put(kFingerprintAt, fingerprint_at);
+  put(kStateBytesAt, state_bytes);
+  file.append(reinterpret_cast<const char*>(state.data()), state_bytes);
+  file.resize(sizeof(kFront) + fingerprint_at);
+  return file.append(fingerprint.begin(), fingerprint.end());
 }
 
 }  // namespace
 
-void save_ptd(const std::filesystem::path& path, const State& state) {
-  std::string data = flat_tensor_front(state.size());
-  data.append(reinterpret_cast<const char*>(state.data()), state.size() * sizeof(float));
+void save_ptd(const std::filesystem::path& path, const Program& program) {
   try {
-    write_whole_file(path, sealed(std::move(data)));
+    write_whole_file(path, sealed(flat_tensor(program.state(), program.fingerprint())));
   } catch (const std::runtime_error& error) {
     throw Failure(Exit::bad_data, error.what());
   }
@@ -110,11 +101,13 @@ State load_ptd(const std::filesystem::path& path, const Program& program) {
       layout->nbytes() != size * sizeof(float)) {
     throw fail("it has no tensor " + std::string(kKey) + " of " + std::to_string(size) + " float32");
   }
-  if (auto fingerprint = tensors->get_data(kFingerprint); fingerprint.ok()) {
-    const Sha256::Digest& wanted = program.fingerprint();
-    if (fingerprint->size() != wanted.size() || std::memcmp(fingerprint->data(), wanted.data(), wanted.size()) != 0) {
-      throw fail("it has the state of another program");
-    }
+  const auto fingerprint = tensors->get_data(kFingerprint);
+  if (!fingerprint.ok()) {
+    throw fail("it does not say which program its state is of");
+  }
+  const Sha256::Digest& wanted = program.fingerprint();
+  if (fingerprint->size() != wanted.size() || std::memcmp(fingerprint->data(), wanted.data(), wanted.size()) != 0) {
+    throw fail("it has the state of another program");
   }
   State state(size);
   if (tensors->load_data_into(kKey, state.data(), layout->nbytes()) != executorch::runtime::Error::Ok) {

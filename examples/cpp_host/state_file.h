@@ -1,5 +1,5 @@
-// The state in a `.ptd` file (FlatTensor), ExecuTorch's format for tensors: `mobizo_lora_b`, float32 [S], and a checksum at
-// the end. Python's `Session.export_ptd` also writes `mobizo_fingerprint`, of the program; it is compared where it is there.
+// The state in a `.ptd` file (FlatTensor), ExecuTorch's format for tensors: `mobizo_lora_b`, float32 [S],
+// `mobizo_fingerprint`, uint8 [32], of the program, and a checksum at the end. Python's `Session.export_ptd` writes the same.
 #pragma once
 
 #include <filesystem>
@@ -9,10 +9,10 @@
 namespace host {
 
 // The file appears whole or not at all. Throws `Failure`.
-void save_ptd(const std::filesystem::path& path, const State& state);
+void save_ptd(const std::filesystem::path& path, const Program& program);
 
 // Throws `Failure` where there is no such tensor of as many finite numbers as the program's state has, or where the file
-// is damaged or of another program.
+// is damaged, or of another program, or does not say of which.
 State load_ptd(const std::filesystem::path& path, const Program& program);
 
 }  // namespace host

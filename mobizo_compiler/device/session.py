@@ -284,10 +284,10 @@ class Session:
 
         Args:
             path: What `export_ptd` wrote.
-            verify: False for a file without our checksum, as ExecuTorch's `save_ptd` writes it in C++.
+            verify: False for a file without our checksum and fingerprint, as ExecuTorch's `save_ptd` writes it in C++.
 
         Raises:
-            ArtifactError: The file is damaged, or has no state, or that of another program.
+            ArtifactError: The file is damaged, or has no state, or that of another program, or does not say of which.
             StateError: The state has another length, or values that are not finite.
         """
         from mobizo_compiler.format import data_file

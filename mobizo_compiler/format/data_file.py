@@ -49,10 +49,11 @@ def read(path: Path, fingerprint: bytes, verify: bool = True) -> Tensor:
     Args:
         path: The file.
         fingerprint: Of the program that is to have it; a file that names another one is refused.
-        verify: False for a file without our checksum, as the C++ runtime writes them.
+        verify: False for a file without our checksum and fingerprint, as the C++ runtime writes them.
 
     Raises:
-        ArtifactError: There is no such file, or it is damaged, or has no state, or that of another program.
+        ArtifactError: There is no such file, or it is damaged, or has no state, or that of another program, or does not
+            say of which.
     """
     if not path.is_file():
         raise ArtifactError("there is no such file", where=str(path))
@@ -61,6 +62,12 @@ def read(path: Path, fingerprint: bytes, verify: bool = True) -> Tensor:
     try:
         found = FlatTensorSerializer().deserialize(Cord(path.read_bytes()))
         entries, buffers = found.named_data, found.buffers
+        if verify and FINGERPRINT not in entries:
+            raise ArtifactError(
+                "the file does not say which program its state is of",
+                where=str(path),
+                hint="verify=False takes it as it is, if you know",
+            )
         if FINGERPRINT in entries and buffers[entries[FINGERPRINT].buffer_index] != fingerprint:
             raise ArtifactError("the file has the state of another program", where=str(path))
         entry = entries[STATE]
