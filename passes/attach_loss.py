@@ -32,6 +32,8 @@ class AttachLoss(Pass):
     needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.LOSS})
     breaks = frozenset({facts.CANONICAL})
+    inputs = "added"
+    outputs = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """Raise `LossError` if the loss does not fit the outputs."""

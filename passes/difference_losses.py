@@ -29,6 +29,7 @@ class DifferenceLosses(Pass):
     zo: ZOConfig
     needs = frozenset({facts.LOSS, facts.PERTURBED})
     gives = frozenset({facts.DIFFERENCED})
+    outputs = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """Append the arithmetic and replace the outputs."""

@@ -5,7 +5,7 @@ Given:    %h = embedding(%w, %ids) : f32[rows, 5, 12]        %lanes = view(%stat
 Result:   %h = embedding(%w, %ids) : f32[rows, 5, 12]        %lanes = view(%state, [1, P])
           %repeat = repeat(%h, [G, 1, 1]) : f32[G*rows, 5, 12]     %expand = expand(%lanes, [G, P])
           %y = linear(%repeat, %w2)                          %h1 = linear(%repeat, %a), and so on to B
-Numbers: exact; every lane computes what the program computed before.
+Numbers: same up to rounding; every lane computes what the program computed before, as one of more rows.
 
 Rows are lane-major: rows 0..b-1 belong to lane 0, and so on. Lanes are +1..+q, then -1..-q; that they differ is the
 work of the next pass. This is outer-loop and inner-loop parallelism: one forward computes all G = 2q losses.
@@ -41,6 +41,8 @@ class DuplicateLanes(Pass):
     late: bool = True
     needs = frozenset({facts.ANY_ROWS, facts.SITES})
     gives = frozenset({facts.LANES})
+    outputs = "changed"
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """Repeat the inputs, then replace the values at the cut by repeated copies, and recompute all shapes."""

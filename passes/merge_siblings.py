@@ -32,6 +32,7 @@ class MergeSiblings(Pass):
     """Merge products with A that have the same input."""
 
     needs = frozenset({facts.SITES})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """One group of siblings at a time."""

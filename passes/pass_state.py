@@ -23,6 +23,8 @@ class PassState(Pass):
     needs = frozenset({facts.STATIC})
     gives = frozenset({facts.STATE_PASSED})
     breaks = frozenset({facts.SITES, facts.DIFFERENCED, facts.UPDATED})
+    inputs = "added"
+    outputs = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """Move it from the buffers to the user inputs."""

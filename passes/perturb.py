@@ -34,6 +34,8 @@ class Perturb(Pass):
     zo: ZOConfig
     needs = frozenset({facts.LANES})
     gives = frozenset({facts.PERTURBED})
+    inputs = "added"
+    numbers = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """Replace the value `lanes` and name the noise `noise`."""

@@ -31,6 +31,7 @@ class AfterPrefix(Pass):
     """Take what comes before the lanes as inputs, in place of the model's."""
 
     needs = frozenset({facts.LANES, facts.LOSS})
+    inputs = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """Put one input in the place of every value at the cut."""
@@ -56,6 +57,7 @@ class Prefix(Pass):
 
     needs = frozenset({facts.LANES, facts.LOSS})
     breaks = frozenset({facts.LANES, facts.LOSS, facts.SITES})
+    outputs = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """Return the values at the cut; a value that is an input is copied."""

@@ -61,6 +61,7 @@ class Quantize(Pass):
     )
     needs = frozenset({facts.STATIC})
     breaks = frozenset({facts.CANONICAL})
+    numbers = "changed"
 
     @property
     def by_row(self) -> bool:

@@ -38,6 +38,7 @@ class Replay(Pass):
     lora_a: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.UPDATED, facts.STATIC})
+    inputs = "added"
 
     def rewrite(self, edit: Editor) -> None:
         """Add state and inputs, then the same two functions that a step is made of."""

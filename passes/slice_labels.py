@@ -35,6 +35,7 @@ class SliceLabels(Pass):
     """Move gathers, slices and selections along an axis up to where values for other positions are wanted too."""
 
     needs = frozenset({facts.CANONICAL})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """One group of equal picks at a time."""

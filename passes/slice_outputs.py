@@ -39,6 +39,7 @@ class SliceOutputs(Pass):
     """Leave out the rows of a weight, and of its bias, whose results nobody reads."""
 
     needs = frozenset({facts.CANONICAL})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """One value at a time of which slices of the last axis are read, and nothing else."""

@@ -28,6 +28,8 @@ class Specialize(Pass):
     needs = frozenset({facts.FUNCTIONAL})
     gives = frozenset({facts.STATIC})
     breaks = frozenset({facts.ANY_ROWS, facts.CANONICAL})
+    inputs = "changed"
+    outputs = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """Recompute every value for the fixed number and fold sizes into the arguments."""

@@ -46,6 +46,7 @@ class UpdateState(Pass):
     rule: UpdateRule = PLAIN
     needs = frozenset({facts.DIFFERENCED})
     gives = frozenset({facts.UPDATED})
+    inputs = "added"
 
     def rewrite(self, edit: Editor) -> None:
         """Append the update and mark the state as changed."""

@@ -35,6 +35,7 @@ class DecomposeAttention(Pass):
     """Replace every attention without dropout on four-dimensional inputs whose rows and heads are numbers."""
 
     needs = frozenset({facts.STATIC, facts.CANONICAL})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """Visit every call; masks are shared by all layers of most models."""

@@ -43,6 +43,7 @@ class SpellOut(Pass):
     """Replace the calls that have a rule."""
 
     needs = frozenset({facts.STATIC})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """Every call on its own."""

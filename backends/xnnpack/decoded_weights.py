@@ -31,6 +31,7 @@ class DecodedWeights(Pass):
 
     needs = frozenset({facts.STATIC})
     breaks = frozenset({facts.CANONICAL})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """Leave weights that are tensors of the program, and the pattern of a layer that rounds its input."""

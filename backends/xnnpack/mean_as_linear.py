@@ -28,6 +28,7 @@ class MeanAsLinear(Pass):
     """Replace float32 means over the last axis that keep it."""
 
     needs = frozenset({facts.STATIC})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """One constant serves all means of a width."""

@@ -25,6 +25,7 @@ class RoundGroupScales(Pass):
     """Replace float32 scales of groups."""
 
     needs = frozenset({facts.STATIC})
+    numbers = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """A scale per channel stays: XNNPACK holds those in float32."""

@@ -26,6 +26,8 @@ from mobizo_compiler.graph.pipeline import Pass
 class SpellOutGelu(Pass):
     """Replace `gelu(approximate="tanh")`; the form with erf stays."""
 
+    numbers = "rounding"
+
     def rewrite(self, edit: Editor) -> None:
         """Every call on its own."""
         for node in edit.calls(torch.ops.aten.gelu.default):

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mobizo_compiler.errors import ConfigError, MobizoError, PassContractError, PassOrderError
 from mobizo_compiler.graph.editor import Editor
@@ -15,6 +15,7 @@ from mobizo_compiler.graph.printer import program_text
 from mobizo_compiler.graph.program import GraphProgram
 
 Observer = Callable[["Pass", GraphProgram, str], None]
+Numbers = Literal["exact", "rounding", "changed"]
 
 
 class Pass(abc.ABC):
@@ -23,11 +24,19 @@ class Pass(abc.ABC):
     A pass declares the facts it `needs`, `gives` and `breaks` (see `facts.py`). The pipeline refuses a wrong order
     before it runs anything, gives `rewrite` a private copy, and checks the result: no dead code, a graph that torch
     accepts with a value at every call, and every fact that is claimed.
+
+    `inputs`: "kept"; "added", if there are others beside those that there were; "changed".
+    `outputs`: "kept" or "changed".
+    `numbers`: what is computed is "exact" what it was, or the same up to "rounding", or "changed". A pipeline does not
+    run programs: the tests of a pass do, before and after it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
+    inputs: ClassVar[Literal["kept", "added", "changed"]] = "kept"
+    outputs: ClassVar[Literal["kept", "changed"]] = "kept"
+    numbers: ClassVar[Numbers] = "exact"
 
     @property
     def name(self) -> str:

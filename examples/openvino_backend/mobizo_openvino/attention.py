@@ -30,6 +30,7 @@ class AttentionAsProducts(Pass):
     """Replace attention without dropout and without shared heads; other attention is left to ExecuTorch."""
 
     needs = frozenset({facts.STATIC})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """Visit every call."""
