@@ -80,5 +80,5 @@ class Plugin:
     def _broken(self, how: str, cause: Exception | None = None) -> NoReturn:
         raise BackendUnavailableError(
             f"the plugin of backend {self.name!r} ({self.origin}) is broken: {how}",
-            hint="report this to the authors of the backend, who can check it with assert_backend_contract",
+            hint="report this to the authors of the backend, who can check it with testing.check_backend",
         ) from cause

@@ -20,6 +20,7 @@ from mobizo_compiler import passes
 from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.graph import facts, parse
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
+from mobizo_compiler.testing import check_backend
 from mobizo_compiler.text.answers import Encoded
 from mobizo_compiler.text.batch_shape import BatchShape
 from mobizo_compiler.text.data import TextData
@@ -150,6 +151,16 @@ def mbz302():
 
 def mbz303():
     parse("input %x: f32[rows, 3]\n%y = tanh(%z) : f32[rows, 3]\nreturn output_0 = %y")
+
+
+def mbz304():
+    class Npu(EagerBackend):
+        name = "npu"
+
+        def passes(self):
+            return ["fuse_everything"]
+
+    check_backend(Npu())
 
 
 def mbz401():

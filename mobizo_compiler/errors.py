@@ -197,6 +197,16 @@ class ProgramTextError(MobizoError, ValueError):
     code = "MBZ303"
 
 
+class ContractError(MobizoError, AssertionError):
+    """An extension does not keep the contract of its kind, or a program computes other numbers than plain PyTorch.
+
+    For authors of backends and other extensions: the suites of `mobizo_compiler.testing` raise it. The message names
+    the extension, what it must do, and the numbers, where it is about numbers.
+    """
+
+    code = "MBZ304"
+
+
 class BackendRefusedError(MobizoError):
     """The backend cannot run this program; the message lists each reason.
 

@@ -288,9 +288,10 @@ def assert_neighbours_work() -> None:
     assert get_backend("portable").name == "portable"
 
 
-def test_a_sound_plugin_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("files", [False, True])
+def test_a_sound_plugin_keeps_the_contract(files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the broken ones below are made from."""
-    install(tmp_path, monkeypatch, SOUND)
+    install(tmp_path, monkeypatch, SOUND + WITH_FILES * files)
     assert backend_names()["mine"] == "mine_plugin:Mine"
     assert "mine_plugin" not in sys.modules, "listing must not import"
     assert_backend_contract("mine")
@@ -356,6 +357,31 @@ def test_a_member_that_fails(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises((AssertionError, BackendUnavailableError), match="'mine'"):
         assert_backend_contract("mine")
 
+
+# A backend whose file is the number of a program that the process has in memory.
+WITH_FILES = """
+from mobizo_compiler.errors import ArtifactError
+from mobizo_compiler.format.program import Program
+class Saved(Artifact):
+    def __init__(self, inner, program):
+        super().__init__(inner)
+        self.program = program
+    def save(self, path):
+        if not path.parent.is_dir():
+            raise ArtifactError("there is no folder", where=str(path))
+        number = f"mine {len(Mine.saved):03d}".encode()
+        Mine.saved[number] = self.program(self)
+        path.write_bytes(number)
+def lower(self, methods, manifest):
+    lora_a = methods["train_step"].lora_a
+    return Saved(EagerBackend.lower(self, methods, manifest), lambda artifact: Program(manifest, artifact, lora_a))
+def load(self, path, verify):
+    if path.read_bytes() not in Mine.saved:
+        raise ArtifactError("it is damaged", where=str(path))
+    return Mine.saved[path.read_bytes()]
+Mine.suffix, Mine.saved, Mine.lower, Mine.load = ".mine", {}, lower, load
+Mine.reads = lambda self, path: path.read_bytes()[:4] == b"mine"
+"""
 
 # Each is the end of a plugin, whether `compile` finds out by itself, and what the contract says.
 WRONG = {
@@ -476,6 +502,52 @@ Artifact.save = save
         False,
         "no folder",
     ),
+    "a file that nobody knows": (
+        f"{WITH_FILES}\nMine.reads = lambda self, path: False",
+        False,
+        "reads.. does not know",
+    ),
+    "files of everybody": (f"{WITH_FILES}\nMine.reads = lambda self, path: True", False, "claims a file that is no"),
+    "a file of another program": (
+        WITH_FILES
+        + """
+def load(self, path, verify):
+    import dataclasses
+    program = Mine.saved[path.read_bytes()]
+    return dataclasses.replace(program, lora_a_by_fqn={name: -a for name, a in program.lora_a_by_fqn.items()})
+Mine.load = load
+        """,
+        False,
+        "has another A",
+    ),
+    "a file that loses what it computes": (
+        WITH_FILES
+        + """
+class Deaf(Runner):
+    def call(self, method, inputs):
+        return [result * 0 for result in super().call(method, inputs)]
+class Foreign(Artifact):
+    def runner(self):
+        return Deaf(self.inner.runner())
+def load(self, path, verify):
+    import dataclasses
+    program = Mine.saved[path.read_bytes()]
+    return dataclasses.replace(program, artifact=Foreign(program.artifact.inner))
+Mine.load = load
+        """,
+        False,
+        "loaded from its file, the program is another one: lane losses",
+    ),
+    "a file that was cut short": (
+        WITH_FILES
+        + """
+Mine.load = lambda self, path, verify: next(iter(Mine.saved.values()))
+        """,
+        False,
+        "where half of the file is missing",
+    ),
+    "a format that cannot be saved": ("Mine.suffix = '.mine'", False, "save.. refused, but suffix is '.mine'"),
+    "a file without a format": (f"{WITH_FILES}\nMine.suffix = None", False, "suffix is None: there is no file format"),
     "state only inside": (
         """
 from mobizo_compiler.graph.program import STATE_INPUT

@@ -9,6 +9,7 @@ from mobizo_compiler.testing.case import Case
 from mobizo_compiler.testing.check import Report, check_against_oracle
 from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
 from mobizo_compiler.testing.oracle import Oracle
+from mobizo_compiler.testing.passes import check_pass
 from mobizo_compiler.testing.zoo import zoo
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "TokenWise",
     "check_against_oracle",
     "check_backend",
+    "check_pass",
     "tiny_batch",
     "zoo",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mobizo_compiler.backends.contract import Backend
 from mobizo_compiler.device.session import Session
+from mobizo_compiler.errors import BackendUnavailableError, ContractError, MobizoError, NotSupportedYetError
 from mobizo_compiler.format.program import Artifact, Program, Runner
 from mobizo_compiler.graph.pipeline import Pass
 
@@ -19,37 +21,48 @@ def check_backend(backend: str | Backend) -> None:
 
     Checks the protocol; that steps agree with `mobizo_compiler.reference` on inputs that the program was not compiled
     with; that all methods of a runner share a state, and two runners do not; that learning rate 0 keeps the state's
-    bits; that `replay` repeats a step; that results outlive the next call; that a file appears whole; and that the
-    state may also be passed in and out (`state="io"`).
+    bits; that `replay` repeats a step; that results outlive the next call; that a file appears whole, is known by its
+    backend and by no other's beginning, computes the same when it is loaded again, and is refused if it is cut short;
+    and that the state may also be passed in and out (`state="io"`). A backend without a file format (`suffix` is None)
+    must refuse to save.
 
     Raises:
-        AssertionError: The backend does not keep the contract; the message names it and says how.
+        ContractError: The backend does not keep the contract; the message names it and says how.
         BackendUnavailableError: It cannot be loaded, or cannot run programs on this machine.
     """
     from mobizo_compiler.backends import get_backend
-    from mobizo_compiler.errors import BackendUnavailableError
 
     loaded = get_backend(backend)
     try:
         _check_members(loaded, backend)
-        _check_programs(loaded)
+        _check_programs(loaded, backend)
     except BackendUnavailableError:
         raise
     except Exception as error:
-        raise AssertionError(f"backend {backend if isinstance(backend, str) else loaded.name!r}: {error}") from error
+        name = backend if isinstance(backend, str) else loaded.name
+        problem = error.problem if isinstance(error, ContractError) else f"{type(error).__name__}: {error}"
+        raise ContractError(f"backend {name!r}: {problem}") from error
+
+
+def _require(holds: object, problem: str) -> None:
+    """Unlike the statement `assert`, this is there under python -O as well."""
+    if not holds:
+        raise ContractError(problem)
 
 
 def _check_members(loaded: Backend, asked: str | Backend) -> None:
-    assert isinstance(loaded.name, str) and loaded.name, "name must be a non-empty string"
-    assert not isinstance(asked, str) or loaded.name == asked, f"name is {loaded.name!r}, its entry point's {asked!r}"
+    _require(isinstance(loaded.name, str) and loaded.name, "name must be a non-empty string")
+    _require(
+        not isinstance(asked, str) or loaded.name == asked, f"name is {loaded.name!r}, its entry point's {asked!r}"
+    )
     reason = loaded.unavailable()
-    assert reason is None or (isinstance(reason, str) and reason), "unavailable() must return a reason or None"
+    _require(reason is None or (isinstance(reason, str) and reason), "unavailable() must return a reason or None")
     steps = tuple(loaded.passes())
-    assert all(isinstance(step, Pass) for step in steps), "passes() must return Pass objects"
-    assert steps == tuple(loaded.passes()), "passes() must return equal passes every time"
+    _require(all(isinstance(step, Pass) for step in steps), "passes() must return Pass objects")
+    _require(steps == tuple(loaded.passes()), "passes() must return equal passes every time")
 
 
-def _check_programs(loaded: Backend) -> None:
+def _check_programs(loaded: Backend, asked: str | Backend) -> None:
     from mobizo_compiler import LoraConfig, Session, ZOConfig, compile
     from mobizo_compiler.reference import ReferenceStep
     from mobizo_compiler.testing.models import TokenWise
@@ -69,8 +82,10 @@ def _check_programs(loaded: Backend) -> None:
     program = compiled("shared")
     for method in program.methods.values():
         reasons = loaded.unsupported(method)
-        assert isinstance(reasons, list) and not reasons, f"unsupported() returned {reasons!r}, and then it was lowered"
-    assert isinstance(program.artifact, Artifact), "lower() must return an Artifact"
+        _require(
+            isinstance(reasons, list) and not reasons, f"unsupported() returned {reasons!r}, and then it was lowered"
+        )
+    _require(isinstance(program.artifact, Artifact), "lower() must return an Artifact")
     other = program.artifact.runner()
     _check_state_of(other, program.parameters)
 
@@ -95,56 +110,76 @@ def _check_programs(loaded: Backend) -> None:
     agree(session, steps=3)
     session.load_state(start)
     _check_bits(session, *batch())
-    assert bool((other.state() == 0.5).all()), "two runners share their state"
-    _check_file(program)
+    _require(bool((other.state() == 0.5).all()), "two runners share their state")
+    _check_file(program, loaded, asked, agree)
     agree(Session(compiled("io")), steps=2)
 
 
 def _check_state_of(runner: Runner, parameters: int) -> None:
-    assert isinstance(runner, Runner), "runner() must return a Runner"
+    _require(isinstance(runner, Runner), "runner() must return a Runner")
     state = runner.state()
-    assert state.dtype == torch.float32 and state.shape == (parameters,), f"state() must be float32 [{parameters}]"
-    assert not state.any(), "the state must be zero after loading"
+    _require(state.dtype == torch.float32 and state.shape == (parameters,), f"state() must be float32 [{parameters}]")
+    _require(not state.any(), "the state must be zero after loading")
     state.fill_(0.5)
-    assert bool((runner.state() == 0.5).all()), "state() must be an alias, not a copy"
+    _require(bool((runner.state() == 0.5).all()), "state() must be an alias, not a copy")
 
 
 def _check_bits(session: Session, tokens: Tensor, labels: Tensor) -> None:
     """What must be equal, not close."""
     before = session.state()
     first = session.train_step((tokens,), labels, seed=7, learning_rate=0.0, eps=0.02)
-    assert torch.equal(session.state(), before), "learning rate 0 changed the state"
+    _require(torch.equal(session.state(), before), "learning rate 0 changed the state")
     kept = first.lane_losses.clone()
     second = session.train_step((tokens,), labels, seed=8, learning_rate=0.05, eps=0.02)
-    assert torch.equal(first.lane_losses, kept), "the next call overwrote the results of the call before"
+    _require(torch.equal(first.lane_losses, kept), "the next call overwrote the results of the call before")
     after = session.state()
-    assert not torch.equal(after, before), "a step did not change the state"
+    _require(not torch.equal(after, before), "a step did not change the state")
     session.load_state(before)
     session.replay(8, second.projected_gradient, 0.05)
-    assert torch.equal(session.state(), after), "replay differs from the step that it repeats"
+    _require(torch.equal(session.state(), after), "replay differs from the step that it repeats")
     session.evaluate((tokens,))
-    assert torch.equal(session.state(), after), "evaluate changed the state"
+    _require(torch.equal(session.state(), after), "evaluate changed the state")
 
 
-def _check_file(program: Program) -> None:
-    from mobizo_compiler.errors import MobizoError, NotSupportedYetError
+def _check_file(program: Program, loaded: Backend, asked: str | Backend, agree: Callable[[Session, int], None]) -> None:
+    from mobizo_compiler import load
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program"
+        path = Path(folder) / f"program{loaded.suffix or ''}"
         try:
             program.save(path)
         except NotSupportedYetError:  # a backend may have no file format, and says so
-            assert not any(Path(folder).iterdir()), "save() refused, and left a file"
+            _require(not any(Path(folder).iterdir()), "save() refused, and left a file")
+            _require(loaded.suffix is None, f"save() refused, but suffix is {loaded.suffix!r}, not None")
             return
-        assert list(Path(folder).iterdir()) == [path] and path.stat().st_size, "save() must write one file"
+        _require(list(Path(folder).iterdir()) == [path] and path.stat().st_size, "save() must write one file")
+        _refused("save()", "where there is no folder", lambda: program.save(Path(folder) / "missing" / path.name))
+        _require(loaded.suffix is not None, "save() wrote a file, but suffix is None: there is no file format")
+        foreign = Path(folder) / "foreign"
+        foreign.write_bytes(bytes(range(256)))
+        _require(not loaded.reads(foreign), "reads() claims a file that is no program")
+        _require(loaded.reads(path), "reads() does not know a file that save() wrote")
+        again = load(path) if isinstance(asked, str) else loaded.load(path, True)
+        _require(again.manifest == program.manifest, "the program that comes back from its file has another manifest")
+        a, other_a = program.lora_a_by_fqn, again.lora_a_by_fqn
+        same_a = a.keys() == other_a.keys() and all(torch.equal(a[fqn], other_a[fqn]) for fqn in a)
+        _require(same_a, "the program that comes back from its file has another A")
         try:
-            program.save(Path(folder) / "missing" / "program")
-        except MobizoError:
-            pass
-        else:
-            raise AssertionError("save() must raise an error of mobizo_compiler where there is no folder")
+            agree(Session(again), 1)
+        except ContractError as error:
+            raise ContractError(f"loaded from its file, the program is another one: {error.problem}") from error
+        foreign.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        _refused("load()", "where half of the file is missing", lambda: loaded.load(foreign, True))
+
+
+def _refused(member: str, where: str, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except MobizoError:
+        return
+    raise ContractError(f"{member} must raise an error of mobizo_compiler {where}")
 
 
 def _close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
     error = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
-    assert error <= tolerance, f"{what} differs from plain PyTorch by {error:.3g}, more than {tolerance:.3g}"
+    _require(error <= tolerance, f"{what} differs from plain PyTorch by {error:.3g}, more than {tolerance:.3g}")

@@ -14,6 +14,7 @@ from mobizo_compiler.backends import Backend
 from mobizo_compiler.compiling.verify import random_labels
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.device.session import Session
+from mobizo_compiler.errors import ContractError
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.step.losses import CausalLMLoss, Loss
@@ -56,7 +57,7 @@ def check_against_oracle(
     b_scale: float = 0.3,
     **options: Any,
 ) -> Report:
-    """Compile, train from a B that is not zero, and compare every step with `Oracle`; AssertionError if they differ.
+    """Compile, train from a B that is not zero, and compare every step with `Oracle`; `ContractError` if they differ.
 
     Every step starts from the state in which the program left the one before. What may differ is derived: losses by
     the model's own rounding (see `rounding`), g by that over eps, the state by learning_rate * 6 times that of g. The
@@ -110,10 +111,15 @@ def check_against_oracle(
         ):
             error = float((a.double() - b.double()).abs().max())
             what = ("lane losses", "projected gradient", "state")[position]
-            assert error <= tolerance, f"step {seed}: {what} differ by {error:.3g}, rounding explains {tolerance:.3g}"
+            if not error <= tolerance:
+                raise ContractError(f"step {seed}: {what} differ by {error:.3g}, rounding explains {tolerance:.3g}")
             worst[position] = max(worst[position], error / tolerance)
         signal = min(signal, float(wanted.projected_gradient.abs().max()) / (loss_tolerance / eps))
-    assert signal > 3, f"the projected gradient is only {signal:.2g} times what rounding explains: widen the weights"
+    if not signal > 3:
+        raise ContractError(
+            f"the projected gradient is only {signal:.2g} times what rounding explains, which shows nothing",
+            hint="widen the weights, or b_scale",
+        )
     _check_evaluate(session, exact, inputs, loss, labels, float(rounding(wanted, other)))
     return Report(program, worst[0], worst[1], worst[2], signal)
 
@@ -125,4 +131,5 @@ def _check_evaluate(session: Session, exact: Oracle, inputs: Any, loss: Loss, la
     found, weight = loss(session.evaluate(inputs), labels)
     wanted, _ = loss(exact.evaluate(inputs, state.to(exact.dtype)), labels)
     error = float(((found.double() - wanted.double()).sum() / weight.double().sum()).abs())
-    assert error <= tolerance, f"evaluate: the loss differs by {error:.3g}, rounding explains {tolerance:.3g}"
+    if not error <= tolerance:
+        raise ContractError(f"evaluate: the loss differs by {error:.3g}, rounding explains {tolerance:.3g}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mobizo_compiler.step.losses import CausalLMLoss, Loss, MaskedLMLoss, MSELoss, SequenceClassificationLoss
 from mobizo_compiler.testing.case import Case
@@ -125,8 +125,7 @@ def _widen(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             for tensor in (module.weight, module.running_var):
-                assert tensor is not None
-                tensor.uniform_(0.5, 1.5)
+                cast(Tensor, tensor).uniform_(0.5, 1.5)
         weight = module._parameters.get("weight")
         if weight is None or weight.dim() < 2 or isinstance(module, nn.Embedding):
             continue
