@@ -8,9 +8,11 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
+
+from docstring_parser import DocstringMeta, DocstringStyle, parse
 
 from mobizo_compiler.options import JsonConfig
 
@@ -26,7 +28,7 @@ PUBLIC: dict[str, tuple[str, ...] | None] = {
     "mobizo_compiler.testing": None,
 }
 _FIRST = ("compile", "load", "Program", "Session", "StepResult")  # the others follow by name
-_SECTION = re.compile(r"^(Args|Returns|Raises|Yields):$", re.MULTILINE)
+_SECTION = re.compile(r"(Args|Returns|Raises):\n")
 
 
 def reference_page() -> list[str]:
@@ -132,30 +134,26 @@ def _docstring(item: Any) -> str:
     if dataclasses.is_dataclass(item) and text.startswith(f"{getattr(item, '__name__', '')}("):
         text = ""
     text, _, example = text.partition(">>> ")
-    parts = _SECTION.split(text)
-    lines = [_prose(parts[0]), ""]
-    for title, body in zip(parts[1::2], parts[2::2], strict=True):
-        items, rest = _section(body)
-        lines += [f"**{title}**\n", "\n".join(items), "", rest] if items else [f"**{title}** {rest}", ""]
+    paragraphs = text.strip().split("\n\n")
+    sections = [place for place, paragraph in enumerate(paragraphs) if _SECTION.match(paragraph)]
+    first, last = (sections[0], sections[-1]) if sections else (len(paragraphs), len(paragraphs))
+    prose = ["\n\n".join(paragraphs[:first]), "\n\n".join(paragraphs[last + 1 :])]
+    lines = [_prose(prose[0]), ""]
+    parsed = parse(text, DocstringStyle.GOOGLE)
+    for title, found in (("Args", parsed.params), ("Returns", parsed.many_returns), ("Raises", parsed.raises)):
+        lines += _section(title, found)
+    lines.append(_prose(prose[1]))
     if example:
-        lines.append(f"```pycon\n>>> {example.rstrip()}\n```")
+        lines.append(f"\n```pycon\n>>> {example.rstrip()}\n```")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).strip()) + "\n"
 
 
-def _section(body: str) -> tuple[list[str], str]:
-    """Items of a section, and the prose that follows it."""
-    items: list[str] = []
-    rest: list[str] = []
-    for line in body.strip("\n").splitlines():
-        if (line and not line.startswith(" ")) or rest:
-            rest.append(line)
-        elif match := re.match(r"    (\*{0,2}\w+): (.*)", line):
-            items.append(f"- `{match[1]}`: {_prose(match[2])}")
-        elif line.strip() and items:
-            items[-1] += " " + _prose(line.strip())
-        elif line.strip():
-            rest.append(line.strip())
-    return items, _prose("\n".join(rest))
+def _section(title: str, found: Sequence[DocstringMeta]) -> list[str]:
+    """A section as a list of what it names, or as a sentence."""
+    if title == "Returns":
+        return [f"**{title}** {_prose(item.description or '')}\n" for item in found]
+    items = [f"- `{item.args[1]}`: {' '.join(_prose(item.description or '').split())}" for item in found]
+    return [f"**{title}**\n", *items, ""] if items else []
 
 
 def _prose(text: str) -> str:

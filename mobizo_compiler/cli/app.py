@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +17,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from mobizo_compiler import __version__
+from mobizo_compiler.cli.help import WIDTH, PlainCommand
 from mobizo_compiler.device.journal import JournalWarning
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.text.hub import calm
+from mobizo_compiler.quiet import quiet
 
 FAILED, INTERRUPTED = 1, 130  # 0: done; 2: wrong usage, which typer itself says; see docs/command_line.md
 
@@ -24,23 +29,50 @@ class _Commands(TyperGroup):
     """Commands whose errors are messages, not tracebacks."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            with calm(), warnings.catch_warnings():
-                warnings.showwarning = _remark_on_warning
-                return super().invoke(ctx)
-        except MobizoError as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(FAILED) from None
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # a file that cannot be read or written
-            if error.filename is None:
+        with _noting_interrupts() as interrupted:
+            try:
+                with quiet(), warnings.catch_warnings():
+                    warnings.showwarning = _remark_on_warning
+                    return super().invoke(ctx)
+            except typer.Exit:
                 raise
-            typer.echo(f"{error.filename}: {error.strerror}", err=True)
-            raise typer.Exit(FAILED) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            except (KeyboardInterrupt, Exception) as error:
+                # Modules in C that are imported meanwhile make another error of an interrupt.
+                stopped = interrupted.is_set() or isinstance(error, KeyboardInterrupt)
+                said = "interrupted" if stopped else _said(error)
+                if said is None:
+                    raise
+                typer.echo(said, err=True)
+                raise typer.Exit(INTERRUPTED if stopped else FAILED) from None
+
+
+def _said(error: BaseException) -> str | None:
+    """The message of an error that is the user's to mend; None for one that is ours."""
+    if isinstance(error, MobizoError):
+        return str(error)
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # no such file, or the disk is full
+        problem = error.strerror or " ".join(str(error).split())
+        return f"{error.filename}: {problem}" if error.filename else problem
+    return None
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[threading.Event]:
+    """Within the block, Ctrl-C is also noted; it raises as it does anyway."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: Any) -> None:
+        asked.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _remark_on_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
@@ -49,17 +81,32 @@ def _remark_on_warning(message: Warning | str, category: type[Warning], *place: 
         typer.echo(f"warning: {message}", err=True)
 
 
-app = typer.Typer(
+class _App(typer.Typer):
+    """An application whose commands have plain help texts."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        """As in typer."""
+        return super().command(name, cls=PlainCommand, **options)
+
+
+app = _App(
     cls=_Commands,
+    rich_markup_mode=None,  # it takes brackets of defaults for markup, and cuts the names of options
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,  # they would print whole tensors
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for other programs to read.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on stderr; errors still.")]
-ProgramFile = Annotated[Path, typer.Argument(help="A program file that compile made.", show_default=False)]
+Encoding = Annotated[str, typer.Option("--encoding", help="How text files are written: latin-1, cp1252, utf-16, ...")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies beside the model or the tokenizer.")
+]
+ProgramFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A program file that compile made.", show_default=False)
+]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Folder of a run of that program.", show_default=False)]
 Best = Annotated[
     bool, typer.Option("--best", help="The state with the best validation loss of the run, not its last one.")

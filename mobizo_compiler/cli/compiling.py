@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -17,38 +17,27 @@ from torch.export import Dim
 
 from mobizo_compiler.api import compile
 from mobizo_compiler.backends import Backend, get_backend
-from mobizo_compiler.cli.app import AsJson, Quiet, Remarks, app, megabytes, print_json
+from mobizo_compiler.cli.app import AsJson, Encoding, Quiet, Remarks, TrustRemoteCode, app, megabytes, print_json
+from mobizo_compiler.cli.engine_lines import without_engine_lines
+from mobizo_compiler.cli.losses import LOSSES, LossChoice, loss_kind, loss_of, unescaped
+from mobizo_compiler.cli.model_inputs import check_room, example_inputs
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
 from mobizo_compiler.compiling.dry_run import DryRun, estimate
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
-from mobizo_compiler.errors import ConfigError, DataError
+from mobizo_compiler.errors import BackendUnavailableError, ConfigError
+from mobizo_compiler.format.peft import read_peft
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.inspection.figures import draw_program
 from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
-from mobizo_compiler.step.losses import LOSSES, get_loss
 from mobizo_compiler.step.rules import RULES
 from mobizo_compiler.text.hub import TASKS, load_model, load_tokenizer
-from mobizo_compiler.text.prompts import Piece, PromptConfig
-from mobizo_compiler.text.rows import TEXT, read_rows
+from mobizo_compiler.text.prompts import PromptConfig, read_label_words
+from mobizo_compiler.text.rows import TEXT, UTF8, read_rows
 from mobizo_compiler.text.speller import Speller
 
 _DRY_PHASES = ("capture", "rewrite")
-_DEFAULT_LOSS = {"causal-lm": "causal-lm", "sequence-classification": "sequence-classification"}
-
-
-@dataclasses.dataclass(frozen=True)
-class LossChoice:
-    """Which loss.
-
-    Args:
-        kind: causal-lm, choice, masked-lm, sequence-classification or mse; that of the task if not given.
-        choices: The answers between which the loss "choice" decides, one token each behind a space: "yes,no".
-    """
-
-    kind: str | None = None
-    choices: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +70,9 @@ def compile_model(
     quantization: dict[str, Any],
     model: Annotated[
         str,
-        typer.Argument(help="Folder of a model of transformers, or its name on the hub (then it is downloaded)."),
+        typer.Argument(
+            metavar="MODEL", help="Folder of a model of transformers, or its name on the hub (then it is downloaded)."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The program file to write.", show_default=False)
@@ -114,8 +105,17 @@ def compile_model(
         ),
     ] = None,
     template: Annotated[
-        str | None, typer.Option(help='Prompt of an example: "Review: {text}".', show_default=False)
+        str | None,
+        typer.Option(help='Prompt of an example, and what choices follow: "Review: {text}".', show_default=False),
     ] = None,
+    label_words: Annotated[
+        str | None,
+        typer.Option(
+            help='Words of one token for answers, in place of --loss-choices: "account_access=Account,billing=Bill".',
+            show_default=False,
+        ),
+    ] = None,
+    encoding: Encoding = UTF8,
     adapter: Annotated[
         Path | None,
         typer.Option(help="Folder of a LoRA of peft, whose layers, rank and A are taken.", show_default=False),
@@ -123,6 +123,10 @@ def compile_model(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or name of the tokenizer; the model's if left out.", show_default=False)
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    init_missing: Annotated[
+        bool, typer.Option("--init-missing", help="Draw weights that the folder lacks, from a fixed seed.")
+    ] = False,
     cache_dir: Annotated[
         Path | None, typer.Option(help="Reuse what was compiled before from equal input.", show_default=False)
     ] = None,
@@ -142,7 +146,8 @@ def compile_model(
     """
     remark = Remarks(quiet)
     _check(task, output, dry_run, graph, tokens, max_tokens, rows, max_rows)
-    kind = _loss_kind(loss, task)
+    words = read_label_words(label_words.split(",")) if label_words else {}
+    kind = loss_kind(loss, task, words)
     options = Options.from_json(
         {
             "lora": lora,
@@ -154,31 +159,48 @@ def compile_model(
         }
     )
     target: Backend = get_backend(backend)
+    if reason := target.unavailable():
+        raise BackendUnavailableError(f"backend {target.name!r} cannot be used on this machine: {reason}")
+    if adapter is not None:
+        read_peft(adapter)
+    texts = _texts(examples, template, encoding, kind)
     started = time.monotonic()
 
     def say(line: str) -> None:
         remark(f"{time.monotonic() - started:6.0f} s  {line}")
 
-    loaded = load_model(model, task)
-    texts = _texts(examples, template)
-    speller = Speller(load_tokenizer(tokenizer or model)) if texts or kind == "choice" else None
-    inputs = _inputs(loaded, speller, texts, rows, tokens)
+    loaded = load_model(
+        model,
+        task,
+        trust_remote_code=trust_remote_code,
+        init_missing=init_missing,
+        on_new=lambda names: _say_new(remark, names),
+    )
+    if output is not None and not dry_run:
+        check_room(output, loaded, options.quantization)
+    speller = None
+    if texts or kind == "choice":
+        speller = Speller(load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code))
+    inputs = example_inputs(loaded, task, speller, texts, rows, tokens)
     if not texts and options.quantization is not None and _measures(options.quantization):
         remark(
             "smoothing is measured on random tokens: --examples FILE with real text suits the model better", "yellow"
         )
-    program = compile(
-        loaded,
-        inputs,
-        options=dataclasses.replace(options, loss=_loss(kind, loss, speller)),
-        backend=DryRun(target) if dry_run else target,
-        dynamic_shapes=_dynamic(inputs, max_rows, max_tokens),
-        adapter=adapter,
-        base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
-        dump_dir=None if dry_run else dump_dir,
-        cache_dir=None if dry_run else cache_dir,
-        progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),
-    )
+    with without_engine_lines():
+        program = compile(
+            loaded,
+            inputs,
+            options=dataclasses.replace(options, loss=loss_of(kind, loss, words, template, speller)),
+            backend=DryRun(target) if dry_run else target,
+            dynamic_shapes=_dynamic(inputs, max_rows, max_tokens),
+            adapter=adapter,
+            answers=tuple(words) or None,
+            base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+            dump_dir=None if dry_run else dump_dir,
+            cache_dir=None if dry_run else cache_dir,
+            progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),
+        )
+    _say_rank(remark, program)
     if output is not None and not dry_run:
         program.save(output)
     if graph is not None and not dry_run:
@@ -225,75 +247,37 @@ def _measures(quantization: QuantizationConfig) -> bool:
     return quantization.recipe in ROUND_ACTIVATIONS and quantization.smoothing != 0
 
 
-def _loss_kind(given: dict[str, Any], task: str) -> str:
-    kind = given.get("kind", _DEFAULT_LOSS[task])
-    if kind not in LOSSES:
-        raise ConfigError(f"loss is {kind!r}", hint=f"use one of {', '.join(LOSSES)}")
-    if (kind == "choice") != ("choices" in given):
-        raise ConfigError(
-            "the loss choice and --loss-choices go together", hint='--loss choice --loss-choices "yes,no"'
-        )
-    return str(kind)
-
-
-def _loss(kind: str, given: dict[str, Any], speller: Speller | None) -> Any:
-    fields = {name: value for name, value in given.items() if name != "kind"}
-    if kind == "choice":
-        assert speller is not None
-        spelled = {choice: speller.answer([Piece("x:", True)], choice.strip()) for choice in fields["choices"]}
-        for choice, ids in spelled.items():
-            if len(ids) != 1:
-                raise ConfigError(
-                    f"the choice {choice!r} is {len(ids)} tokens behind a space; the loss decides between single ones",
-                    hint="choose other words for the answers, or train with the loss causal-lm",
-                )
-        fields["choices"] = tuple(ids[0] for ids in spelled.values())
-    return get_loss({"loss": kind, **fields})
-
-
-def _texts(examples: Path | None, template: str | None) -> list[str]:
+def _texts(examples: Path | None, template: str | None, encoding: str, kind: str) -> list[str]:
     """Prompts to measure on."""
     if examples is None:
-        if template is not None:
+        if template is not None and kind != "choice":
             raise ConfigError("the template is for the rows of --examples, which is not given")
         return []
     prompt = PromptConfig(template=unescaped(template), prompt_column=TEXT)
-    rows = read_rows(examples)
-    for row in rows:
-        if missing := [column for column in prompt.columns if column not in row.cells]:
-            raise DataError(
-                f"there is no column {missing[0]!r}",
-                where=row.where,
-                hint=f"the columns are {', '.join(row.cells)}; --template chooses",
-            )
-    return [prompt.render(row.cells) for row in rows]
+    rows = read_rows(examples, encoding)
+    return [prompt.render({name: row.cell(name, "--template chooses") for name in prompt.columns}) for row in rows]
 
 
-def unescaped(template: str | None) -> str | None:
-    r"""A template from a command line, where a line break is written `\n`.
+def _say_new(remark: Remarks, names: Sequence[str]) -> None:
+    remark(
+        f"the folder has no {', '.join(names)}: drawn from a fixed seed, frozen, and kept in exported adapters as "
+        "modules_to_save",
+        "yellow",
+    )
 
-    >>> unescaped(r"a\nb")
-    'a\nb'
-    """
-    return template and template.replace("\\n", "\n").replace("\\t", "\t")
 
-
-def _inputs(model: Any, speller: Speller | None, texts: list[str], rows: int, tokens: int) -> dict[str, Tensor]:
-    """The example inputs: real text over and over again, or tokens drawn with a fixed seed."""
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    if not texts or speller is None:
-        ids = torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    ids = torch.full((rows, tokens), speller.padding or 0)
-    mask = torch.zeros_like(ids)
-    for row in range(rows):
-        # A row is filled with texts, so that few rows see much of the language.
-        found = list(speller.front)
-        for text in texts[row::rows] or texts:
-            found += speller.ids(text)
-        whole = torch.tensor(found[:tokens])
-        ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1
-    return {"input_ids": ids, "attention_mask": mask}
+def _say_rank(remark: Remarks, program: Program) -> None:
+    """Warn where one direction is all that an adapter on the output layer alone can move."""
+    manifest = program.manifest
+    choices = len(manifest.labels.choices or manifest.answers or ())
+    (site, *others) = program.sites
+    vocabulary = manifest.outputs[0].shape[-1] if manifest.outputs else None
+    if not others and site.out_features == vocabulary and site.r < choices - 1:
+        remark(
+            f"an adapter of rank {site.r} on the output layer alone cannot tell {choices} answers apart: --lora-r "
+            f"{choices - 1}",
+            "yellow",
+        )
 
 
 def _dynamic(inputs: dict[str, Tensor], max_rows: int | None, max_tokens: int | None) -> Any:

@@ -15,13 +15,14 @@ from rich.text import Text
 
 from mobizo_compiler import __version__
 from mobizo_compiler.backends import BUILT_IN, ENTRY_POINT_GROUP, get_backend
-from mobizo_compiler.cli.app import FAILED, AsJson, app, print_json
+from mobizo_compiler.cli.app import FAILED, AsJson, Quiet, app, print_json
+from mobizo_compiler.cli.options import ConfigFile
 from mobizo_compiler.errors import MobizoError
 from mobizo_compiler.inspection.machine import DISTRIBUTION, examine_machine
 
 
 @app.command("backends")
-def show_backends(as_json: AsJson = False) -> None:
+def show_backends(config: ConfigFile = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the backends, and say which of them can be used on this machine.
 
     A usable backend compiles here. A program for another device may need that device to run.
@@ -44,7 +45,7 @@ def show_backends(as_json: AsJson = False) -> None:
 
 
 @app.command("doctor")
-def show_machine(as_json: AsJson = False) -> None:
+def show_machine(config: ConfigFile = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Say what this machine has: versions beside the tested ones, threads, memory, and what runs here.
 
     Exit code 1 if a package has another version than the tested one.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import docstring_parser
 import typer
 import yaml
 
@@ -83,16 +84,8 @@ def argument_texts(cls: type) -> dict[str, str]:
     >>> argument_texts(Section)["panel"]
     'Heading in the help.'
     """
-    _, _, arguments = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
-    arguments = arguments.split("\n\n")[0]
-    found: dict[str, str] = {}
-    name = ""
-    for line in arguments.splitlines():
-        if begin := re.fullmatch(r"    (\w+): (.*)", line):
-            name, found[begin[1]] = begin[1], begin[2]
-        elif name:
-            found[name] += " " + line.strip()
-    return found
+    parsed = docstring_parser.parse(cls.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
+    return {item.arg_name: " ".join((item.description or "").split()) for item in parsed.params}
 
 
 def read_text(hint: Any, text: str) -> Any:
@@ -200,10 +193,13 @@ def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """Let a file give what the command line does not."""
     if path is None:
         return None
-    names = {parameter.name for parameter in ctx.command.params} - {"config", "help"}
+    options = [(parameter.name, option) for parameter in ctx.command.params for option in parameter.opts]
+    names = {option[2:].replace("-", "_"): name for name, option in options if option.startswith("--")}
+    names |= {name: name for name, option in options if not option.startswith("-")}
+    names = {option: name for option, name in names.items() if name not in ("config", "help")}
     sections = _SECTIONS.get(getattr(ctx.command.callback, "__name__", ""), ())
-    given = read_config(path, str(ctx.info_name), names, sections)
-    ctx.default_map = {**(ctx.default_map or {}), **given}
+    given = read_config(path, str(ctx.info_name), set(names), sections)
+    ctx.default_map = {**(ctx.default_map or {}), **{str(names[option]): value for option, value in given.items()}}
     return path
 
 

@@ -12,9 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mobizo_compiler.analysis.costs import short
-from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, app, megabytes, print_json
+from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, app, megabytes, print_json
+from mobizo_compiler.cli.engine_lines import without_engine_lines
+from mobizo_compiler.cli.options import ConfigFile
+from mobizo_compiler.cli.runs import check_run, opened
 from mobizo_compiler.device.run import begin
-from mobizo_compiler.device.session import Session
 from mobizo_compiler.drawing import check_format
 from mobizo_compiler.format.manifest import Block
 from mobizo_compiler.inspection.figures import draw_program
@@ -22,7 +24,9 @@ from mobizo_compiler.inspection.program_file import inspect_file
 from mobizo_compiler.load import load
 from mobizo_compiler.text.training import restore_best
 
-Folder = Annotated[Path, typer.Argument(help="Folder of an adapter in peft's format.", show_default=False)]
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Folder of an adapter in peft's format.", show_default=False)
+]
 
 
 @app.command("inspect")
@@ -32,12 +36,15 @@ def show_program(
         Path | None,
         typer.Option(help="Draw it beside the graph it was made of: .svg or .png.", show_default=False),
     ] = None,
+    config: ConfigFile = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a program file is: inputs, adapters, options, passes, and what runs in and out of delegates."""
     if graph is not None:
         check_format(graph)
-    found = inspect_file(file)
+    with without_engine_lines():
+        found = inspect_file(file)
     if graph is not None:
         draw_program(load(file).manifest, graph)
     if as_json:
@@ -115,8 +122,10 @@ def _show_methods(console: Console, found: dict[str, Any]) -> None:
 @app.command("export-adapter")
 def write_adapter(
     file: ProgramFile,
-    run: Annotated[Path, typer.Argument(help="Folder of a run of that program.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="Gets the adapter in peft's format.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of that program.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Gets the adapter in peft's format.", show_default=False)
+    ],
     base_model: Annotated[
         str | None,
         typer.Option(
@@ -124,10 +133,13 @@ def write_adapter(
         ),
     ] = None,
     best: Best = False,
+    config: ConfigFile = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write the adapter that a run has trained, for peft."""
-    session = Session(file)
+    check_run(run)
+    session = opened(file)
     steps = restore_best(session, run) if best else session.restore(run)
     session.export_adapter(folder, base_model or session.program.manifest.base_model)
     if as_json:
@@ -140,15 +152,19 @@ def write_adapter(
 def read_adapter(
     file: ProgramFile,
     folder: Folder,
-    run: Annotated[Path, typer.Argument(help="Folder of the run that begins with it.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of the run that begins with it.", show_default=False)
+    ],
+    config: ConfigFile = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Begin a run from an adapter of peft: mobizo finetune --run goes on from it.
 
     The adapter must have the program's A: one that export-adapter wrote, or the one that the model was compiled with
     (mobizo compile --adapter).
     """
-    session = Session(file)
+    session = opened(file)
     session.import_adapter(folder)
     begin(session, run)
     if as_json:

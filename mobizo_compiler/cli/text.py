@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,25 +15,34 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.table import Table
 
-from mobizo_compiler.cli.app import INTERRUPTED, AsJson, Best, ProgramFile, Quiet, Remarks, RunFolder, app, print_json
-from mobizo_compiler.cli.compiling import unescaped
+from mobizo_compiler.cli.app import (
+    INTERRUPTED,
+    AsJson,
+    Best,
+    Encoding,
+    ProgramFile,
+    Quiet,
+    Remarks,
+    RunFolder,
+    TrustRemoteCode,
+    app,
+    print_json,
+)
+from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
+from mobizo_compiler.cli.progress import Bar, TimeLeft, shown
+from mobizo_compiler.cli.runs import check_file, check_run, opened, tokenizer_for, training_in
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, MissingPackageError
-from mobizo_compiler.format.manifest import Manifest
-from mobizo_compiler.format.program import StepResult
 from mobizo_compiler.load import load
 from mobizo_compiler.text.data import TextData
 from mobizo_compiler.text.evaluation import Score, generate, score
-from mobizo_compiler.text.hub import load_tokenizer
 from mobizo_compiler.text.plot import plot_run
-from mobizo_compiler.text.prompts import PromptConfig, samples, split
-from mobizo_compiler.text.rows import read_rows
-from mobizo_compiler.text.training import Outcome, TrainingConfig, Validation, read_record, restore_best, train
+from mobizo_compiler.text.prompts import PromptConfig, Sample, empty_prompts, samples, split
+from mobizo_compiler.text.rows import UTF8, read_rows
+from mobizo_compiler.text.training import Outcome, TrainingConfig, read_record, restore_best, train
 from mobizo_compiler.text.tuning import Trial, tune
 
 PROMPTS = Section("prompts", (PromptConfig,), "", "Prompts and answers")
@@ -61,7 +70,9 @@ def finetune_program(
     validation: Annotated[
         Path | None, typer.Option(help="Rows to measure on, in place of a share of the data.", show_default=False)
     ] = None,
+    encoding: Encoding = UTF8,
     tokenizer: TokenizerName = None,
+    trust_remote_code: TrustRemoteCode = False,
     plot: Annotated[bool, typer.Option(help=f"Draw {PLOT} in the folder at the end; needs matplotlib.")] = True,
     config: ConfigFile = None,
     as_json: AsJson = False,
@@ -74,26 +85,30 @@ def finetune_program(
     on with; its exit code is 130.
     """
     remark = Remarks(quiet)
-    options = TrainingConfig.from_json(training)
-    program = load(file)
-    session = Session(program, prefix_cache=run / PREFIX if program.manifest.prefix else None)
-    manifest = program.manifest
-    source = _tokenizer_name(tokenizer, manifest)
-    spelling = load_tokenizer(source)
-    prompt = _prompt(prompts)
-    learnt = samples(read_rows(data), prompt)
-    measured = []
+    options, prompt = TrainingConfig.from_json(training), _prompt(prompts)
+    check_file(file)
+    learnt, measured = _samples(data, prompt, encoding), []
     if validation is not None:
-        measured = samples(read_rows(validation), prompt)
+        measured = _samples(validation, prompt, encoding)
     elif options.validation_share:
         learnt, measured = split(learnt, options.validation_share, options.seed)
+    program = load(file)
+    manifest = program.manifest
+    spelling, source = tokenizer_for(tokenizer, manifest, trust_remote_code)
     rows = TextData.encode(learnt, manifest, spelling, prompt)
     held_out = None
     if measured:
         held_out = TextData.encode(measured[: options.validation_rows], manifest, spelling, rows.config)
-    _say_data(remark, rows, held_out, len(measured))
+    _say_data(remark, rows, held_out, len(measured), empty_prompts(learnt) + empty_prompts(measured))
     notes = {"program": str(file), "data_file": str(data), "tokenizer": source, "eps_used": options.eps or manifest.eps}
-    with _interruptible(remark) as interrupted, _Bar(remark) as bar:
+    with training_in(run), _interruptible(remark) as interrupted, Bar(remark) as bar:
+        session = opened(program, run / PREFIX if manifest.prefix else None)
+
+        def begin(done: int, steps: int) -> None:
+            every = options.validate_every if held_out is not None else steps + 1
+            first = math.ceil(len(rows) / rows.layout.rows) if manifest.prefix else 0
+            bar.begin(done, steps, left=TimeLeft(steps, first, lambda step: math.ceil((steps - step) / every)))
+
         outcome = train(
             session,
             rows,
@@ -101,12 +116,13 @@ def finetune_program(
             options,
             run,
             notes=notes,
-            on_begin=bar.begin,
+            on_begin=begin,
             on_step=bar.step,
             on_validation=bar.validation,
             on_change=lambda text: remark(text, "yellow"),
             stop=interrupted,
         )
+    _say_unchanged(remark, outcome)
     record = read_record(run)
     drawn = plot and outcome.why != "interrupted" and _plot(record, run / PLOT, remark)
     if as_json:
@@ -130,17 +146,22 @@ def tune_program(
     share: Annotated[float, typer.Option(min=0, max=1, help="Most that the search may take of them.")] = 0.1,
     eps: Annotated[float | None, typer.Option(help="Not searched for if given.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the run.")] = 0,
+    encoding: Encoding = UTF8,
     tokenizer: TokenizerName = None,
+    trust_remote_code: TrustRemoteCode = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Search for the size of the perturbation and the learning rate of a run, in a small part of its steps."""
     remark = Remarks(quiet)
-    session = Session(file)
-    spelling = load_tokenizer(_tokenizer_name(tokenizer, session.program.manifest))
     prompt = _prompt(prompts)
-    rows = TextData.encode(samples(read_rows(data), prompt), session.program.manifest, spelling, prompt)
+    check_file(file)
+    learnt = _samples(data, prompt, encoding)
+    program = load(file)
+    spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code)
+    rows = TextData.encode(learnt, program.manifest, spelling, prompt)
+    session = opened(program)
 
     def say(what: str, trial: Trial) -> None:
         remark(f"{what} {trial.value:.3g}: {'agreement' if what == 'eps' else 'loss'} {trial.score:.3f}")
@@ -160,7 +181,9 @@ def evaluate_program(
     data: DataFile,
     run: RunFolder = None,
     best: Best = False,
+    encoding: Encoding = UTF8,
     tokenizer: TokenizerName = None,
+    trust_remote_code: TrustRemoteCode = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -171,13 +194,17 @@ def evaluate_program(
     otherwise.
     """
     remark = Remarks(quiet)
-    session = Session(file)
-    steps, record = _restored(session, run, best)
-    spelling = load_tokenizer(_tokenizer_name(tokenizer or record.get("tokenizer"), session.program.manifest))
+    check_file(file)
+    record = _record(run, best)
     prompt = _prompt(prompts, record)
-    rows = TextData.encode(samples(read_rows(data), prompt), session.program.manifest, spelling, prompt)
-    _say_data(remark, rows, None, 0)
-    with _Bar(remark) as bar:
+    asked = _samples(data, prompt, encoding)
+    program = load(file)
+    spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
+    rows = TextData.encode(asked, program.manifest, spelling, prompt)
+    session = opened(program)
+    steps = _restored(session, run, best)
+    _say_data(remark, rows, None, 0, empty_prompts(asked))
+    with Bar(remark) as bar:
         bar.begin(0, len(rows), "evaluating")
         found = score(session, rows, bar.done)
     assert found is not None
@@ -185,7 +212,7 @@ def evaluate_program(
         print_json({"steps": steps, "choices": rows.choices, **dataclasses.asdict(found)})
         return
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in {"after steps": str(steps), "rows": str(found.rows), **_numbers(found)}.items():
+    for name, value in {"after steps": str(steps), "rows": str(found.rows), **shown(found)}.items():
         table.add_row(name, value)
     Console().print(table)
     _say_bias(remark, found, rows.choices)
@@ -194,21 +221,28 @@ def evaluate_program(
 @app.command("generate")
 def generate_text(
     file: ProgramFile,
-    prompt: Annotated[str, typer.Argument(help="Text to go on with; - reads it from stdin.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Text to go on with; - reads it from stdin.", show_default=False)
+    ],
     run: RunFolder = None,
     best: Best = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 32,
     tokenizer: TokenizerName = None,
+    trust_remote_code: TrustRemoteCode = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     r"""Go on with a prompt, always with the most likely token, with the adapter that a run has trained.
 
     Each token is a forward pass over the whole length that the program was compiled for. A line break is written \n.
     """
-    session = Session(file)
-    _, record = _restored(session, run, best)
-    spelling = load_tokenizer(_tokenizer_name(tokenizer or record.get("tokenizer"), session.program.manifest))
+    check_file(file)
+    record = _record(run, best)
+    program = load(file)
+    spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
+    session = opened(program)
+    _restored(session, run, best)
     text = sys.stdin.read() if prompt == "-" else unescaped(prompt) or ""
     shown = (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
     found = generate(session, spelling, text, max_new_tokens, shown)
@@ -218,32 +252,38 @@ def generate_text(
         typer.echo()
 
 
-def _tokenizer_name(given: str | None, manifest: Manifest) -> str:
-    name = given or manifest.base_model
-    if not name:
-        raise ConfigError("the program does not say which tokenizer it needs", hint="--tokenizer FOLDER-or-NAME")
-    return name
-
-
 def _prompt(given: dict[str, Any], record: dict[str, Any] | None = None) -> PromptConfig:
     """How rows become prompts: as given, and as in a run before."""
     before = (record or {}).get("data", {}).get("prompt", {})
     given = dict(given)
-    if "template" in given:
-        given["template"] = unescaped(given["template"])
+    for name in ("template", "pair_template"):
+        if name in given:
+            given[name] = unescaped(given[name])
     return PromptConfig.from_json({**before, **given})
 
 
-def _restored(session: Session, run: Path | None, best: bool) -> tuple[int, dict[str, Any]]:
-    """Steps of the state that the session has then, and the record of its run."""
+def _samples(path: Path, prompt: PromptConfig, encoding: str) -> list[Sample]:
+    return samples(read_rows(path, encoding), prompt)
+
+
+def _record(run: Path | None, best: bool) -> dict[str, Any]:
+    """The record of a run, before anything is loaded for it."""
     if run is None:
         if best:
             raise ConfigError("--best is about a run", hint="--run FOLDER")
-        return 0, {}
-    return restore_best(session, run) if best else session.restore(run), read_record(run)
+        return {}
+    check_run(run)
+    return read_record(run)
 
 
-def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measured: int) -> None:
+def _restored(session: Session, run: Path | None, best: bool) -> int:
+    """Steps of the state that the session has then."""
+    if run is None:
+        return 0
+    return restore_best(session, run) if best else session.restore(run)
+
+
+def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measured: int, empty: int) -> None:
     what = f"{len(rows)} rows"
     if held_out is not None:
         what += f" to learn, {len(held_out)} to validate on"
@@ -252,10 +292,26 @@ def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measur
     if rows.choices:
         what += f"; answers: {', '.join(rows.choices)}"
     remark(what)
+    if rows.assumed:
+        named = ", ".join(f"{number} is {name}" for number, name in enumerate(rows.choices or ()))
+        remark(f"the model has no names for its classes; by the alphabet, {named} (--choices names them)", "yellow")
+    if empty:
+        remark(f"{empty} prompts have no text in any column", "yellow")
     for name, data in (("", rows), ("validation ", held_out)):
         if data is not None and data.cut:
             where = "their first tokens" if data.config.cut == "front" else "the end of their longest column"
             remark(f"{data.cut} of {len(data)} {name}prompts are too long and lose {where} (--cut)", "yellow")
+
+
+def _say_unchanged(remark: Remarks, outcome: Outcome) -> None:
+    """Say where training made nothing better."""
+    found = outcome.validations
+    if outcome.why != "interrupted" and len(found) > 1 and outcome.best is found[0] and found[0].step == 0:
+        remark(
+            "no validation was better than the one before the first step: nothing was learnt that helps other rows "
+            "(another --learning-rate, which mobizo tune finds, more --steps, or more rows)",
+            "yellow",
+        )
 
 
 @contextlib.contextmanager
@@ -277,64 +333,6 @@ def _interruptible(remark: Remarks) -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class _Bar:
-    """Progress on stderr: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, remark: Remarks) -> None:
-        self._remark = remark
-        self._live = remark.console.is_terminal
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeLeft(),
-        )
-        self._progress = Progress(*columns, console=remark.console, disable=not self._live or remark.console.quiet)
-        self._task: TaskID | None = None
-        self._smooth: float | None = None
-        self._total = 0
-        self._first = 0
-        self._started = time.monotonic()
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def begin(self, done: int, total: int, what: str = "fine-tuning") -> None:
-        self._total, self._first = total, done
-        self._task = self._progress.add_task(what, total=total, completed=done, detail="")
-        if done:
-            self._remark(f"going on after step {done} of {total}")
-
-    def done(self, count: int) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=count)
-
-    def step(self, step: int, result: StepResult) -> None:
-        self._smooth = result.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * result.loss
-        if self._task is not None:
-            self._progress.update(self._task, completed=step + 1, detail=f"loss {self._smooth:.3f}")
-        made = step + 1 - self._first
-        if not self._live and (step + 1) % 50 == 0:
-            left = (time.monotonic() - self._started) / made * (self._total - step - 1)
-            self._remark(f"step {step + 1} of {self._total}: loss {self._smooth:.3f}, about {left:.0f} s left")
-
-    def validation(self, found: Validation) -> None:
-        numbers = ", ".join(f"{name} {value}" for name, value in _numbers(found.score).items())
-        self._remark(f"validation after step {found.step}: {numbers}")
-
-
-def _numbers(found: Score) -> dict[str, str]:
-    named = {"loss": found.loss, "choice loss": found.choice_loss, "accuracy": found.accuracy, "AUC": found.auc}
-    return {name: f"{value:.3f}" for name, value in named.items() if value is not None}
 
 
 def _say_bias(remark: Remarks, found: Score, choices: tuple[str, ...] | None) -> None:
@@ -381,9 +379,9 @@ def _show_outcome(console: Console, outcome: Outcome, file: Path, run: Path, dra
         table = Table(
             "", *(f"{name} (step {v.step})" for name, v in chosen.items()), box=box.SIMPLE_HEAD, pad_edge=False
         )
-        shown = [_numbers(v.score) for v in chosen.values()]
-        for name in shown[0]:
-            table.add_row(name, *(numbers.get(name, "") for numbers in shown))
+        numbers = [shown(v.score) for v in chosen.values()]
+        for name in numbers[0]:
+            table.add_row(name, *(some.get(name, "") for some in numbers))
         console.print(table)
     files = ["run.json", "journal", *([PLOT] if drawn else [])]
     console.print(f"in {run}: {', '.join(files)}", highlight=False, markup=False)

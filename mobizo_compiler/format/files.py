@@ -39,16 +39,20 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
         mode: Permissions, less what the process masks.
     """
     remove_partial(path.parent, path.name)
-    with _partial(path, mode) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file.name)
-            raise
+    try:
+        with _partial(path, mode) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(file.name)
+                raise
+    except OSError as error:  # a full disk does not say which file it was for
+        error.filename = error.filename or str(path)
+        raise
 
 
 def remove_partial(folder: Path, name: str | None = None) -> None:

@@ -45,6 +45,7 @@ class TextData:
         padding: Token that fills a row.
         config: As given, with what was found out: other samples are encoded alike with it.
         left: Whether rows are filled from the left.
+        assumed: Whether nobody named the classes, so that they are in the order of the alphabet.
     """
 
     encoded: tuple[Encoded, ...]
@@ -54,6 +55,7 @@ class TextData:
     padding: int
     config: PromptConfig
     left: bool = False
+    assumed: bool = False
 
     @classmethod
     def encode(cls, texts: Sequence[Sample], manifest: Manifest, tokenizer: Any, config: PromptConfig) -> TextData:
@@ -73,10 +75,11 @@ class TextData:
                     where=sample.where,
                     hint="the tokenizer is not that of the model: --tokenizer names another",
                 )
+        nobody = layout.classes is not None and layout.names is None and config.choices is None
+        assumed = nobody and not all(name.isdecimal() for name in maker.choices or ())
         found = dataclasses.replace(config, choices=maker.choices, end_answers=maker.ends)
-        return cls(
-            encoded, layout, maker.choices, maker.spelled, filling(layout, speller), found, _left(layout, speller)
-        )
+        filler, left = filling(layout, speller), _left(layout, speller)
+        return cls(encoded, layout, maker.choices, maker.spelled, filler, found, left, assumed)
 
     def __len__(self) -> int:
         return len(self.encoded)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterator
+import difflib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +12,77 @@ import torch
 
 from mobizo_compiler.errors import ModelSourceError
 from mobizo_compiler.optional import optional
+from mobizo_compiler.quiet import quiet
 
 # Task on the command line, and the class of transformers that loads a model for it.
 TASKS = {"causal-lm": "AutoModelForCausalLM", "sequence-classification": "AutoModelForSequenceClassification"}
+_SECONDS = 5  # that a hub has to answer
+SEED = 0  # of weights that a folder lacks
 
 
-def load_model(source: str, task: str = "causal-lm") -> Any:
-    """The model, float32, in eval mode, without a cache of keys and values.
+def load_model(
+    source: str,
+    task: str = "causal-lm",
+    *,
+    trust_remote_code: bool = False,
+    init_missing: bool = False,
+    on_new: Callable[[Sequence[str]], object] = lambda names: None,
+) -> Any:
+    """The model, float32, in eval mode, without a cache of keys and values, its experts computed for each row.
 
     Args:
         source: A folder, or the name of a model on the hub, which transformers then downloads.
         task: A key of `TASKS`.
+        trust_remote_code: Whether code that lies beside the model may be run.
+        init_missing: Whether weights that the folder lacks may be drawn, from a fixed seed. Those of a head that
+            classifies may be anyway.
+        on_new: Told the names of the weights that were drawn.
 
     Raises:
-        ModelSourceError: There is no such model, or it is not for that task.
+        ModelSourceError: There is no such model, or it is not for that task, or weights are missing.
     """
-    with calm():
+    with quiet():
         transformers = optional("transformers", "loading a model by name")
-    place = _place(source)
-    with _explained(source, "model"), _without_bar(transformers, Path(place).is_dir()):
-        model = getattr(transformers, TASKS[task]).from_pretrained(place, dtype=torch.float32)
+    place = find_source(source, "config.json")
+    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    seeded = torch.random.fork_rng(devices=[])
+    with _explained(source, "model"), _without_bar(transformers, Path(place).is_dir()), seeded:
+        torch.manual_seed(SEED)
+        model, found = getattr(transformers, TASKS[task]).from_pretrained(place, **options)
+    if missing := sorted(found["missing_keys"]):
+        base = f"{model.base_model_prefix}."
+        head = task == "sequence-classification" and not any(name.startswith(base) for name in missing)
+        if not head and not init_missing:
+            named = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise ModelSourceError(
+                f"the weights {named} are not there, and would be random",
+                where=source,
+                hint="name a folder that has them (a model saved with its head), or --init-missing draws them from a "
+                "fixed seed",
+            )
+        on_new(missing)
     model.config.use_cache = False
+    if hasattr(model.config, "experts_implementation") or hasattr(model, "set_experts_implementation"):
+        with contextlib.suppress(ValueError, AttributeError), quiet():
+            model.set_experts_implementation("batched_mm")  # the others sort tokens of all rows together
     return model.eval()
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, by the name of the model or from its folder.
+
+    Args:
+        source: A folder, or a name on the hub.
+        trust_remote_code: Whether code that lies beside the tokenizer may be run.
 
     Raises:
         ModelSourceError: There is none.
     """
-    with calm():
+    with quiet():
         transformers = optional("transformers", "loading a tokenizer")
+    place = find_source(source, "tokenizer_config.json")
     with _explained(source, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(_place(source))
-
-
-@contextlib.contextmanager
-def calm() -> Iterator[None]:
-    """Within the block, what is logged below an error is not shown: torchao logs what it was not built with."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 
 @contextlib.contextmanager
@@ -73,27 +99,56 @@ def _without_bar(transformers: Any, wanted: bool) -> Iterator[None]:
             logs.enable_progress_bar()
 
 
-def _place(source: str) -> str:
-    """A folder as it is; a path that is none must not be taken for the name of a model."""
+def find_source(source: str, file: str) -> str:
+    """A folder as it is, or a name that a hub has; both are found out before anything is loaded.
+
+    Args:
+        source: A folder or a name.
+        file: What a model of that name has, to look for among what was downloaded before.
+
+    Raises:
+        ModelSourceError: There is no such folder, and no hub that has such a name.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return str(path)
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise ModelSourceError("there is no such folder", where=source)
+    parent = path.parent
+    folders = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, folders, 1)
+    hint = f"did you mean {parent / near[0]}?" if near else None
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source:
+        raise ModelSourceError("there is no such folder", where=source, hint=hint)
+    with quiet():
+        hub = optional("huggingface_hub", "a model by name")
+    with contextlib.suppress(ValueError):
+        if isinstance(hub.try_to_load_from_cache(source, file), str):
+            return source
+    try:
+        with quiet():
+            hub.HfApi().model_info(source, timeout=_SECONDS)
+    except Exception as error:  # of httpx, of the hub's client, of the system: all mean that it is not to be had
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = "no hub has a model of that name" if status else f"the hub does not answer ({type(error).__name__})"
+        raise ModelSourceError(f"there is no such folder, and {why}", where=source, hint=hint) from None
     return source
 
 
 @contextlib.contextmanager
 def _explained(source: str, what: str) -> Iterator[None]:
     try:
-        with calm():
+        with quiet():
             yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ModelSourceError):
             raise
         problem = " ".join(str(error).split())
+        own_code = "trust_remote_code" in problem
         raise ModelSourceError(
-            f"transformers cannot load this {what}: {problem}",
+            f"the {what} brings code of its own, which is not run unasked"
+            if own_code
+            else f"transformers cannot load this {what}: {problem}",
             where=source,
-            hint="name a folder that save_pretrained wrote, or a model of the hub",
+            hint="--trust-remote-code runs it; read it first"
+            if own_code
+            else "name a folder that save_pretrained wrote, or a model of the hub",
         ) from None

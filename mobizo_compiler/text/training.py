@@ -79,6 +79,8 @@ class TrainingConfig(JsonConfig):
                 raise ConfigError(f"{name} is {value}; it must be a number above 0")
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"validation_share is {self.validation_share}; it must be 0 or more, and below 1")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0, or nothing is learnt")
         self.rates(max(1, self.warmup))
 
     def total_steps(self, samples: int, rows: int) -> int:
@@ -157,7 +159,7 @@ def train(
         RunMismatchError: The run was begun with other data, or another seed.
         JournalError: As in `Session.finetune`.
     """
-    folder = Path(run)
+    folder, batches = Path(run), training.batches(config.seed, config.balanced)
     record = _Record.open(folder, config, training, validation, notes or {}, on_change)
     steps = config.total_steps(len(training), training.layout.rows)
     done = session.restore(folder) if (folder / JOURNAL).exists() else 0
@@ -190,7 +192,7 @@ def train(
         validate(done)  # also what a run that was killed had no time for
     record.write(found)
     summary = session.finetune(
-        training.batches(config.seed, config.balanced),
+        batches,
         steps=steps,
         learning_rate=config.rates(steps),
         run=folder,

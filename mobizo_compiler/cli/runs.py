@@ -1,0 +1,78 @@
+"""What commands about runs share: a session that is opened quietly, and a folder that is looked at first."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mobizo_compiler.cli.engine_lines import without_engine_lines
+from mobizo_compiler.device.run import JOURNAL
+from mobizo_compiler.device.session import Session
+from mobizo_compiler.errors import ArtifactError, JournalError, JournalLockedError, MobizoError, ModelSourceError
+from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.program import Program
+from mobizo_compiler.text.hub import load_tokenizer
+
+
+def check_file(file: Path) -> None:
+    """Raise `ArtifactError` unless there is such a file; what is in it is looked at when it is loaded."""
+    if not file.is_file():
+        raise ArtifactError("there is no such program file", where=str(file))
+
+
+def check_run(run: Path) -> None:
+    """Raise `JournalError` unless the folder has a run."""
+    if not (run / JOURNAL).exists():
+        raise JournalError("there is no run in this folder", where=str(run))
+
+
+def opened(program: Program | Path, prefix: Path | None = None) -> Session:
+    """A session, without what the engine prints when it starts."""
+    with without_engine_lines():
+        return Session(program, prefix_cache=prefix)
+
+
+@contextlib.contextmanager
+def training_in(run: Path) -> Iterator[None]:
+    """Train in a folder within the block: one process at a time, and nothing is left of a run that was refused.
+
+    Raises:
+        JournalLockedError: Another process trains there.
+    """
+    begun = run.exists()
+    try:
+        yield
+    except JournalLockedError:
+        raise JournalLockedError(
+            "another process is training in this folder",
+            where=str(run),
+            hint="wait for it to end, or name another folder with --run",
+        ) from None
+    except MobizoError:
+        if not begun and not (run / JOURNAL).exists():
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def tokenizer_for(given: str | None, manifest: Manifest, trust_remote_code: bool, recorded: str | None = None) -> Any:
+    """The tokenizer that is named, or that of the run, or that of the model, and its name.
+
+    Raises:
+        ModelSourceError: There is none; the hint says how to name one.
+    """
+    name = given or recorded or manifest.base_model
+    if not name:
+        raise ModelSourceError("the program does not say which tokenizer it needs", hint="--tokenizer FOLDER-or-NAME")
+    try:
+        return load_tokenizer(name, trust_remote_code=trust_remote_code), name
+    except ModelSourceError as error:
+        if given:
+            raise
+        moved = "the program was compiled from a model that was there; "
+        hint = f"{error.hint}; or " if error.hint and "--trust" in error.hint else ""
+        raise ModelSourceError(
+            error.problem, where=error.where, hint=f"{hint}{moved}--tokenizer FOLDER-or-NAME says where it is now"
+        ) from None
