@@ -17,7 +17,7 @@ from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
 from mobizo_compiler.compiling.described import described_program
 from mobizo_compiler.compiling.methods import captured_and_rewritten
-from mobizo_compiler.compiling.model_config import answer_names, padding_of
+from mobizo_compiler.compiling.model_config import answer_names, padding_of, saved_weights
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.verify import check_program
 from mobizo_compiler.config import LoraConfig, ZOConfig
@@ -78,6 +78,7 @@ def compile(
     options: Options | None = None,
     example_labels: Tensor | None = None,
     answers: Sequence[str] | None = None,
+    new_weights: Sequence[str] = (),
     base_model: str | None = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
@@ -101,6 +102,8 @@ def compile(
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
         answers: Names of the classes, or of the choices of a `ChoiceLoss`, in their order, kept in the program for
             those who have rows with names; if None, classes have the names that the model's configuration gives.
+        new_weights: Names of parameters that the base model lacks, as a head that was drawn for this: they are kept in
+            the program and travel with exported adapters, as `modules_to_save` of peft.
         base_model: Name or folder of the model, kept in the program for those who load its tokenizer or the adapter.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
@@ -151,6 +154,11 @@ def compile(
         if lora is not None or chosen.lora != LoraConfig():
             raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
         found = read_peft(Path(adapter))
+        if found.saved:
+            raise ConfigError(
+                f"the adapter brings {', '.join(found.saved)}, which are weights of the model",
+                hint="load it with peft and save the model with them; or import_adapter into the program it was of",
+            )
         chosen = dataclasses.replace(chosen, lora=found.lora)
         given = {fqn: (found.a[fqn], found.b[fqn]) for fqn in found.a}
     target = get_backend(backend)
@@ -171,7 +179,10 @@ def compile(
     captured, methods = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
     manifest = described_program(captured, methods, example, chosen, target.name, base_model)
     manifest = dataclasses.replace(
-        manifest, answers=answer_names(answers, model, manifest), padding=padding_of(model, manifest)
+        manifest,
+        answers=answer_names(answers, model, manifest),
+        padding=padding_of(model, manifest),
+        saved=saved_weights(new_weights, model),
     )
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))

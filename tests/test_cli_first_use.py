@@ -47,10 +47,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_whole_names_defaults_and_the_common_options(name: str, columns: int) -> None:
-    text, _ = run(name, "--help", columns=columns)
-    assert max(map(len, text.splitlines())) <= columns
-    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+def test_help_has_whole_names_and_the_common_options(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    group: Any = typer.main.get_command(cli.app)
+    command, parent = group.commands[name], group.make_context("mobizo", [], resilient_parsing=True)
+    text = command.get_help(command.make_context(name, [], parent=parent, resilient_parsing=True))
+    assert columns / 2 < max(map(len, text.splitlines())) <= columns
     for option in (option for parameter in command.params for option in parameter.opts if option.startswith("--")):
         assert re.search(rf"(^|[\s,]){option}([\s,]|$)", text), f"{option} is not there as a whole"
     assert all(option in text for option in ("--json", "--quiet", "--config")), "every command has these"
@@ -317,3 +319,41 @@ def test_experts_are_computed_for_each_row(tmp_path: Path) -> None:
     MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "mixtral")
     out, _ = run("compile", tmp_path / "mixtral", "--dry-run", "--tokens", 8, "--zo-queries", 1)
     assert "adapters" in out
+
+
+@pytest.mark.parametrize("targets", ["v_proj", "score"])
+def test_a_new_head_travels_with_the_adapter(targets: str, tiny_model: Path, words: Any, tmp_path: Path) -> None:
+    """peft loads it onto a base model that has drawn another head, and answers as the session does."""
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    from mobizo_compiler import LoraConfig, SequenceClassificationLoss, ZOConfig
+    from mobizo_compiler.errors import AdapterError, ConfigError
+
+    new: list[str] = []
+    model = load_model(str(tiny_model), "sequence-classification", on_new=new.extend)
+    ids = words(["good day fine work", "the bad rain a"], return_tensors="pt").input_ids
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    lora, zo = LoraConfig(r=3, target_modules=("v_proj", *{targets})), ZOConfig(queries=2)
+    loss = SequenceClassificationLoss()
+    program = mobizo.compile(model, inputs, lora, zo, loss, backend="eager", new_weights=new)
+    session = mobizo.Session(program)
+    for seed in range(3):
+        session.train_step(inputs, torch.tensor([0, 1]), seed=seed, learning_rate=0.5)
+    session.export_adapter(tmp_path / "adapter")
+    torch.manual_seed(99)
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_model, dtype=torch.float32)
+    assert not torch.equal(other.score.weight, model.score.weight), "it has another head"
+    loaded = peft.PeftModel.from_pretrained(other, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = session.evaluate(inputs).logits
+        torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"brings score\.weight"):
+        mobizo.compile(model, inputs, None, zo, loss, backend="eager", adapter=tmp_path / "adapter")
+    again = mobizo.Session(program)
+    if targets == "v_proj":
+        again.import_adapter(tmp_path / "adapter")
+        assert torch.equal(again.state(), session.state())
+    else:
+        with pytest.raises(AdapterError, match="cannot be taken apart"):
+            again.import_adapter(tmp_path / "adapter")

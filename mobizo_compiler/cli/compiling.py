@@ -162,6 +162,8 @@ def compile_model(
     if reason := target.unavailable():
         raise BackendUnavailableError(f"backend {target.name!r} cannot be used on this machine: {reason}")
     if adapter is not None:
+        if lora:
+            raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
         read_peft(adapter)
     texts = _texts(examples, template, encoding, kind)
     started = time.monotonic()
@@ -169,13 +171,16 @@ def compile_model(
     def say(line: str) -> None:
         remark(f"{time.monotonic() - started:6.0f} s  {line}")
 
+    new: list[str] = []
     loaded = load_model(
         model,
         task,
         trust_remote_code=trust_remote_code,
         init_missing=init_missing,
-        on_new=lambda names: _say_new(remark, names),
+        on_new=new.extend,
     )
+    if new:
+        _say_new(remark, new)
     if output is not None and not dry_run:
         check_room(output, loaded, options.quantization)
     speller = None
@@ -195,6 +200,7 @@ def compile_model(
             dynamic_shapes=_dynamic(inputs, max_rows, max_tokens),
             adapter=adapter,
             answers=tuple(words) or None,
+            new_weights=tuple(name for name, _ in loaded.named_parameters() if name in new),
             base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
             dump_dir=None if dry_run else dump_dir,
             cache_dir=None if dry_run else cache_dir,

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mobizo_compiler.backends import get_backend
-from mobizo_compiler.cli.app import AsJson, app, print_json
+from mobizo_compiler.cli.app import AsJson, Quiet, app, print_json
+from mobizo_compiler.cli.options import ConfigFile
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.pipelines import METHODS, Parts, methods_of
 from mobizo_compiler.graph.pipeline import Pass
@@ -26,7 +27,9 @@ def show_passes(
     ] = None,
     state: Annotated[str, typer.Option(help="shared, data or io.")] = "shared",
     split_prefix: Annotated[bool, typer.Option("--split-prefix", help="As for mobizo compile.")] = False,
+    config: ConfigFile = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """List the passes of every method of a program, in the order in which they run.
 

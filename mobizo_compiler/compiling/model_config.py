@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import nn
+
 from mobizo_compiler.errors import ConfigError
-from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.manifest import Manifest, SavedWeight
 
 
 def answer_names(given: Sequence[str] | None, model: object, manifest: Manifest) -> tuple[str, ...] | None:
@@ -31,6 +33,18 @@ def answer_names(given: Sequence[str] | None, model: object, manifest: Manifest)
     found = tuple(str(known[number]) for number in range(len(known)))
     unnamed = found == tuple(f"LABEL_{number}" for number in known) or len(set(found)) < len(found)
     return None if unnamed else found
+
+
+def saved_weights(names: Sequence[str], model: object) -> dict[str, SavedWeight]:
+    """Weights that travel with adapters, by name.
+
+    Raises:
+        ConfigError: The model is no module that has such weights.
+    """
+    known = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"the model has no weight {unknown[0]!r} that adapters could take along")
+    return {name: SavedWeight.of(known[name]) for name in names}
 
 
 def padding_of(model: object, manifest: Manifest) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -94,6 +95,34 @@ class TensorSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class SavedWeight:
+    """A weight that the base model lacks, so that it travels with exported adapters.
+
+    Args:
+        shape: Sizes.
+        data: float32, little-endian, row-major, in base64.
+    """
+
+    shape: tuple[int, ...]
+    data: str
+
+    @classmethod
+    def of(cls, weight: Tensor) -> SavedWeight:
+        """The weight as text."""
+        values = weight.detach().to("cpu", torch.float32).contiguous()
+        return cls(tuple(values.shape), base64.b64encode(values.numpy().astype("<f4").tobytes()).decode("ascii"))
+
+    def tensor(self) -> Tensor:
+        """The weight, float32.
+
+        >>> SavedWeight.of(torch.tensor([[1.0, -2.0]])).tensor()
+        tensor([[ 1., -2.]])
+        """
+        data = bytearray(base64.b64decode(self.data))
+        return torch.frombuffer(data, dtype=torch.float32).reshape(self.shape).clone()
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Everything a host needs to call the program.
 
@@ -126,6 +155,7 @@ class Manifest:
         base_model: Name or folder of the model, for those who load its tokenizer or the adapter; None if not told.
         answers: Names of the classes, or of the choices, in their order; None if not told.
         padding: The token that the model takes for padding; None if it has none, or does not tell.
+        saved: Weights of the model that its folder lacks (a head that was drawn), by name.
         history: The passes that made each method, in order, as text.
         outline: The model as blocks, for people.
         format_version: Version of this format; see `docs/program_format.md`.
@@ -158,6 +188,7 @@ class Manifest:
     base_model: str | None = None
     answers: tuple[str, ...] | None = None
     padding: int | None = None
+    saved: Mapping[str, SavedWeight] = dataclasses.field(default_factory=dict)
     history: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     outline: tuple[Block, ...] = ()
     format_version: int = FORMAT_VERSION
@@ -209,6 +240,8 @@ class Manifest:
             lora, zo = LoraConfig.from_json(values.pop("lora")), _zo(values.pop("zo"), values["lanes"])
             history = {name: tuple(steps) for name, steps in values.pop("history", {}).items()}
             answers = values.pop("answers", None)
+            weights = values.pop("saved", {})
+            saved = {name: SavedWeight(tuple(item["shape"]), item["data"]) for name, item in weights.items()}
             blocks = tuple(Block.from_json(item) for item in values.pop("outline", ()))
             return cls(
                 **values,
@@ -219,6 +252,7 @@ class Manifest:
                 lora=lora,
                 zo=zo,
                 answers=None if answers is None else tuple(answers),
+                saved=saved,
                 history=history,
                 outline=blocks,
             )

@@ -68,12 +68,14 @@ class PeftAdapter:
         a: By path, float32 [r, in_features], followed by the window of a convolution.
         b: By path, float32 [r, out_features].
         model: Digest of the model that it was trained on, as in the manifest; None where it is not told.
+        saved: Whole weights that come along, by name: those that the base model lacks.
     """
 
     lora: LoraConfig
     a: Mapping[str, Tensor]
     b: Mapping[str, Tensor]
     model: str | None = None
+    saved: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | None) -> None:
@@ -82,9 +84,15 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
     Raises:
         AdapterError: A site is not a module of its own, which peft could not find.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    whole = {name.rpartition(".")[0]: name for name in program.manifest.saved}
+    tensors |= {PREFIX + name: weight.tensor() for name, weight in program.manifest.saved.items()}
     for site in program.sites:
         a, b = lora_a(program, site, state), site.lora_b(state)
+        if f"{site.fqn}.weight" in program.manifest.saved:  # peft has either a LoRA or the whole of a layer
+            delta = site.scaling * torch.einsum("ri...,ro->oi...", a, b)
+            tensors[f"{PREFIX}{site.fqn}.weight"] += delta
+            continue
         if not site.fqn:
             raise AdapterError("the model is a single layer without a name, which peft cannot adapt")
         tensors[f"{PREFIX}{site.fqn}.lora_A.weight"] = a.contiguous()
@@ -98,8 +106,8 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(site.fqn for site in program.sites),
-        "modules_to_save": None,
+        "target_modules": sorted(site.fqn for site in program.sites if site.fqn not in whole),
+        "modules_to_save": sorted(whole) or None,
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_dora": False,
@@ -147,7 +155,10 @@ def read_peft(folder: Path) -> PeftAdapter:
             hint="export it again; an adapter that was changed on purpose is to be saved with peft",
         )
     tensors = {name: tensor.to(torch.float32) for name, tensor in stored.items()}
-    _check_plain(config, str(folder))
+    named = [f"{PREFIX}{module}." for module in (config.get("modules_to_save") or ()) if ours]
+    brought = [name for name in tensors if name.startswith(tuple(named)) and ".lora_" not in name] if named else []
+    saved = {name.removeprefix(PREFIX): tensors.pop(name) for name in brought}
+    _check_plain(config | ({"modules_to_save": None} if saved else {}), str(folder))
     a, b = _pairs(tensors, str(folder))
     for fqn in sorted(set(a) | set(b)):
         if any(fqn not in side or side[fqn].shape[0] != r for side in (a, b)):
@@ -156,7 +167,7 @@ def read_peft(folder: Path) -> PeftAdapter:
         # A rank-stabilized LoRA is scaled by alpha / sqrt(r), which a plain one of another alpha does.
         scaled = LoraConfig(r=r, lora_alpha=alpha).lora_alpha * (math.sqrt(r) if config.get("use_rslora") else 1)
         lora = LoraConfig(r=r, lora_alpha=scaled, target_modules=tuple(sorted(a)))
-        return PeftAdapter(lora, a, b, described.get("model"))
+        return PeftAdapter(lora, a, b, described.get("model"), saved)
     except MobizoError as error:
         raise AdapterError(f"the adapter cannot be used: {error.problem}", where=str(folder)) from None
 
@@ -173,6 +184,15 @@ def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
             "the adapter was trained on another model: same layers, other weights",
             where=where,
             hint="compile(..., adapter=folder) takes it over to this model, where that is meant",
+        )
+    kept = program.manifest.saved
+    if adapter.saved.keys() != kept.keys() or any(not torch.equal(adapter.saved[n], kept[n].tensor()) for n in kept):
+        raise AdapterError(
+            f"the adapter brings the weights {sorted(adapter.saved)}, the program has {sorted(kept)} with other values",
+            where=where,
+            hint="a layer that was both new and adapted is exported as a whole, which cannot be taken apart again"
+            if adapter.saved
+            else None,
         )
     names = {site.fqn for site in program.sites}
     if names != set(adapter.a):
