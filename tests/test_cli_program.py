@@ -13,7 +13,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, Session, ZOConfig, cli, inspection
+from mobizo_compiler import LoraConfig, Session, ZOConfig, cli
+from mobizo_compiler.inspection import machine as inspection
 
 COLUMNS = {"COLUMNS": "100"}
 

@@ -295,7 +295,7 @@ def test_data_that_cannot_be_used(tiny_program: Path, tmp_path: Path) -> None:
     refused(b"text,tone\ngood,happy\n", "cannot be split")
     refused(b"text,tone\ngood,happy\n", "[MBZ101]", "--steps", "0")
     refused(b"text,tone\ngood,happy\n", "schedule is 'sine'", "--schedule", "sine")
-    refused(b"text,tone\ngood,happy\n", "[MBZ803]", "--tokenizer", str(tmp_path))
+    refused(b"text,tone\ngood,happy\nbad,sad\n", "[MBZ803]", "--tokenizer", str(tmp_path))
     assert "[MBZ801]" in run("finetune", tiny_program, "--data", tmp_path / "no", "--run", tmp_path / "run", code=1)
     assert "[MBZ701]" in run("evaluate", tiny_program, "--data", tmp_path / "a.csv", "--run", tmp_path / "x", code=1)
     assert "--best is about a run" in run("evaluate", tiny_program, "--data", tmp_path / "a.csv", "--best", code=1)
