@@ -60,7 +60,16 @@ LEGEND[_OUTSIDE] = "what is entered from outside"
 
 # From the ground up. A room may import what is on lower floors, and nothing beside or above it.
 FLOORS: tuple[tuple[Room, ...], ...] = (
-    (Room("ground", ("errors", "options", "optional"), 6, 11, "errors, checks of options, optional packages", _BOTH),),
+    (
+        Room(
+            "ground",
+            ("errors", "options", "optional", "quiet"),
+            6,
+            11,
+            "errors, checks of options, optional packages",
+            _BOTH,
+        ),
+    ),
     (
         Room("quantization", ("quantization",), 3.3, 2.5, "weights in few bits", _BOTH),
         Room("step", ("step",), 7.4, 3.2, "noise, estimators, rules, losses", _BOTH),
