@@ -6,12 +6,12 @@ packages put theirs into the entry-point group `mobizo_compiler.backends`. Listi
 
 from __future__ import annotations
 
-import importlib
-from importlib.metadata import entry_points
+from typing import Any
 
 from mobizo_compiler.backends.contract import MEMBERS, Backend
 from mobizo_compiler.backends.plugin import Plugin
 from mobizo_compiler.errors import BackendUnavailableError, UnknownBackendError
+from mobizo_compiler.extensions import Registry
 from mobizo_compiler.format.program import Artifact, Runner
 
 ENTRY_POINT_GROUP = "mobizo_compiler.backends"
@@ -26,22 +26,37 @@ BUILT_IN = {
 }
 
 
+class _Backends(Registry[Backend]):
+    """A name means a class, or a function without arguments, that makes a backend."""
+
+    def made(self, loaded: Any) -> Any:
+        """The backend."""
+        return loaded()
+
+    def fault(self, loaded: Any) -> str | None:
+        """What it lacks."""
+        missing = [name for name in MEMBERS if not hasattr(loaded, name)]
+        return f"it has no {', no '.join(missing)}" if missing else None
+
+
+BACKENDS = _Backends(
+    "backend",
+    ENTRY_POINT_GROUP,
+    Backend,  # type: ignore[type-abstract]
+    BUILT_IN,
+    page="docs/writing_a_backend.md",
+    unknown=UnknownBackendError,
+    unavailable=BackendUnavailableError,
+)
+
+
 def backend_names() -> dict[str, str]:
     """Every backend's name and the string it is loaded from; a name that several packages claim has all their strings.
 
     >>> "portable" in backend_names()
     True
     """
-    return {name: " and ".join(origins) for name, origins in _claims().items()}
-
-
-def _claims() -> dict[str, list[str]]:
-    claims = {name: [origin] for name, origin in BUILT_IN.items()}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        origins = claims.setdefault(point.name, [])
-        if point.value not in origins:
-            origins.append(point.value)
-    return claims
+    return BACKENDS.names()
 
 
 def get_backend(backend: str | Backend) -> Backend:
@@ -51,30 +66,15 @@ def get_backend(backend: str | Backend) -> Backend:
         UnknownBackendError: There is none of that name, or two packages claim it.
         BackendUnavailableError: It cannot be loaded.
     """
-    if not isinstance(backend, str):
-        if isinstance(backend, Backend):
-            return backend
-        raise UnknownBackendError(f"{backend!r} is neither the name of a backend nor a backend")
-    claims = _claims()
-    if backend not in claims:
-        raise UnknownBackendError(f"there is no backend {backend!r}", hint=f"installed: {', '.join(sorted(claims))}")
-    if len(claims[backend]) > 1:
-        raise UnknownBackendError(
-            f"backend {backend!r} is claimed by {' and by '.join(map(repr, claims[backend]))}",
-            hint="uninstall all but one of the packages",
-        )
-    (origin,) = claims[backend]
-    module, _, attribute = origin.partition(":")
-    try:
-        loaded = getattr(importlib.import_module(module), attribute)()
-    except (Exception, SystemExit) as error:
-        raise BackendUnavailableError(f"backend {backend!r} ({origin}) cannot be loaded: {error}") from error
-    if missing := [name for name in MEMBERS if not hasattr(loaded, name)]:
-        raise BackendUnavailableError(
-            f"backend {backend!r} ({origin}) is not a backend: it has no {', no '.join(missing)}",
-            hint="derive it from mobizo_compiler.backends.Backend; see docs/writing_a_backend.md",
-        )
-    return loaded if origin == BUILT_IN.get(backend) else Plugin(loaded, origin)
+    if isinstance(backend, str):
+        loaded: Backend = BACKENDS.load(backend)
+        return loaded if backend in BUILT_IN else Plugin(loaded, BACKENDS.names()[backend])
+    if isinstance(backend, Backend) and not isinstance(backend, type):
+        return backend
+    raise UnknownBackendError(
+        f"{backend!r} is neither the name of a backend nor a backend",
+        hint=f"make one of it: {backend.__name__}()" if isinstance(backend, type) else None,
+    )
 
 
 def assert_backend_contract(backend: str | Backend) -> None:
@@ -85,6 +85,7 @@ def assert_backend_contract(backend: str | Backend) -> None:
 
 
 __all__ = [
+    "BACKENDS",
     "BUILT_IN",
     "ENTRY_POINT_GROUP",
     "Artifact",

@@ -80,7 +80,7 @@ _NO_LANES = mobizo.ZOConfig(queries=1)  # backpropagation: a row is a row
 _ONE_SIDED = mobizo.ZOConfig(queries=63, normalize=True, estimator="one-sided", noise="rademacher")
 _ONE_SIDED_LAST = dataclasses.replace(_ONE_SIDED, queries=31)
 _ADAM, _SCALAR_ADAM = (
-    get_rule({"rule": name, "beta2": beta}) for name, beta in (("adam", 0.999), ("scalar-adam", 0.99))
+    get_rule({"name": name, "beta2": beta}) for name, beta in (("adam", 0.999), ("scalar-adam", 0.99))
 )
 METHODS = {
     "library": Method(HEAD.learning_rate, HEAD.zo),
@@ -99,7 +99,7 @@ METHODS = {
     **{f"last block, sgd {rate:g}": _in_last_block(rate, _PLAIN_LAST) for rate in (0.03, 0.1, 0.3, 1.0, 3.0)},
     "last block, one-sided": _in_last_block(0.1, _ONE_SIDED_LAST),
     "last block, momentum": _in_last_block(0.1, LAST.zo, "momentum"),
-    "last block, adam": _in_last_block(3e-3, _PLAIN_LAST, get_rule({"rule": "adam", "beta2": 0.99})),
+    "last block, adam": _in_last_block(3e-3, _PLAIN_LAST, get_rule({"name": "adam", "beta2": 0.99})),
     "last block, scalar-adam": _in_last_block(1e-2, _PLAIN_LAST, _SCALAR_ADAM),
     "last block, sign": _in_last_block(3e-4, _PLAIN_LAST, "sign"),
     "mezo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),

@@ -20,6 +20,7 @@ from mobizo_compiler import passes
 from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.graph import facts, parse
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
+from mobizo_compiler.step.rules import RULES
 from mobizo_compiler.testing import check_backend
 from mobizo_compiler.text.answers import Encoded
 from mobizo_compiler.text.batch_shape import BatchShape
@@ -62,6 +63,15 @@ def mbz104():
 
 def mbz105():
     mobizo.compile(model, (words,), quantization=mobizo.QuantizationConfig("8da4w", group_size=32), backend="eager")
+
+
+def mbz106():
+    mobizo.compile(model, (words,), rule="newton", backend="eager")
+
+
+def mbz107():
+    with patch.dict(RULES.built_in, lion="lion_rule:Lion"):  # as an entry point of a package that is half there
+        mobizo.compile(model, (words,), rule="lion", backend="eager")
 
 
 def mbz201():

@@ -63,10 +63,10 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
     (
         Room(
             "ground",
-            ("errors", "options", "optional", "quiet"),
+            ("errors", "options", "optional", "extensions", "quiet"),
             6,
             11,
-            "errors, checks of options, optional packages",
+            "errors, checks of options, optional packages, extensions by name",
             _BOTH,
         ),
     ),

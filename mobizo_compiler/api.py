@@ -116,7 +116,8 @@ def compile(
             input has more rows, has none anyway.
         adapter: Folder of a LoRA that peft saved, in place of `lora`: its layers are adapted, with its A.
             `Session.import_adapter` starts from its B.
-        rule: What a step does with the estimate: "sgd", "momentum", "sign", "adam", "scalar-adam", or an `UpdateRule`.
+        rule: What a step does with the estimate: "sgd", "momentum", "sign", "adam", "scalar-adam", the name of another
+            installed rule, or an `UpdateRule`.
         split_prefix: Make what no adapter reaches a method of its own, whose results a `Session` can keep on disk; for
             adapters in the last blocks (`LoraConfig.layers_to_transform`).
         passes: Passes of one's own, each with its place; see docs/writing_a_pass.md.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.options import MAX_SEED, JsonConfig, check_int
-from mobizo_compiler.step.estimators import get_estimator
+from mobizo_compiler.step.estimators import ESTIMATORS, Estimator, get_estimator
 
 ALL_LINEAR = "all-linear"
 
@@ -123,7 +123,8 @@ class ZOConfig(JsonConfig):
     Args:
         queries: Number q of random directions z per step (the outer loop).
         estimator: "two-sided", 2q lanes: (L(B + eps z) - L(B - eps z)) / (2 eps) for each direction; "one-sided", q + 1
-            lanes: (L(B + eps z) - L(B)) / eps; or the name of a registered `Estimator`.
+            lanes: (L(B + eps z) - L(B)) / eps; or the name of an installed estimator, or an `Estimator` with its
+            options. One without options is kept as its name.
         noise: Distribution of z, "gaussian" or "rademacher".
         normalize: Divide the projected gradient by the standard deviation of the lane losses over eps (FZOO), so that
             a learning rate means the same whatever the size of the loss.
@@ -137,7 +138,7 @@ class ZOConfig(JsonConfig):
     """
 
     queries: int = 4
-    estimator: str = "two-sided"
+    estimator: str | Estimator = "two-sided"
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     normalize: bool = False
     clip: float | None = None
@@ -145,6 +146,8 @@ class ZOConfig(JsonConfig):
     def __post_init__(self) -> None:
         check_int("ZOConfig.queries", self.queries, 1, 1024)
         estimator = get_estimator(self.estimator)
+        name = self.estimator if isinstance(self.estimator, str) else ESTIMATORS.name_of(type(estimator))
+        object.__setattr__(self, "estimator", estimator if dataclasses.fields(estimator) else name)
         if self.noise not in ("gaussian", "rademacher"):
             raise ConfigError(f"ZOConfig.noise is {self.noise!r}", hint='use "gaussian" or "rademacher"')
         if not isinstance(self.normalize, bool):
@@ -155,9 +158,15 @@ class ZOConfig(JsonConfig):
         fewest = estimator.fewest_queries(self.normalize)
         if self.queries < fewest:
             raise ConfigError(
-                f"ZOConfig.queries is {self.queries}; the {self.estimator} estimator needs {fewest} here",
+                f"ZOConfig.queries is {self.queries}; the {name} estimator needs {fewest} here",
                 hint="take more queries, or normalize=False",
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; an estimator with options as its name and options."""
+        chosen = self.estimator
+        estimator = ESTIMATORS.described(chosen) if isinstance(chosen, Estimator) else chosen
+        return {**super().to_json(), "estimator": estimator}
 
     @property
     def lanes(self) -> int:

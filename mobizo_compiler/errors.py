@@ -84,6 +84,26 @@ class QuantizationError(MobizoError, ValueError):
     code = "MBZ105"
 
 
+class UnknownExtensionError(ConfigError):
+    """No estimator, update rule, loss or axis rule has the given name, or two packages claim the same one.
+
+    The message lists the installed names. Correct the name, install the package that brings it, or, where two packages
+    claim one name, uninstall one of them. `mobizo extensions` shows where each comes from.
+    """
+
+    code = "MBZ106"
+
+
+class ExtensionUnavailableError(MobizoError, RuntimeError):
+    """An estimator, update rule, loss or axis rule is installed but cannot be loaded: its package is broken.
+
+    The message names the package's object and what is wrong. Reinstall the package, or report it to its authors, who
+    can check it with `mobizo_compiler.testing`. `mobizo extensions` shows what can be loaded.
+    """
+
+    code = "MBZ107"
+
+
 class ExampleInputError(MobizoError, ValueError):
     """`example_inputs` do not have the form that `compile` takes.
 

@@ -21,11 +21,15 @@ class JsonConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of `to_json`; a key that is not a field is a `ConfigError`."""
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - known)
+        """Inverse of `to_json`; a key that is not a field, or a field that is missing, is a `ConfigError`."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(fields))
         if unknown:
-            raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}", hint=f"its fields are {sorted(known)}")
+            hint = f"its fields are {sorted(fields)}" if fields else "it has none"
+            raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}", hint=hint)
+        for name, field in fields.items():
+            if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{cls.__name__} needs {name!r}, which is not given")
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobizo_compiler.config import ZOConfig
-from mobizo_compiler.format.program import StepResult
+from mobizo_compiler.format.program import Program, StepResult
 from mobizo_compiler.step.estimators import get_estimator, scaled
-from mobizo_compiler.step.losses import CausalLMLoss, Loss
+from mobizo_compiler.step.losses import CausalLMLoss, Loss, get_loss
 from mobizo_compiler.step.noise import noise
-from mobizo_compiler.step.rules import PLAIN, UpdateRule
+from mobizo_compiler.step.rules import PLAIN, UpdateRule, get_rule
 from mobizo_compiler.step.sites import Site, initial_state
 
 
@@ -59,6 +59,21 @@ class ReferenceStep:
             modules[site.fqn].register_forward_hook(self._adapter(site, lora_a[site.fqn].to(self.dtype)))
             for site in self.sites
         ]
+
+    @classmethod
+    def of(cls, model: nn.Module, program: Program) -> ReferenceStep:
+        """The step of a program, with the estimator, rule and loss that its manifest names.
+
+        Args:
+            model: What was compiled.
+            program: A program, also one out of a file.
+
+        Raises:
+            ConfigError: Its loss is a function, or one of the three is not installed here.
+        """
+        manifest = program.manifest
+        rule, loss = get_rule(manifest.rule), get_loss(manifest.loss)
+        return cls(model, program.sites, program.lora_a_by_fqn, zo=manifest.zo, rule=rule, loss=loss)
 
     def _adapter(self, site: Site, a_RF: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor], y_NTO: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def test_sequence_classification_and_a_file_of_options(tiny_model: Path, tmp_pat
     )
     text = run("compile", "--config", config, "--zo-queries", "1", "--dry-run", "--json", "--quiet")
     found = json.loads(text)
-    assert found["loss"].startswith("SequenceClassificationLoss") and found["backend"] == "portable"
+    assert found["loss"] == {"name": "sequence-classification", "ignore_index": -100} and found["backend"] == "portable"
     assert found["lanes"] == 2, "the command line goes before the file"
     assert found["sites"] == ["model.layers.0.self_attn.q_proj"] and found["parameters"] == 2 * 32
 
@@ -133,9 +133,14 @@ def test_wrong_usage(tiny_model: Path, tmp_path: Path) -> None:
         (["--zo-noise", "pink"], "ZOConfig.noise is 'pink'"),
         (["--quantization", "int3"], "[MBZ101] QuantizationConfig.recipe"),
         (["--quantization-group-size", "64"], "no recipe"),
-        (["--loss", "hinge"], "loss is 'hinge'"),
+        (["--loss", "hinge"], "there is no loss 'hinge'"),
         (["--loss", "choice"], "goes with --loss-choices"),
         (["--loss", "mse"], "not trained with"),
+        (["--rule", "newton"], "there is no update rule 'newton'"),
+        (["--estimator", "newton"], "there is no estimator 'newton'"),
+        (["--rule-options", '{"beta": 1}'], "SGD has no field 'beta'"),
+        (["--rule", "sign", "--rule-beta", "0.5", "--rule-options", '{"beta": 0.5}'], "is given by another option"),
+        (["--estimator-options", '{"factor": 1}'], "TwoSided has no field 'factor'"),
         (["--loss", "choice", "--loss-choices", "happy,grim work"], "2 tokens"),
         (["--task", "vision"], "task is 'vision'"),
         (["--backend", "tpu"], "[MBZ103]"),

@@ -112,7 +112,7 @@ def test_any_function_of_outputs_and_labels(function: Any, backend: str) -> None
     wanted = oracle.train_step(TOKENS, labels, seed=1, learning_rate=0.1, eps=0.5)
     torch.testing.assert_close(found.lane_losses.double(), wanted.lane_losses.double(), rtol=0, atol=1e-5)
     assert found.lane_losses.std() > 0
-    assert function.__qualname__ in program.manifest.loss
+    assert program.manifest.loss["function"] == function.__qualname__
     outputs = session.evaluate(TOKENS)
     assert (outputs["length"], outputs["nothing"]) == (5, None)
     torch.testing.assert_close(outputs["nested"]["value"].double(), oracle.evaluate(TOKENS)["nested"]["value"])

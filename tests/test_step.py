@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import CausalLMLoss, ChoiceLoss, LabelSpec, LoraConfig, Session, ZOConfig
+from mobizo_compiler import CausalLMLoss, ChoiceLoss, LabelSpec, LoraConfig, Loss, Session, ZOConfig
 from mobizo_compiler.errors import ExampleInputError
 from mobizo_compiler.reference import ReferenceStep
+from mobizo_compiler.step.losses import register_loss
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -147,7 +148,7 @@ def test_max_labels_changes_cost_not_results() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SquaredError:
+class SquaredError(Loss):
     """Quadratic in the outputs, and so in B of a model of one linear layer."""
 
     def label_spec(self, outputs: Tensor) -> LabelSpec:
@@ -156,6 +157,9 @@ class SquaredError:
     def __call__(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         error = (outputs - labels).square().mean(dim=(1, 2))
         return error, torch.ones_like(error)
+
+
+register_loss("squared-error", SquaredError)
 
 
 @given(

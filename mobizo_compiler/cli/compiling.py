@@ -21,12 +21,13 @@ from mobizo_compiler.cli.app import AsJson, Encoding, Quiet, Remarks, TrustRemot
 from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.losses import LOSSES, LossChoice, loss_kind, loss_of, unescaped
 from mobizo_compiler.cli.model_inputs import check_room, example_inputs
-from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
+from mobizo_compiler.cli.options import ConfigFile, Section, chosen, with_sections
 from mobizo_compiler.compiling.dry_run import DryRun, estimate
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
 from mobizo_compiler.errors import BackendUnavailableError, ConfigError
+from mobizo_compiler.extensions import spelled
 from mobizo_compiler.format.peft import read_peft
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.inspection.figures import draw_program
@@ -45,16 +46,32 @@ class RuleChoice:
     """Which update rule.
 
     Args:
-        rule: sgd, momentum, sign, adam or scalar-adam.
+        rule: sgd, momentum, sign, adam, scalar-adam, or an installed one.
+        options: Options of a rule of another package, as JSON.
     """
 
     rule: str = "sgd"
+    options: dict[str, Any] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class EstimatorChoice:
+    """Which estimator.
+
+    Args:
+        estimator: two-sided, one-sided, or an installed one; mobizo extensions lists them.
+        estimator_options: Options of an estimator of another package, as JSON.
+    """
+
+    estimator: str = "two-sided"
+    estimator_options: dict[str, Any] | None = None
+
+
+_RULES = tuple(map(RULES.class_of, RULES.built_in))
 SECTIONS = (
     Section("lora", (LoraConfig,), "lora", "Adapters"),
-    Section("zo", (ZOConfig,), "zo", "Gradient estimate"),
-    Section("rule", (RuleChoice, *RULES.values()), "rule", "Update rule", head="rule"),
+    Section("zo", (EstimatorChoice, ZOConfig), "zo", "Gradient estimate", alone=("estimator", "estimator_options")),
+    Section("rule", (RuleChoice, *_RULES), "rule", "Update rule", head="rule"),
     Section("loss", (LossChoice, *LOSSES.values()), "loss", "Loss", head="kind", text=("choices",)),
     Section("quantization", (QuantizationConfig,), "quantization", "Quantization of the frozen weights", head="recipe"),
 )
@@ -151,8 +168,8 @@ def compile_model(
     options = Options.from_json(
         {
             "lora": lora,
-            "zo": zo,
-            "rule": {"rule": "sgd", **rule},
+            "zo": _with_estimator(zo),
+            "rule": chosen("rule", rule.pop("rule", "sgd"), rule),
             "quantization": _quantization(quantization),
             "state": state,
             "split_prefix": split_prefix,
@@ -253,6 +270,11 @@ def _measures(quantization: QuantizationConfig) -> bool:
     return quantization.recipe in ROUND_ACTIVATIONS and quantization.smoothing != 0
 
 
+def _with_estimator(zo: dict[str, Any]) -> dict[str, Any]:
+    name, options = zo.pop("estimator", "two-sided"), zo.pop("estimator_options", None)
+    return {**zo, "estimator": name if options is None else {"name": name, **options}}
+
+
 def _texts(examples: Path | None, template: str | None, encoding: str, kind: str) -> list[str]:
     """Prompts to measure on."""
     if examples is None:
@@ -319,9 +341,9 @@ def _show(program: Program, described: dict[str, Any], dry_run: bool) -> None:
         if dry_run
         else f"{described['file']}, {megabytes(described['file_bytes'] or 0)}",
         "backend": manifest.backend,
-        "loss": manifest.loss,
-        "estimator": f"{manifest.zo.estimator}, {manifest.zo.queries} queries, {manifest.zo.lanes} lanes; "
-        f"eps {manifest.eps:g}; {manifest.rule['rule']}",
+        "loss": spelled(manifest.loss),
+        "estimator": f"{spelled(manifest.zo.to_json()['estimator'])}, {manifest.zo.queries} queries, "
+        f"{manifest.zo.lanes} lanes; eps {manifest.eps:g}; {spelled(manifest.rule)}",
         "adapters": f"{program.parameters:,} parameters in {len(program.sites)} layers",
     }
     if dry_run:

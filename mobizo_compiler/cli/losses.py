@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mobizo_compiler.cli.options import chosen
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.options import JsonConfig
+from mobizo_compiler.step import losses
 from mobizo_compiler.step.losses import CausalLMLoss, ChoiceLoss, SequenceClassificationLoss
 from mobizo_compiler.text.prompts import PromptConfig
 from mobizo_compiler.text.speller import Speller
@@ -26,22 +28,27 @@ class LossChoice:
     """Which loss.
 
     Args:
-        kind: causal-lm, choice, or sequence-classification; that of the task if not given.
+        kind: causal-lm, choice, or sequence-classification, or one of another package; that of the task if not given.
         choices: The answers between which the loss "choice" decides, one token each behind the prompt: "yes,no".
+        options: Options of a loss of another package, as JSON.
     """
 
     kind: str | None = None
     choices: tuple[str, ...] | None = None
+    options: dict[str, Any] | None = None
 
 
 def loss_kind(given: dict[str, Any], task: str, words: Mapping[str, str]) -> str:
     """Which loss, as given or as the task has it.
 
     Raises:
-        ConfigError: Rows of text are not trained with it, or its choices are missing.
+        ConfigError: There is no such loss, rows of text are not trained with it, or its choices are missing.
+        ExtensionUnavailableError: It is in a package that is broken.
     """
     kind = given.get("kind", "choice" if words else _OF_TASK[task][0])
-    if kind not in _OF_TASK[task]:
+    if kind not in losses.LOSSES.built_in:
+        losses.LOSSES.class_of(kind)  # whether it suits the model, its labels say
+    elif kind not in _OF_TASK[task]:
         raise ConfigError(
             f"loss is {kind!r}, which rows of text for the task {task} are not trained with",
             hint=f"use {' or '.join(_OF_TASK[task])}; others are for compile and finetune of Python",
@@ -80,7 +87,7 @@ def loss_of(
         if len(set(map(tuple, spelled.values()))) < len(spelled):
             raise ConfigError(f"two of the choices {list(choices)} are the same token", hint="give them other words")
         fields["choices"] = tuple(ids[0] for ids in spelled.values())
-    return LOSSES[kind].from_json(fields)
+    return losses.get_loss(chosen("loss", kind, fields))
 
 
 def unescaped(template: str | None) -> str | None:

@@ -41,6 +41,7 @@ class Section:
         head: The field that the table's name itself stands for: `--quantization` is its `recipe`.
         panel: Heading in the help.
         text: Fields that are read as a list of texts, whatever the dataclass says.
+        alone: Fields whose options may be written without the table's name as well.
     """
 
     parameter: str
@@ -49,6 +50,7 @@ class Section:
     panel: str
     head: str | None = None
     text: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, tuple[Any, str]]:
         """Type and help of every field, by name."""
@@ -61,6 +63,10 @@ class Section:
                 default = "" if field.default in (None, dataclasses.MISSING) else f" [default: {_shown(field.default)}]"
                 found.setdefault(field.name, (hint, helps.get(field.name, "") + default))
         return found
+
+    def takes_json(self, field: str) -> bool:
+        """Whether a field is a table of its own."""
+        return any(get_origin(kind) is dict for kind in _alternatives(self.fields()[field][0]))
 
 
 def _shown(value: object) -> str:
@@ -105,6 +111,8 @@ def read_text(hint: Any, text: str) -> Any:
         if kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(text)
+        if get_origin(kind) is dict:
+            return _json_object(text)
         if get_origin(kind) is tuple:
             inner = get_args(kind)[0]
             items = json.loads(text) if text.startswith("[") else [item.strip() for item in text.split(",")]
@@ -114,6 +122,13 @@ def read_text(hint: Any, text: str) -> Any:
     if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
         return text
     raise ValueError(f"{text!r} is not a {_described(hint)}")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise ValueError(f"{text!r} is not a JSON object")
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -126,11 +141,25 @@ def _described(hint: Any) -> str:
     for kind in _alternatives(hint):
         if get_origin(kind) is Literal:
             words.append("|".join(map(str, get_args(kind))))
+        elif get_origin(kind) is dict:
+            words.append("JSON")
         elif get_origin(kind) is tuple:
             words.append({int: "numbers", str: "names"}.get(get_args(kind)[0], "list"))
         elif kind is not type(None):
             words.append({int: "integer", float: "number", str: "text"}.get(kind, getattr(kind, "__name__", "value")))
     return " or ".join(words)
+
+
+def chosen(table: str, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """An extension as JSON: its name, its options that are fields of a section, and those of `--TABLE-options`.
+
+    Raises:
+        ConfigError: An option is among both.
+    """
+    more = given.pop("options", None) or {}
+    if twice := sorted({"name", *given} & set(more)):
+        raise ConfigError(f"--{table}-options has {twice[0]!r}, which is given by another option")
+    return {"name": name, **given, **more}
 
 
 def with_sections(*sections: Section) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -145,7 +174,8 @@ def with_sections(*sections: Section) -> Callable[[Callable[..., None]], Callabl
                 name = option_name(section.table, field, section.head)
                 assert name not in parameters, f"two options are called {name}"
                 places[name] = section.parameter, field
-                parameters[name] = _parameter(name, hint, text, section.panel)
+                short = (field,) if field in section.alone else ()
+                parameters[name] = _parameter((*short, name), hint, text, section.panel)
 
         @functools.wraps(command)
         def run(**values: Any) -> None:
@@ -169,8 +199,8 @@ def with_sections(*sections: Section) -> Callable[[Callable[..., None]], Callabl
 _SECTIONS: dict[str, tuple[Section, ...]] = {}
 
 
-def _parameter(name: str, hint: Any, text: str, panel: str) -> inspect.Parameter:
-    option = "--" + name.replace("_", "-")
+def _parameter(names: tuple[str, ...], hint: Any, text: str, panel: str) -> inspect.Parameter:
+    option, *others = ["--" + name.replace("_", "-") for name in names]
     kinds = [kind for kind in _alternatives(hint) if kind is not type(None)]
     if kinds == [bool]:
         annotation: Any = Annotated[
@@ -183,10 +213,16 @@ def _parameter(name: str, hint: Any, text: str, panel: str) -> inspect.Parameter
         annotation = Annotated[
             Any,
             typer.Option(
-                option, help=text, rich_help_panel=panel, parser=parse, metavar=_described(hint), show_default=False
+                option,
+                *others,
+                help=text,
+                rich_help_panel=panel,
+                parser=parse,
+                metavar=_described(hint),
+                show_default=False,
             ),
         ]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return inspect.Parameter(names[-1], inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -254,7 +290,8 @@ def read_config(path: Path, command: str, names: set[str], sections: Sequence[Se
                     where=str(path),
                     hint=f"did you mean {near[0]!r}?" if near else f"there are {', '.join(fields)}",
                 )
-            if isinstance(item, Mapping) or name in found:
+            table = isinstance(item, Mapping) and not (section and section.takes_json(plain))
+            if table or name in found:
                 raise ConfigError(
                     f"option {field!r} is " + ("a table" if name not in found else "there twice"), where=str(path)
                 )
@@ -266,7 +303,7 @@ def _as_text(value: Any, name: str) -> Any:
     """A value of a file as the command line would write it; repeated options take lists."""
     if isinstance(value, bool) or value is None:
         return value
-    return json.dumps(value) if isinstance(value, list) else str(value)
+    return json.dumps(value) if isinstance(value, (list, Mapping)) else str(value)
 
 
 def _parsed(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mobizo_compiler.cli.options import ConfigFile
 from mobizo_compiler.cli.runs import check_run, opened
 from mobizo_compiler.device.run import begin
 from mobizo_compiler.drawing import check_format
+from mobizo_compiler.extensions import spelled
 from mobizo_compiler.format.manifest import Block
 from mobizo_compiler.inspection.figures import draw_program
 from mobizo_compiler.inspection.program_file import inspect_file
@@ -58,9 +59,9 @@ def show_program(
         "backend": found["backend"] + (f"; not on this machine: {elsewhere}" if elsewhere else ""),
         "format": f"{found['format_version']}, state {found['state']}",
         "weights": found["quantization"] or "as they were",
-        "loss": found["loss"],
-        "estimator": f"{zo['queries']} queries, {found['lanes']} lanes, {zo['estimator']}, {zo['noise']}; "
-        f"eps {found['eps']:g}; {found['rule']['rule']}",
+        "loss": spelled(found["loss"]),
+        "estimator": f"{zo['queries']} queries, {found['lanes']} lanes, {spelled(zo['estimator'])}, {zo['noise']}; "
+        f"eps {found['eps']:g}; {spelled(found['rule'])}",
         "adapters": f"{found['parameters']:,} parameters in {len(found['sites'])} layers: "
         + ", ".join(f"{count} x {name}" for name, count in found["layers"].items())
         + f"; r {found['lora']['r']}, alpha {found['lora']['lora_alpha']:g}",

@@ -20,7 +20,8 @@ from mobizo_compiler.format.manifest import Manifest, nesting_to_json, tensor_sp
 from mobizo_compiler.graph.example import Example
 from mobizo_compiler.graph.program import LABELS, PREFIX, STATE_INPUT, GraphProgram
 from mobizo_compiler.quantization.weights import default_eps, described
-from mobizo_compiler.step.rules import described_rule, memory_size
+from mobizo_compiler.step.losses import LOSSES
+from mobizo_compiler.step.rules import RULES, memory_size
 
 aten = torch.ops.aten
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
@@ -84,14 +85,14 @@ def described_program(
         sites=train_step.sites,
         lora=dataclasses.replace(lora, target_modules=names),
         zo=options.zo,
-        loss=repr(options.loss),
+        loss=LOSSES.described(options.loss),
         lanes=options.zo.lanes,
         prefix=tuple(
             tensor_spec(name.removeprefix("mobizo_"), value, dynamic)
             for name, value in train_step.inputs.items()
             if name.startswith(PREFIX)
         ),
-        rule=described_rule(options.rule),
+        rule=RULES.described(options.rule),
         memory=memory_size(options.rule, train_step.parameters),
         model=_digest(captured),
         weights=_weights(captured),

@@ -15,8 +15,8 @@ from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.graph.pipeline import Insertion
 from mobizo_compiler.quantization.weights import RECIPES, QuantizationConfig, Recipe, described
-from mobizo_compiler.step.losses import CausalLMLoss, Loss, described_loss, get_loss
-from mobizo_compiler.step.rules import PLAIN, UpdateRule, described_rule, get_rule
+from mobizo_compiler.step.losses import LOSSES, CallableLoss, CausalLMLoss, Loss, get_loss
+from mobizo_compiler.step.rules import PLAIN, RULES, UpdateRule, get_rule
 
 STATES = ("shared", "data", "io")
 
@@ -84,12 +84,14 @@ class Options:
         """
         if self.passes:
             raise ConfigError("passes of one's own cannot be written down", hint="give them to compile(passes=...)")
+        if isinstance(self.loss, CallableLoss):
+            raise ConfigError(f"the loss {self.loss!r} has no name that another process could find it by")
         text = described(self.quantization)
         return {
             "lora": self.lora.to_json(),
             "zo": self.zo.to_json(),
-            "loss": described_loss(self.loss),
-            "rule": described_rule(self.rule),
+            "loss": LOSSES.described(self.loss),
+            "rule": RULES.described(self.rule),
             "quantization": None if text is None else json.loads(text),
             "state": self.state,
             "split_prefix": self.split_prefix,

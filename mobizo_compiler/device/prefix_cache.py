@@ -8,6 +8,7 @@ a file of another program is begun anew.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import struct
 import zlib
@@ -155,9 +156,8 @@ def _keys(inputs: Sequence[Tensor], per_row: Sequence[bool], rows: int) -> list[
 def _identity(program: Program) -> bytes:
     """Programs that share it make the same values of a row, up to the engine's rounding."""
     manifest = program.manifest
-    text = repr(
-        [manifest.model, manifest.backend, manifest.quantization, manifest.prefix, manifest.lora, manifest.loss]
-    )
+    loss = json.dumps(manifest.loss, sort_keys=True)
+    text = repr([manifest.model, manifest.backend, manifest.quantization, manifest.prefix, manifest.lora, loss])
     return hashlib.sha256(text.encode()).digest()
 
 

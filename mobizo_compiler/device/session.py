@@ -18,7 +18,15 @@ from mobizo_compiler.device.batches import filled, labelled, without_labels
 from mobizo_compiler.device.journal import fingerprint, read_journal, replayed
 from mobizo_compiler.device.prefix_cache import PrefixCache
 from mobizo_compiler.device.scalars import float32, scalar_tensor, seed_tensor, whole
-from mobizo_compiler.errors import ConfigError, InputError, LabelError, SessionBusyError, StateError
+from mobizo_compiler.errors import (
+    ConfigError,
+    ExtensionUnavailableError,
+    InputError,
+    LabelError,
+    SessionBusyError,
+    StateError,
+    UnknownExtensionError,
+)
 from mobizo_compiler.format.files import whole_file
 from mobizo_compiler.format.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.format.peft import lora_a, merge_into, read_peft, state_of, write_peft
@@ -27,7 +35,7 @@ from mobizo_compiler.graph.example import flat_names
 from mobizo_compiler.graph.program import Nesting
 from mobizo_compiler.load import load
 from mobizo_compiler.options import MAX_SEED
-from mobizo_compiler.step.estimators import estimator_names, get_estimator
+from mobizo_compiler.step.estimators import get_estimator
 from mobizo_compiler.step.noise import noise
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -198,7 +206,7 @@ class Session:
             raise InputError("journals is empty")
         if self.program.manifest.memory:
             raise ConfigError(
-                f"steps of several devices cannot be merged under the rule {self.program.manifest.rule['rule']!r}, "
+                f"steps of several devices cannot be merged under the rule {self.program.manifest.rule['name']!r}, "
                 "which remembers its own steps",
                 hint='compile with rule="sgd"',
             )
@@ -228,23 +236,25 @@ class Session:
 
         Raises:
             InputError: There is no such lane, or a number is out of range.
-            ConfigError: The program's estimator is not registered in this process, so that nobody knows its lanes.
+            ConfigError: The program's estimator is not installed here, so that nobody knows its lanes.
         """
         zo = self.program.manifest.zo
         index, seed = whole("lane", index, 0, zo.lanes - 1), whole("seed", seed, 0, MAX_SEED)
         size = float32("eps", eps, above=0)
-        if zo.estimator not in estimator_names():
+        try:
+            estimator = get_estimator(zo.estimator)
+        except (UnknownExtensionError, ExtensionUnavailableError) as error:
             raise ConfigError(
-                f"the program has the estimator {zo.estimator!r}, which is not registered in this process",
-                hint="import the package that registers it, or call register_estimator; train_step and replay need "
-                "neither, and train_step with learning rate 0 measures the losses of all lanes",
-            )
+                f"the lanes of this program are those of an estimator that is not installed here: {error.problem}",
+                hint="install its package, or call register_estimator; train_step and replay need neither, and "
+                "train_step with learning rate 0 measures the losses of all lanes",
+            ) from None
         parameters = self.program.parameters
         with self._held():
             alias = self._runner.state()
             before = alias.clone()
             step = noise(seed, zo.queries, parameters, zo.noise) * size
-            alias[:parameters] = get_estimator(zo.estimator).perturbed(before[:parameters], step)[index]
+            alias[:parameters] = estimator.perturbed(before[:parameters], step)[index]
             try:
                 yield
             finally:

@@ -14,12 +14,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from mobizo_compiler.config import LoraConfig, ZOConfig
-from mobizo_compiler.errors import ArtifactError, InputError, TokenRangeError
+from mobizo_compiler.errors import (
+    ArtifactError,
+    ExtensionUnavailableError,
+    InputError,
+    TokenRangeError,
+    UnknownExtensionError,
+)
 from mobizo_compiler.graph.program import DynamicSize, Nesting
-from mobizo_compiler.step.estimators import estimator_names
 from mobizo_compiler.step.sites import Site
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +146,9 @@ class Manifest:
         zo: Estimator options. Its estimator need not be registered where the program is loaded.
         lanes: How many copies of every row a step runs.
         prefix: What `prefix` returns and `train_step` takes in place of the model's inputs; empty without `prefix`.
-        rule: Update rule, as `rules.described_rule` writes it.
+        rule: Update rule: its name, and its options by name; `get_rule` makes it again.
         memory: How many numbers of the state the rule remembers.
-        loss: The loss, as text.
+        loss: The loss: its name, and its options by name; `get_loss` makes it again, unless it was a function.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
         weights: CRC-32 of the values of each of them, by name; see `checksum.of_values`.
         state: "shared", a buffer that all methods share; "data", the same, with its initial value in a data file; or
@@ -173,10 +178,10 @@ class Manifest:
     sites: tuple[Site, ...]
     lora: LoraConfig
     zo: ZOConfig
-    loss: str
+    loss: Mapping[str, Any]
     lanes: int
     prefix: tuple[TensorSpec, ...] = ()
-    rule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"rule": "sgd"})
+    rule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "sgd"})
     memory: int = 0
     model: str = ""
     weights: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -210,7 +215,11 @@ class Manifest:
 
     def to_json(self) -> str:
         """JSON text with sorted keys: the same manifest gives the same bytes."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return json.dumps(self.described(), sort_keys=True)
+
+    def described(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**dataclasses.asdict(self), "zo": self.zo.to_json()}
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
@@ -261,7 +270,7 @@ class Manifest:
 
 
 class _Foreign(ZOConfig):
-    """Options whose estimator is not registered in this process: the graph has all of it, and its name is kept."""
+    """Options whose estimator is not installed here: the graph has all of it, and its name is kept."""
 
     def __post_init__(self) -> None:
         """What it asks of the other options was checked when the program was compiled."""
@@ -273,11 +282,12 @@ class _Foreign(ZOConfig):
 
 
 def _zo(values: Mapping[str, Any], lanes: int) -> ZOConfig:
-    if values["estimator"] in estimator_names():
+    try:
         return ZOConfig.from_json(values)
-    foreign = _Foreign.from_json(values)
-    object.__setattr__(foreign, "_lanes", lanes)
-    return foreign
+    except (UnknownExtensionError, ExtensionUnavailableError):
+        foreign = _Foreign.from_json(values)
+        object.__setattr__(foreign, "_lanes", lanes)
+        return foreign
 
 
 def _spec(item: dict[str, Any]) -> TensorSpec:

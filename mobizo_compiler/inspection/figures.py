@@ -9,6 +9,7 @@ from typing import Any
 from mobizo_compiler.analysis.costs import short
 from mobizo_compiler.drawing import BLUE, GREEN, GREY, INK, MINT, ORANGE, PALE, SAND, check_format, pyplot, write_figure
 from mobizo_compiler.errors import ConfigError
+from mobizo_compiler.extensions import spelled
 from mobizo_compiler.format.manifest import Block, Manifest
 from mobizo_compiler.optional import optional
 
@@ -88,8 +89,8 @@ class _Drawing:
             adapted += [row] * bool(block.adapters)
         row = len(blocks) + 1
         ending = [
-            ("loss of every lane", manifest.loss.partition("(")[0], True),
-            ("projected gradient", f"{zo.queries} numbers, {zo.estimator} estimate", False),
+            ("loss of every lane", manifest.loss["name"], True),
+            ("projected gradient", f"{zo.queries} numbers, {spelled(zo.to_json()['estimator'])} estimate", False),
             ("update of B", "by the noise of every lane, as the gradient says", False),
         ]
         for offset, (name, text, wide) in enumerate(ending):

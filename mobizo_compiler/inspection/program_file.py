@@ -20,7 +20,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     program = load(path)
     manifest = program.manifest
     plans: dict[str, Plan] = read_plans(path) if path.suffix != ".pt2" else {}
-    described = dataclasses.asdict(manifest)
+    described = manifest.described()
     sites = described.pop("sites")
     return {
         "file": str(path),

@@ -2,26 +2,31 @@
 
 Shape suffixes: Q queries, G lanes, P parameters.
 
-An estimator is three functions of tensors that are traced into the graph; lanes, noise and differencing follow from
-them. What it returns for query i estimates the derivative of the loss along z_i, so that the mean of g_i z_i estimates
-the gradient.
+An estimator is a frozen dataclass, whose fields are its options, with three functions; those of tensors are traced into
+the graph. Lanes, noise and differencing follow from them. What it returns for query i estimates the derivative of the
+loss along z_i, so that the mean of g_i z_i estimates the gradient.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mobizo_compiler.errors import ConfigError
+from mobizo_compiler.extensions import DataclassRegistry
+from mobizo_compiler.options import JsonConfig
 
 # Losses that are equal have nothing to say; a difference of zero stays zero when it is divided by this.
 _SMALLEST_SPREAD = 1e-20
 
 
-class Estimator(abc.ABC):
-    """How lanes are perturbed and compared. `register_estimator` gives it a name for `ZOConfig`.
+@dataclasses.dataclass(frozen=True)
+class Estimator(JsonConfig, abc.ABC):
+    """How lanes are perturbed and compared. An entry point or `register_estimator` gives it a name.
 
     The functions may use whatever runs on every engine: arithmetic, slices, `cat`, sums.
     """
@@ -48,6 +53,7 @@ class Estimator(abc.ABC):
         return 1
 
 
+@dataclasses.dataclass(frozen=True)
 class TwoSided(Estimator):
     """Central differences (SPSA, Spall 1992; MeZO; MobiZO): lanes B + eps z_i, then B - eps z_i.
 
@@ -68,6 +74,7 @@ class TwoSided(Estimator):
         return (loss_G[:queries] - loss_G[queries:]) / (eps_1 * 2.0)
 
 
+@dataclasses.dataclass(frozen=True)
 class OneSided(Estimator):
     """Forward differences with one clean lane for all queries (FZOO, Dang et al. 2025): B, then B + eps z_i.
 
@@ -92,34 +99,39 @@ class OneSided(Estimator):
         return 2 if normalized else 1
 
 
-_ESTIMATORS: dict[str, Estimator] = {"two-sided": TwoSided(), "one-sided": OneSided()}
+ESTIMATORS = DataclassRegistry(
+    "estimator",
+    "mobizo_compiler.estimators",
+    Estimator,  # type: ignore[type-abstract]
+    {"one-sided": "mobizo_compiler.step.estimators:OneSided", "two-sided": "mobizo_compiler.step.estimators:TwoSided"},
+)
 
 
-def register_estimator(name: str, estimator: Estimator) -> None:
-    """Let `ZOConfig(estimator=name)` mean this estimator.
+def register_estimator(name: str, estimator: type[Estimator] | Estimator) -> None:
+    """Let `ZOConfig(estimator=name)` mean this class in the running process. An entry point does so in all of them.
 
-    Raises:
-        ConfigError: The name is taken.
-    """
-    if name in _ESTIMATORS:
-        raise ConfigError(f"there is an estimator {name!r} already")
-    _ESTIMATORS[name] = estimator
-
-
-def estimator_names() -> tuple[str, ...]:
-    """Names that are known in this process."""
-    return tuple(sorted(_ESTIMATORS))
-
-
-def get_estimator(name: str) -> Estimator:
-    """The estimator of that name.
+    Args:
+        name: The name.
+        estimator: The class, or, where it has no options, an instance of it.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The name is taken, or it is no frozen dataclass derived from `Estimator`.
     """
-    if not isinstance(name, str) or name not in _ESTIMATORS:
-        raise ConfigError(f"estimator is {name!r}", hint=f"use one of {', '.join(sorted(_ESTIMATORS))}")
-    return _ESTIMATORS[name]
+    plain = isinstance(estimator, Estimator) and not dataclasses.fields(estimator)
+    ESTIMATORS.register(name, type(estimator) if plain else estimator)
+
+
+def get_estimator(estimator: str | Mapping[str, Any] | Estimator) -> Estimator:
+    """An estimator from its name, from its JSON, or itself.
+
+    Raises:
+        ConfigError: There is none of that name, or an option is out of range.
+        ExtensionUnavailableError: It is in a package that is broken.
+
+    >>> get_estimator({"name": "two-sided"})
+    TwoSided()
+    """
+    return ESTIMATORS.get(estimator)
 
 
 def scaled(gradient_Q: Tensor, loss_G: Tensor, eps_1: Tensor, normalize: bool, clip: float | None) -> Tensor:

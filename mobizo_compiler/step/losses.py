@@ -8,15 +8,17 @@ Shape suffixes: N rows, T tokens, K labelled tokens, V vocabulary, C classes or 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mobizo_compiler.errors import ConfigError, LossError
+from mobizo_compiler.extensions import DataclassRegistry
 from mobizo_compiler.options import JsonConfig, check_int
 
 
@@ -45,19 +47,24 @@ class LabelSpec:
     choices: tuple[int, ...] | None = None
 
 
-@runtime_checkable
-class Loss(Protocol):
-    """What the compiler needs of a loss. Implementations are frozen dataclasses."""
+@dataclasses.dataclass(frozen=True)
+class Loss(JsonConfig, abc.ABC):
+    """What the compiler needs of a loss: a frozen dataclass, whose fields are its options.
 
+    An entry point or `register_loss` gives it a name. A plain function is a loss too; see `compile`.
+    """
+
+    @abc.abstractmethod
     def label_spec(self, outputs: Any) -> LabelSpec:
         """The labels for these (fake) outputs of the model."""
 
+    @abc.abstractmethod
     def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of losses of each row, float32 [rows], and how many values it is the sum of, float32 [rows]."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _TokenLoss(JsonConfig):
+class _TokenLoss(Loss):
     """Cross-entropy over the vocabulary at labelled tokens; what the losses of language models share."""
 
     ignore_index: int = -100
@@ -116,7 +123,7 @@ class MaskedLMLoss(_TokenLoss):
 
 
 @dataclasses.dataclass(frozen=True)
-class SequenceClassificationLoss(JsonConfig):
+class SequenceClassificationLoss(Loss):
     """Cross-entropy between the classes of a whole row (a sentence, an image, a recording).
 
     Args:
@@ -145,7 +152,7 @@ class SequenceClassificationLoss(JsonConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class MSELoss(JsonConfig):
+class MSELoss(Loss):
     """Mean squared error of a row: regression, also of hidden states or embeddings.
 
     Args:
@@ -170,7 +177,7 @@ class MSELoss(JsonConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class CallableLoss:
+class CallableLoss(Loss):
     """A plain function `fn(outputs, labels) -> losses [rows]` as a loss; `compile(loss=fn)` makes one.
 
     Args:
@@ -199,12 +206,28 @@ class CallableLoss:
         losses_N = losses_N.to(torch.float32)
         return losses_N, torch.ones_like(losses_N)
 
+    def to_json(self) -> dict[str, Any]:
+        """What can be told of a function: its name, and what labels it takes."""
+        return {"function": self._named, "shape": list(self.shape), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """A `ConfigError`: no file holds the function."""
+        raise ConfigError(
+            f"the loss is the function {values.get('function')!r}, which cannot be made from its name",
+            hint="pass the function itself: loss=CallableLoss(function, shape, dtype), or derive a class from Loss",
+        )
+
+    @property
+    def _named(self) -> str:
+        return str(getattr(self.function, "__qualname__", type(self.function).__name__))
+
     def __repr__(self) -> str:
-        return f"CallableLoss({getattr(self.function, '__qualname__', type(self.function).__name__)})"
+        return f"CallableLoss({self._named})"
 
 
 @dataclasses.dataclass(frozen=True)
-class ChoiceLoss(JsonConfig):
+class ChoiceLoss(Loss):
     """Cross-entropy among a few answers, for a model that answers with one token out of a known set.
 
     `CausalLMLoss` spends most of its gradient on making any of the answers likely at all; here only the choice
@@ -251,50 +274,47 @@ class ChoiceLoss(JsonConfig):
 
 
 TokenClassificationLoss = MaskedLMLoss
-LOSSES: dict[str, type[Any]] = {
-    "causal-lm": CausalLMLoss,
-    "choice": ChoiceLoss,
-    "masked-lm": MaskedLMLoss,
-    "sequence-classification": SequenceClassificationLoss,
-    "mse": MSELoss,
-}
+
+LOSSES = DataclassRegistry(
+    "loss",
+    "mobizo_compiler.losses",
+    Loss,  # type: ignore[type-abstract]
+    {
+        "causal-lm": "mobizo_compiler.step.losses:CausalLMLoss",
+        "choice": "mobizo_compiler.step.losses:ChoiceLoss",
+        "function": "mobizo_compiler.step.losses:CallableLoss",
+        "masked-lm": "mobizo_compiler.step.losses:MaskedLMLoss",
+        "mse": "mobizo_compiler.step.losses:MSELoss",
+        "sequence-classification": "mobizo_compiler.step.losses:SequenceClassificationLoss",
+    },
+)
 
 
-def get_loss(loss: Loss | str | Mapping[str, Any]) -> Loss:
-    """A loss from its name, from what `described_loss` returned, or itself.
-
-    Raises:
-        ConfigError: There is no such loss, an option of it is out of range, or it is a class or a function.
-
-    >>> get_loss({"loss": "mse", "output": "embeddings"})
-    MSELoss(output='embeddings')
-    """
-    if isinstance(loss, type):
-        raise ConfigError(f"loss is the class {loss.__name__}", hint=f"make one: {loss.__name__}()")
-    if isinstance(loss, (str, Mapping)):
-        options = {"loss": loss} if isinstance(loss, str) else dict(loss)
-        name = options.pop("loss", None)
-        if not isinstance(name, str) or name not in LOSSES:
-            raise ConfigError(f"loss is {name!r}", hint=f"use one of {', '.join(LOSSES)}, or a Loss")
-        return cast(Loss, LOSSES[name].from_json(options))
-    if not isinstance(loss, Loss):
-        hint = "compile(loss=function, example_labels=...) makes one of a function" if callable(loss) else None
-        raise ConfigError(f"loss must be a Loss, not {type(loss).__name__}", hint=hint)
-    if not dataclasses.is_dataclass(loss):
-        raise ConfigError(f"loss must be a frozen dataclass, so that it can be named in the program; got {loss!r}")
-    return loss
-
-
-def described_loss(loss: Loss) -> dict[str, Any]:
-    """The loss as JSON values.
+def register_loss(name: str, loss: type[Loss]) -> None:
+    """Let `compile(loss=name)` mean this class in the running process. An entry point does so in all of them.
 
     Raises:
-        ConfigError: Its class has no name, as that of a loss that is a function.
+        ConfigError: The name is taken, or it is no frozen dataclass derived from `Loss`.
     """
-    name = next((name for name, kind in LOSSES.items() if kind is type(loss)), None)
-    if name is None:
-        raise ConfigError(f"the loss {loss!r} has no name that another process could find it by")
-    return {"loss": name, **cast(JsonConfig, loss).to_json()}
+    LOSSES.register(name, loss)
+
+
+def get_loss(loss: str | Mapping[str, Any] | Loss) -> Loss:
+    """A loss from its name, from its JSON as the manifest has it, or itself.
+
+    Raises:
+        ConfigError: There is no such loss, or an option of it is out of range.
+        ExtensionUnavailableError: It is in a package that is broken.
+
+    >>> get_loss({"name": "causal-lm", "max_labels": 1})
+    CausalLMLoss(ignore_index=-100, max_labels=1)
+    """
+    if callable(loss) and not isinstance(loss, (Loss, type)):
+        raise ConfigError(
+            f"loss must be a Loss, not the function {loss!r}",
+            hint="compile(loss=function, example_labels=...) makes one of a function",
+        )
+    return LOSSES.get(loss)
 
 
 def _token_labels(loss: _TokenLoss | ChoiceLoss, outputs: Any, first: int) -> LabelSpec:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mobizo_compiler.errors import ConfigError
+from mobizo_compiler.extensions import DataclassRegistry
 from mobizo_compiler.options import JsonConfig
 
 Memory = dict[str, Tensor]
@@ -165,56 +166,40 @@ class ScalarAdam(Adam):
         return (direction_P * direction_P).mean(dim=0, keepdim=True)
 
 
-RULES: dict[str, type[UpdateRule]] = {
-    "sgd": SGD,
-    "momentum": Momentum,
-    "sign": Sign,
-    "adam": Adam,
-    "scalar-adam": ScalarAdam,
-}
-
-
-def get_rule(rule: str | UpdateRule | Mapping[str, Any]) -> UpdateRule:
-    """A rule from its name, from what `described_rule` returned, or itself.
-
-    Raises:
-        ConfigError: There is no such rule, or an option of it is out of range.
-
-    >>> get_rule({"rule": "momentum", "beta": 0.5})
-    Momentum(weight_decay=0.0, beta=0.5)
-    """
-    if isinstance(rule, UpdateRule):
-        return rule
-    options = dict(rule) if isinstance(rule, Mapping) else {"rule": rule}
-    name = options.pop("rule", None)
-    if not isinstance(name, str) or name not in RULES:
-        raise ConfigError(f"rule is {name!r}", hint=f"use one of {', '.join(RULES)}, or an UpdateRule")
-    return RULES[name].from_json(options)
+RULES = DataclassRegistry(
+    "update rule",
+    "mobizo_compiler.rules",
+    UpdateRule,  # type: ignore[type-abstract]
+    {
+        "sgd": "mobizo_compiler.step.rules:SGD",
+        "momentum": "mobizo_compiler.step.rules:Momentum",
+        "sign": "mobizo_compiler.step.rules:Sign",
+        "adam": "mobizo_compiler.step.rules:Adam",
+        "scalar-adam": "mobizo_compiler.step.rules:ScalarAdam",
+    },
+)
 
 
 def register_rule(name: str, rule: type[UpdateRule]) -> None:
-    """Let `compile(rule=name)` mean this class, and files name it; whoever loads such a file registers it too.
+    """Let `compile(rule=name)` mean this class in the running process. An entry point does so in all of them.
 
     Raises:
         ConfigError: The name is taken, or it is no frozen dataclass derived from `UpdateRule`.
     """
-    if name in RULES:
-        raise ConfigError(f"there is a rule {name!r} already")
-    if not (isinstance(rule, type) and issubclass(rule, UpdateRule) and dataclasses.is_dataclass(rule)):
-        raise ConfigError(f"{rule!r} is not a dataclass derived from UpdateRule")
-    RULES[name] = rule
+    RULES.register(name, rule)
 
 
-def described_rule(rule: UpdateRule) -> dict[str, Any]:
-    """The rule as JSON values.
+def get_rule(rule: str | UpdateRule | Mapping[str, Any]) -> UpdateRule:
+    """A rule from its name, from its JSON as the manifest has it, or itself.
 
     Raises:
-        ConfigError: Its class has no name; `register_rule` gives it one.
+        ConfigError: There is no such rule, or an option of it is out of range.
+        ExtensionUnavailableError: It is in a package that is broken.
+
+    >>> get_rule({"name": "momentum", "beta": 0.5})
+    Momentum(weight_decay=0.0, beta=0.5)
     """
-    name = next((name for name, kind in RULES.items() if kind is type(rule)), None)
-    if name is None:
-        raise ConfigError(f"{type(rule).__name__} has no name", hint="register_rule(name, class) gives it one")
-    return {"rule": name, **rule.to_json()}
+    return RULES.get(rule)
 
 
 def memory_size(rule: UpdateRule, parameters: int) -> int:

@@ -51,7 +51,7 @@ class BatchShape:
         if ids is None or len(ids.shape) != 2 or ids.high is None or by_name.keys() - known or not (causal or classes):
             raise DataError(
                 f"rows of text cannot be made into inputs {list(by_name)} and labels "
-                f"[{', '.join(map(str, labels.shape))}] for {manifest.loss}",
+                f"[{', '.join(map(str, labels.shape))}] for the loss {manifest.loss['name']!r}",
                 hint="the program must take input_ids [rows, tokens] and a loss of causal language models or of "
                 "sequence classification; others train with Session.finetune",
             )

@@ -141,7 +141,7 @@ def _eps_trials(session: Session, batch: Callable[[int], Pair], sizes: Sequence[
 def _candidates(session: Session, batch: Callable[[int], Pair], eps: float, seed: int) -> list[float]:
     """Learning rates around one that fits the size of the gradient."""
     if not _follows_the_gradient(session):
-        return list(_FIXED_RATES if session.program.manifest.rule["rule"] in _SIZELESS else _RATES)
+        return list(_FIXED_RATES if session.program.manifest.rule["name"] in _SIZELESS else _RATES)
     inputs, labels = batch(0)
     result = session.train_step(inputs, labels, seed=step_seed(seed, 0), learning_rate=0.0, eps=eps)
     size = float(result.projected_gradient.square().mean().sqrt())
@@ -151,7 +151,7 @@ def _candidates(session: Session, batch: Callable[[int], Pair], eps: float, seed
 def _follows_the_gradient(session: Session) -> bool:
     """Whether a step is as large as the gradient is."""
     manifest = session.program.manifest
-    return not manifest.zo.normalize and manifest.rule["rule"] not in _SIZELESS
+    return not manifest.zo.normalize and manifest.rule["name"] not in _SIZELESS
 
 
 def _loss(session: Session, batch: Callable[[int], Pair], rate: float, eps: float, steps: int, seed: int) -> float:
