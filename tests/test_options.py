@@ -88,7 +88,7 @@ def test_options_and_keywords_make_the_same_program() -> None:
     model = TokenWise().eval()
     one = mobizo.compile(model, TOKENS, LORA, zo, loss="causal-lm", rule="momentum", backend="eager")
     two = mobizo.compile(model, TOKENS, options=Options(LORA, zo, rule="momentum"), backend="eager")
-    assert one.manifest.rule["rule"] == "momentum" and one.manifest.zo == zo
+    assert one.manifest.rule["name"] == "momentum" and one.manifest.zo == zo
     assert one.manifest == two.manifest
 
 
