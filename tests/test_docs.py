@@ -198,7 +198,7 @@ def test_excerpts_are_in_the_files_that_they_name() -> None:
 def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool = False) -> dict[str, object]:
     """Run the Python of a page from top to bottom, in an empty folder."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(backends, "BUILT_IN", dict(backends.BUILT_IN))
+    monkeypatch.setattr(backends.BACKENDS, "_registered", {})
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if not run_here(block) or ("slow" in block.notes and not slow):
