@@ -32,12 +32,15 @@ class Backend(Protocol):
 
     def unavailable(self) -> str | None:
         """Why nothing can be lowered by this backend, or run, on this machine; None if it can. Raises nothing."""
+        return None
 
     def unsupported(self, program: GraphProgram) -> list[str]:
         """Why this backend cannot run the program: one reason per node, empty if it can. Raises nothing."""
+        return []
 
     def passes(self) -> Sequence[Pass]:
         """The backend's own rewrites, run after the common ones, by the same pipeline."""
+        return ()
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> Artifact:
         """Lower static programs that share one state."""

@@ -74,7 +74,7 @@ def compile(
     adapter: str | PathLike[str] | None = None,
     rule: str | UpdateRule = "sgd",
     split_prefix: bool = False,
-    passes: Sequence[Insertion] = (),
+    passes: Sequence[Insertion | str] = (),
     options: Options | None = None,
     example_labels: Tensor | None = None,
     answers: Sequence[str] | None = None,

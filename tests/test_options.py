@@ -52,7 +52,7 @@ def test_what_has_no_name_has_no_json() -> None:
     loss = mobizo.step.losses.CallableLoss(lambda outputs, labels: outputs.mean((1, 2)), (), torch.float32)
     with pytest.raises(ConfigError, match="no name that another process"):
         Options(loss=loss).to_json()
-    with pytest.raises(ConfigError, match="cannot be written down"):
+    with pytest.raises(ConfigError, match="cannot be written down: it has no name"):
         Options(passes=(Insertion(SpellOutTanh(), after="attach_loss"),)).to_json()
 
 

@@ -31,7 +31,7 @@ ONE = {
     "clamp(%{x}, -inf, {number})": lambda width: width,
     "to.dtype(%{x}, bf16)": lambda width: width,
     "slice.Tensor(%{x}, 1, 1, end)": lambda width: width - 1,
-    "slice.Tensor(%{x}, -1, 0, 2)": lambda width: 2,
+    "slice.Tensor(%{x}, -1, 0, 2)": lambda width: min(2, width),
     "sum.dim_IntList(%{x}, [-1], True)": lambda width: 1,
     "cat([%{x}, %{x}], -1)": lambda width: 2 * width,
     "repeat(%{x}, [1, 3])": lambda width: 3 * width,

@@ -113,6 +113,12 @@ def compile_model(
             "--split-prefix", help="Make what no adapter reaches a method whose results are kept; see mobizo finetune."
         ),
     ] = False,
+    own_passes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass", help="A pass of an installed package; may be given again. See mobizo passes.", show_default=False
+        ),
+    ] = None,
     examples: Annotated[
         Path | None,
         typer.Option(
@@ -173,6 +179,7 @@ def compile_model(
             "quantization": _quantization(quantization),
             "state": state,
             "split_prefix": split_prefix,
+            "passes": own_passes or [],
         }
     )
     target: Backend = get_backend(backend)

@@ -13,6 +13,7 @@ from rich.text import Text
 from mobizo_compiler.backends import get_backend
 from mobizo_compiler.cli.app import AsJson, Quiet, app, print_json
 from mobizo_compiler.cli.options import ConfigFile
+from mobizo_compiler.compiling.insertions import INSERTIONS
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.pipelines import METHODS, Parts, methods_of
 from mobizo_compiler.graph.pipeline import Pass
@@ -27,6 +28,10 @@ def show_passes(
     ] = None,
     state: Annotated[str, typer.Option(help="shared, data or io.")] = "shared",
     split_prefix: Annotated[bool, typer.Option("--split-prefix", help="As for mobizo compile.")] = False,
+    own_passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help="A pass of an installed package; may be given again.", show_default=False),
+    ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -35,7 +40,8 @@ def show_passes(
 
     `before` and `after` of a pass of your own name them; see docs/writing_a_pass.md.
     """
-    options = Options(quantization=quantization, state=state, split_prefix=split_prefix)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"quantization": quantization, "state": state, "passes": tuple(own_passes or ())}
+    options = Options(split_prefix=split_prefix, **given)
     store = () if options.quantization is None else (Quantize(options.quantization),)
     parts = Parts(quantize=store, backend=tuple(get_backend(backend).passes()))
     listed = {name: [_described(step) for step in METHODS[name](options, parts)] for name in methods_of(options)}
@@ -51,6 +57,8 @@ def show_passes(
             table.add_row(str(position), Text(step["name"], style="cyan"), Text(step["does"]))
         Console().print(table)
         Console().print()
+    for name, origin in INSERTIONS.names().items():
+        Console().print(f"--pass {name} puts in a pass of {origin}", highlight=False, markup=False)
 
 
 def _described(step: Pass) -> dict[str, Any]:
@@ -61,4 +69,5 @@ def _described(step: Pass) -> dict[str, Any]:
         "does": " ".join(text.partition("\n\n")[0].split()),
         "from": type(step).__module__,
         **{word: sorted(getattr(step, word)) for word in ("needs", "gives", "breaks")},
+        **{word: getattr(step, word) for word in ("inputs", "outputs", "numbers")},
     }

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
+from mobizo_compiler.compiling.insertions import get_insertion, name_of
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.graph.pipeline import Insertion
@@ -34,7 +35,7 @@ class Options:
             configuration of torchao, or None for as they are.
         state: "shared", "data" or "io"; see `compile`.
         split_prefix: Whether what no adapter reaches is a method of its own.
-        passes: Passes of one's own, each with its place in the pipelines.
+        passes: Passes of one's own, each with its place in the pipelines, or the name of an installed one.
 
     Raises:
         ConfigError: A field is out of range.
@@ -66,15 +67,8 @@ class Options:
             raise ConfigError(f"state is {self.state!r}", hint='use state="shared", state="data" or state="io"')
         if not isinstance(self.split_prefix, bool):
             raise ConfigError(f"split_prefix is {self.split_prefix!r}; it must be True or False")
-        passes: Any = self.passes
-        passes = (passes,) if isinstance(passes, Insertion) else tuple(passes)
-        for step in passes:
-            if not isinstance(step, Insertion):
-                raise ConfigError(
-                    f"passes has {_shown(step)}, which has no place among the others",
-                    hint='mobizo_compiler.graph.Insertion(step, after="attach_loss") gives it one',
-                )
-        object.__setattr__(self, "passes", passes)
+        passes = (self.passes,) if isinstance(self.passes, (Insertion, str)) else self.passes
+        object.__setattr__(self, "passes", tuple(map(get_insertion, passes)))
 
     def to_json(self) -> dict[str, Any]:
         """The fields as values that `json.dumps` takes.
@@ -82,8 +76,6 @@ class Options:
         Raises:
             ConfigError: A field has no name that another process could find it by, as a loss that is a function.
         """
-        if self.passes:
-            raise ConfigError("passes of one's own cannot be written down", hint="give them to compile(passes=...)")
         if isinstance(self.loss, CallableLoss):
             raise ConfigError(f"the loss {self.loss!r} has no name that another process could find it by")
         text = described(self.quantization)
@@ -95,6 +87,7 @@ class Options:
             "quantization": None if text is None else json.loads(text),
             "state": self.state,
             "split_prefix": self.split_prefix,
+            "passes": [name_of(own) for own in self.passes],
         }
 
     @classmethod
@@ -104,7 +97,7 @@ class Options:
         Raises:
             ConfigError: A key is not a field, or a field is out of range.
         """
-        known = {field.name for field in dataclasses.fields(cls)} - {"passes"}
+        known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"Options has no field {unknown[0]!r}", hint=f"its fields are {', '.join(sorted(known))}")
         found = dict(values)

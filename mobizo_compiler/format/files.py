@@ -144,10 +144,20 @@ def copy_whole(source: Path, target: Path) -> None:
     Raises:
         ArtifactError: There is no folder to write to.
     """
+    with source.open("rb") as original:
+        write_whole(original, target)
+
+
+def write_whole(data: IO[bytes], target: Path) -> None:
+    """Write what is read from `data` to a temporary name beside `target`, flush it, and rename it.
+
+    Raises:
+        ArtifactError: There is no folder to write to.
+    """
     if not target.parent.is_dir():
         raise ArtifactError(f"there is no folder {str(target.parent)!r}", where=str(target))
-    with source.open("rb") as original, whole_file(target) as copy:
-        shutil.copyfileobj(original, copy, 1 << 22)
+    with whole_file(target) as file:
+        shutil.copyfileobj(data, file, 1 << 22)
 
 
 def _partial(path: Path, mode: int) -> IO[bytes]:

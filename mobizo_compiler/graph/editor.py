@@ -281,13 +281,14 @@ class Editor:
         output_specs = [OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(n.name), name) for name, n in mutated]
         output_specs += [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for _, node in user]
         alive = {node.name for node in self.graph.nodes}
+        symbols = _symbols(self.inputs.values())
         old = self.before.exported
         exported = ExportedProgram(
             root=torch.nn.Module(),
             graph=self.graph,
             graph_signature=ExportGraphSignature([self._input_specs[n.name] for n in placeholders], output_specs),
             state_dict={name: t for name, t in tensors.items() if name not in old.constants},
-            range_constraints=old.range_constraints,
+            range_constraints={symbol: ends for symbol, ends in old.range_constraints.items() if symbol in symbols},
             module_call_graph=flat_call_graph(len(self.inputs), len(user)),
             constants={name: t for name, t in tensors.items() if name in old.constants},
             verifiers=old.verifiers,
@@ -334,6 +335,12 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return FakeTensorMode()
+
+
+def _symbols(nodes: Iterable[fx.Node]) -> set[Any]:
+    """The symbols in the shapes of inputs: those that a call gives a number."""
+    sizes = (size for node in nodes for size in node.meta["val"].shape if isinstance(size, torch.SymInt))
+    return {symbol for size in sizes for symbol in size.node.expr.free_symbols}
 
 
 def _fold(node: fx.Node, number: float) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mobizo_compiler.backends import get_backend
 from mobizo_compiler.inspection.plan import Plan, read_plans
 from mobizo_compiler.load import load
 
@@ -19,7 +20,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     """
     program = load(path)
     manifest = program.manifest
-    plans: dict[str, Plan] = read_plans(path) if path.suffix != ".pt2" else {}
+    plans: dict[str, Plan] = read_plans(path) if get_backend("portable").reads(path) else {}
     described = manifest.described()
     sites = described.pop("sites")
     return {
