@@ -232,6 +232,21 @@ def test_a_run_that_made_nothing_better_says_so(capsys: pytest.CaptureFixture[st
     assert said(1.0, 0.9, 1.2) == "" and said(1.0) == ""
 
 
+def test_the_time_left_follows_the_last_steps_and_the_validations(capsys: pytest.CaptureFixture[str]) -> None:
+    from mobizo_compiler.cli.progress import TimeLeft
+
+    left = TimeLeft(total=100, first_epoch=10, validations=lambda done: (100 - done) // 50)
+    assert left.text(0) == "-:--:--"
+    for step in range(1, 6):
+        left.step(step, 60.0)  # rows are seen for the first time
+    assert left.text(5) == "> 0:05:00", "what comes after the first epoch is not known yet"
+    for step in range(6, 41):
+        left.step(step, 60.0 if step <= 10 else 1.0)
+    assert left.text(40) == "0:01:00"
+    left.validation(20.0)
+    assert left.text(40) == "0:01:20" and left.validations_cost(10) == 2.0
+
+
 def test_label_words_of_a_program(tiny_model: Path, tmp_path: Path) -> None:
     options = (
         "--rows",
@@ -274,6 +289,8 @@ def test_a_full_disk_is_one_line(tiny_program: Path, tiny_model: Path, tmp_path:
     monkeypatch.setattr("os.fsync", full)
     _, error = run("inspect", tiny_program, "--graph", tmp_path / "a.svg", code=1)
     assert error.strip() == f"{tmp_path / 'a.svg'}: No space left on device"
+    with pytest.raises(OSError, match="No space left"):
+        mobizo.Session(tiny_program).export_adapter(tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -357,3 +374,16 @@ def test_a_new_head_travels_with_the_adapter(targets: str, tiny_model: Path, wor
     else:
         with pytest.raises(AdapterError, match="cannot be taken apart"):
             again.import_adapter(tmp_path / "adapter")
+
+
+def test_classifiers_of_pairs_are_compiled_with_token_types(tiny_model: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from mobizo_compiler.cli.model_inputs import example_inputs
+
+    sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    bert = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4))
+    made = example_inputs(bert, "sequence-classification", None, [], rows=2, tokens=8)
+    assert list(made) == ["input_ids", "attention_mask", "token_type_ids"] and not made["token_type_ids"].any()
+    llama = load_model(str(tiny_model))
+    assert list(example_inputs(llama, "causal-lm", None, [], 2, 8)) == ["input_ids", "attention_mask"]

@@ -48,6 +48,12 @@ class TimeLeft:
         """Note how long a validation took."""
         self._measured.append(seconds)
 
+    def validations_cost(self, every: int) -> float:
+        """Seconds of a validation, as a share of the steps between two; 0 where that is not known yet."""
+        if len(self._steps) < _RECENT or not self._measured or not every:
+            return 0.0
+        return self._measured[-1] / (statistics.median(self._steps) * every)
+
     def text(self, done: int) -> str:
         """The time left after so many steps; with `>` where later steps are not known yet."""
         if not self._steps:
@@ -90,6 +96,8 @@ class Bar:
         self._total = 0
         self._left = TimeLeft(0)
         self._last = time.monotonic()
+        self._before = self._validated = 0  # what was done, and validated, when it was last told
+        self._told = False
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -113,8 +121,6 @@ class Bar:
         if self._task is not None:
             self._progress.update(self._task, completed=count, left=self._left.text(count))
 
-    _before = 0
-
     def step(self, step: int, result: StepResult) -> None:
         """A step is done."""
         now = time.monotonic()
@@ -128,12 +134,21 @@ class Bar:
             self._remark(f"step {step + 1} of {self._total}: loss {self._smooth:.3f}, left {left}")
 
     def validation(self, found: Validation) -> None:
-        """A validation is done."""
+        """A validation is done; that it takes longer than the steps before it is said once."""
         now = time.monotonic()
         self._left.validation(now - self._last)
         self._last = now
         numbers = ", ".join(f"{name} {value}" for name, value in shown(found.score).items())
         self._remark(f"validation after step {found.step}: {numbers}")
+        cost = self._left.validations_cost(found.step - self._validated)
+        self._validated = found.step
+        if cost > 1 and not self._told:
+            self._told = True
+            self._remark(
+                f"a validation takes as long as {cost * 100:.0f} % of the steps between two of them; --validate-every "
+                "makes them seldom, --validation-rows short",
+                "yellow",
+            )
 
 
 def shown(found: Score) -> dict[str, str]:

@@ -101,27 +101,28 @@ def finetune_program(
         held_out = TextData.encode(measured[: options.validation_rows], manifest, spelling, rows.config)
     _say_data(remark, rows, held_out, len(measured), empty_prompts(learnt) + empty_prompts(measured))
     notes = {"program": str(file), "data_file": str(data), "tokenizer": source, "eps_used": options.eps or manifest.eps}
-    with training_in(run), _interruptible(remark) as interrupted, Bar(remark) as bar:
-        session = opened(program, run / PREFIX if manifest.prefix else None)
+    with training_in(run), _interruptible(remark) as interrupted:
+        session = opened(program, run / PREFIX if manifest.prefix else None)  # before the bar takes hold of stderr
+        with Bar(remark) as bar:
 
-        def begin(done: int, steps: int) -> None:
-            every = options.validate_every if held_out is not None else steps + 1
-            first = math.ceil(len(rows) / rows.layout.rows) if manifest.prefix else 0
-            bar.begin(done, steps, left=TimeLeft(steps, first, lambda step: math.ceil((steps - step) / every)))
+            def begin(done: int, steps: int) -> None:
+                every = options.validate_every if held_out is not None else steps + 1
+                first = math.ceil(len(rows) / rows.layout.rows) if manifest.prefix else 0
+                bar.begin(done, steps, left=TimeLeft(steps, first, lambda step: math.ceil((steps - step) / every)))
 
-        outcome = train(
-            session,
-            rows,
-            held_out,
-            options,
-            run,
-            notes=notes,
-            on_begin=begin,
-            on_step=bar.step,
-            on_validation=bar.validation,
-            on_change=lambda text: remark(text, "yellow"),
-            stop=interrupted,
-        )
+            outcome = train(
+                session,
+                rows,
+                held_out,
+                options,
+                run,
+                notes=notes,
+                on_begin=begin,
+                on_step=bar.step,
+                on_validation=bar.validation,
+                on_change=lambda text: remark(text, "yellow"),
+                stop=interrupted,
+            )
     _say_unchanged(remark, outcome)
     record = read_record(run)
     drawn = plot and outcome.why != "interrupted" and _plot(record, run / PLOT, remark)

@@ -233,7 +233,7 @@ def write_state(path: Path, session: Trainee, step: int) -> None:
             file.write(save(tensors, metadata=described | {"sha256": checksum.of_tensors(described, tensors)}))
     except OSError as error:
         raise JournalError(
-            f"the state could not be written: {error}",
+            f"the state could not be written: {error.strerror or error}",
             where=str(path),
             hint="make room and go on: the journal is whole",
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,17 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
     }
     described = {"format": "pt", "made_by": MADE_BY, "model": program.manifest.model}
     described["sha256"] = _checksum(config, described, tensors)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / WEIGHTS) as file:
-        file.write(save(tensors, metadata=described))
-    with whole_file(folder / CONFIG) as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True).encode())
+    begun = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / WEIGHTS) as file:
+            file.write(save(tensors, metadata=described))
+        with whole_file(folder / CONFIG) as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True).encode())
+    except OSError:
+        if not begun:  # half of an adapter is none
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def read_peft(folder: Path) -> PeftAdapter:
