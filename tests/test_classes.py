@@ -184,7 +184,7 @@ def test_padding_is_what_the_model_takes_for_it() -> None:
     assert found is not None and found.loss == pytest.approx(sum(losses) / 2, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["GPT2", "OPT", "OpenAIGPT", "XLM"])
+@pytest.mark.parametrize("name", ["GPT2", "OPT", "OpenAIGPT", "XLM", "XLNet", "TrOCR", "ImageGPT"])
 def test_the_range_of_token_ids_is_found_behind_a_view(name: str) -> None:
     """These models give `input_ids` another form before they look them up."""
     options: dict[str, dict[str, Any]] = {
@@ -199,10 +199,14 @@ def test_the_range_of_token_ids_is_found_behind_a_view(name: str) -> None:
         },
         "OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16},
         "XLM": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 16, "causal": True},
+        "XLNet": {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48},
+        "TrOCR": {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+        "ImageGPT": {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16},
     }
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(vocab_size=16, **options[name])
-    head = {"OPT": "OPTForCausalLM", "XLM": "XLMWithLMHeadModel"}.get(name, f"{name}LMHeadModel")
+    causal = {"OPT": "OPTForCausalLM", "TrOCR": "TrOCRForCausalLM", "ImageGPT": "ImageGPTForCausalImageModeling"}
+    head = (causal | {"XLM": "XLMWithLMHeadModel"}).get(name, f"{name}LMHeadModel")
     model = getattr(transformers, head)(config).eval()
     model.config.use_cache = False
     ids = torch.randint(4, 12, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -376,14 +376,23 @@ def test_a_new_head_travels_with_the_adapter(targets: str, tiny_model: Path, wor
             again.import_adapter(tmp_path / "adapter")
 
 
-def test_classifiers_of_pairs_are_compiled_with_token_types(tiny_model: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification
+def test_example_inputs_of_a_model(tiny_model: Path) -> None:
+    """Token types for classifiers of pairs; cells as text; ids that the model has."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
     from mobizo_compiler.cli.model_inputs import example_inputs
+    from mobizo_compiler.text.prompts import Piece
+    from mobizo_compiler.text.speller import Speller
 
+    words = AutoTokenizer.from_pretrained(tiny_model)
     sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     bert = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4))
     made = example_inputs(bert, "sequence-classification", None, [], rows=2, tokens=8)
     assert list(made) == ["input_ids", "attention_mask", "token_type_ids"] and not made["token_type_ids"].any()
     llama = load_model(str(tiny_model))
+    texts = [[Piece("good </s> day", False), Piece("</s>", True)]]
+    words.add_special_tokens({"pad_token": "[new]"})
+    filled = example_inputs(llama, "causal-lm", Speller(words), texts, 1, 12)
+    assert filled["input_ids"].tolist()[0].count(words.eos_token_id) == 1, "cells are text, templates are not"
+    assert int(filled["input_ids"].max()) < 22, "padding that the model has not is another token"
     assert list(example_inputs(llama, "causal-lm", None, [], 2, 8)) == ["input_ids", "attention_mask"]

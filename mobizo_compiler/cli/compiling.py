@@ -34,7 +34,7 @@ from mobizo_compiler.inspection.figures import draw_program
 from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
 from mobizo_compiler.step.rules import RULES
 from mobizo_compiler.text.hub import TASKS, load_model, load_tokenizer
-from mobizo_compiler.text.prompts import PromptConfig, read_label_words
+from mobizo_compiler.text.prompts import Piece, PromptConfig, read_label_words
 from mobizo_compiler.text.rows import TEXT, UTF8, read_rows
 from mobizo_compiler.text.speller import Speller
 
@@ -282,7 +282,7 @@ def _with_estimator(zo: dict[str, Any]) -> dict[str, Any]:
     return {**zo, "estimator": name if options is None else {"name": name, **options}}
 
 
-def _texts(examples: Path | None, template: str | None, encoding: str, kind: str) -> list[str]:
+def _texts(examples: Path | None, template: str | None, encoding: str, kind: str) -> list[list[Piece]]:
     """Prompts to measure on."""
     if examples is None:
         if template is not None and kind != "choice":
@@ -290,7 +290,7 @@ def _texts(examples: Path | None, template: str | None, encoding: str, kind: str
         return []
     prompt = PromptConfig(template=unescaped(template), prompt_column=TEXT)
     rows = read_rows(examples, encoding)
-    return [prompt.render({name: row.cell(name, "--template chooses") for name in prompt.columns}) for row in rows]
+    return [prompt.pieces({name: row.cell(name, "--template chooses") for name in prompt.columns}) for row in rows]
 
 
 def _say_new(remark: Remarks, names: Sequence[str]) -> None:

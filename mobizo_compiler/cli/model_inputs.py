@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from mobizo_compiler.cli.app import megabytes
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.quantization.weights import QuantizationConfig
+from mobizo_compiler.text.prompts import Piece
 from mobizo_compiler.text.speller import Speller
 
 # Bytes that a weight takes at least; a recipe that is not here is taken for the smallest.
@@ -22,7 +24,7 @@ _SMALLEST = 0.5
 
 
 def example_inputs(
-    model: Any, task: str, speller: Speller | None, texts: list[str], rows: int, tokens: int
+    model: Any, task: str, speller: Speller | None, texts: Sequence[Sequence[Piece]], rows: int, tokens: int
 ) -> dict[str, Tensor]:
     """Real text over and over again, or tokens drawn with a fixed seed; token types where pairs are classified."""
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -30,13 +32,14 @@ def example_inputs(
         ids = torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
         mask = torch.ones_like(ids)
     else:
-        ids = torch.full((rows, tokens), speller.padding or 0)
+        padding = speller.padding or 0
+        ids = torch.full((rows, tokens), padding if padding < vocabulary else 0)  # it is masked
         mask = torch.zeros_like(ids)
         for row in range(rows):
             # A row is filled with texts, so that few rows see much of the language.
             found = list(speller.front)
             for text in texts[row::rows] or texts:
-                found += speller.ids(text)
+                found += speller.spell(text)
             whole = torch.tensor(found[:tokens])
             ids[row, : len(whole)], mask[row, : len(whole)] = whole, 1
     inputs = {"input_ids": ids, "attention_mask": mask}
