@@ -24,7 +24,7 @@ PUBLIC: dict[str, tuple[str, ...] | None] = {
     "mobizo_compiler.reference": ("ReferenceStep",),
     "mobizo_compiler.backends": None,
     "mobizo_compiler.graph.pipeline": ("Pass", "Pipeline"),
-    "mobizo_compiler.analysis.axes": ("Call", "Layout", "RowsMix", "axis_rule"),
+    "mobizo_compiler.analysis.axes": ("AxisRule", "Call", "Layout", "RowsMix", "axis_rule"),
     "mobizo_compiler.testing": None,
 }
 _FIRST = ("compile", "load", "Program", "Session", "StepResult")  # the others follow by name

@@ -169,7 +169,8 @@ class RowMixingError(UnsupportedGraphError):
 class NoAxisRuleError(UnsupportedGraphError):
     """No rule says how rows go through an operator; see `mobizo_compiler.analysis.axes.axis_rule`.
 
-    Write the model without the operator, or register a rule for it; the sharp edges have an example.
+    Write the model without the operator, or register a rule for it, or install a package that has one; the sharp edges
+    have an example.
     """
 
     code = "MBZ207"

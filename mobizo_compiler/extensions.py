@@ -14,7 +14,7 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from mobizo_compiler.errors import ConfigError, ExtensionUnavailableError, MobizoError, UnknownExtensionError
@@ -72,11 +72,17 @@ class Registry(Generic[T]):
 
     def origins(self) -> dict[str, tuple[Origin, ...]]:
         """Who claims each name; more than one where packages collide. Imports nothing."""
-        claims = {name: {text: Origin(text)} for name, text in self.built_in.items()}
-        claims |= {name: {_path(value): Origin(_path(value))} for name, value in self._registered.items()}
-        for point in _entry_points(self.group):
-            claims.setdefault(point.name, {}).setdefault(point.value, Origin(point.value, _distribution(point)))
-        return {name: tuple(found.values()) for name, found in claims.items()}
+        names = [*self.built_in, *self._registered, *_entry_points(self.group)]
+        return {name: self.claims(name) for name in dict.fromkeys(names)}
+
+    def claims(self, name: str) -> tuple[Origin, ...]:
+        """Who claims a name; nobody, if there is no such extension. Imports nothing."""
+        own = [self.built_in[name]] if name in self.built_in else []
+        own += [path_of(self._registered[name])] if name in self._registered else []
+        found = {text: Origin(text) for text in own}
+        for origin in _entry_points(self.group).get(name, ()):
+            found.setdefault(origin.loaded_from, origin)
+        return tuple(found.values())
 
     def names(self) -> dict[str, str]:
         """Every name, and what it is loaded from; a name that several packages claim has all their strings."""
@@ -90,11 +96,17 @@ class Registry(Generic[T]):
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(f"the name of {_a(self.kind)} is {name!r}; it must be a text")
-        if fault := self.fault(value):
+        if fault := self.fault(value) or self.misnamed(name, value):
             raise ConfigError(f"{value!r} is not {_a(self.kind)}: {fault}", hint=f"see {self.page}")
-        if name in self.origins():
+        # A cell of a notebook that is run again.
+        again = name in self._registered and path_of(self._registered[name]) == path_of(value)
+        if self.claims(name) and not again:
             raise ConfigError(f"there is {_a(self.kind)} {name!r} already")
         self._registered[name] = value
+
+    def unregister(self, name: str) -> None:
+        """Take back what `register` did; what is built in or installed stays."""
+        self._registered.pop(name, None)
 
     def load(self, name: str) -> Any:
         """What is behind a name.
@@ -103,23 +115,25 @@ class Registry(Generic[T]):
             UnknownExtensionError: There is no such name, or two packages claim it.
             ExtensionUnavailableError: It cannot be loaded, or is no such extension.
         """
-        origins = self.origins()
-        if name not in origins:
-            raise self._unknown(f"there is no {self.kind} {name!r}", hint=f"installed: {', '.join(sorted(origins))}")
-        if len(origins[name]) > 1:
+        claims = self.claims(name)
+        if not claims:
             raise self._unknown(
-                f"{self.kind} {name!r} is claimed by {' and by '.join(repr(o.loaded_from) for o in origins[name])}",
+                f"there is no {self.kind} {name!r}", hint=f"installed: {', '.join(sorted(self.names()))}"
+            )
+        if len(claims) > 1:
+            raise self._unknown(
+                f"{self.kind} {name!r} is claimed by {' and by '.join(repr(o.loaded_from) for o in claims)}",
                 hint="uninstall all but one of the packages",
             )
         if name in self._registered:
             return self._registered[name]
-        (origin,) = origins[name]
+        (origin,) = claims
         module, _, attribute = origin.loaded_from.partition(":")
         try:
             loaded = self.made(functools.reduce(getattr, attribute.split("."), importlib.import_module(module)))
         except (Exception, SystemExit) as error:
             raise self._unavailable(f"{self.kind} {name!r} ({origin.loaded_from}) cannot be loaded: {error}") from error
-        if fault := self.fault(loaded):
+        if fault := self.fault(loaded) or self.misnamed(name, loaded):
             raise self._unavailable(
                 f"{self.kind} {name!r} ({origin.loaded_from}) is not {_a(self.kind)}: {fault}", hint=f"see {self.page}"
             )
@@ -128,6 +142,10 @@ class Registry(Generic[T]):
     def made(self, loaded: Any) -> Any:
         """The extension from the object that an entry point names; this is called where anything may break."""
         return loaded
+
+    def misnamed(self, name: str, loaded: Any) -> str | None:
+        """Why it cannot have this name."""
+        return None
 
     def fault(self, loaded: Any) -> str | None:
         """Why this is not an extension of this kind."""
@@ -229,7 +247,9 @@ def _a(noun: str | type) -> str:
     return f"{'an' if text[0] in 'aeiouAEIOU' else 'a'} {text}"
 
 
-def _path(value: Any) -> str:
+def path_of(value: Any) -> str:
+    """The string that an object of a module, or the class of another one, is loaded from."""
+    value = getattr(value, "function", value)
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}:{kind.__qualname__}"
 
@@ -238,14 +258,17 @@ def _distribution(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
 
 
-def _entry_points(group: str) -> EntryPoints:
+def _entry_points(group: str) -> Mapping[str, tuple[Origin, ...]]:
     """Those of all installed packages, read again when a package has come or gone."""
     return _read_entry_points(group, tuple((path, _changed(path)) for path in sys.path))
 
 
 @functools.lru_cache(maxsize=8)
-def _read_entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> EntryPoints:
-    return entry_points(group=group)
+def _read_entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> Mapping[str, tuple[Origin, ...]]:
+    found: dict[str, tuple[Origin, ...]] = {}
+    for point in entry_points(group=group):
+        found[point.name] = (*found.get(point.name, ()), Origin(point.value, _distribution(point)))
+    return found
 
 
 def _changed(path: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from importlib.metadata import EntryPoint, entry_points
 
 import typer
 from rich import box
@@ -13,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mobizo_compiler import __version__
-from mobizo_compiler.backends import BUILT_IN, ENTRY_POINT_GROUP, get_backend
+from mobizo_compiler.backends import BACKENDS, get_backend
 from mobizo_compiler.cli.app import FAILED, AsJson, Quiet, app, print_json
+from mobizo_compiler.cli.extensions import origins_of
 from mobizo_compiler.cli.options import ConfigFile
 from mobizo_compiler.errors import MobizoError
-from mobizo_compiler.inspection.machine import DISTRIBUTION, examine_machine
+from mobizo_compiler.extensions import Origin
+from mobizo_compiler.inspection.machine import examine_machine
 
 
 @app.command("backends")
@@ -74,14 +74,6 @@ def show_machine(config: ConfigFile = None, as_json: AsJson = False, quiet: Quie
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a backend is loaded from: an installed distribution, and `"package.module:Class"` in it."""
-
-    distribution: str
-    loaded_from: str
-
-
-@dataclasses.dataclass(frozen=True)
 class ListedBackend:
     """A name under which a backend is installed.
 
@@ -100,20 +92,11 @@ class ListedBackend:
 
 def list_backends() -> list[ListedBackend]:
     """All installed backends by name. Each is loaded to be asked whether it can be used; none can break the list."""
-    origins: dict[str, dict[str, Origin]] = {
-        name: {value: Origin(f"{DISTRIBUTION} {__version__}", value)} for name, value in BUILT_IN.items()
-    }
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        origins.setdefault(point.name, {}).setdefault(point.value, Origin(_distribution(point), point.value))
     found = []
-    for name, claims in sorted(origins.items()):
+    for name in sorted(BACKENDS.names()):
         reason = _why_not(name)
-        found.append(ListedBackend(name, tuple(claims.values()), reason is None, reason))
+        found.append(ListedBackend(name, origins_of(BACKENDS, name), reason is None, reason))
     return found
-
-
-def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
 
 
 def _why_not(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What authors of backends and passes test with: small models, a zoo of architectures, and the oracle.
+"""What authors of backends, passes, estimators, rules and losses test with: suites, small models, a zoo, the oracle.
 
 `check_against_oracle` compiles any model for any backend and compares training steps with plain PyTorch; `zoo` has
 models to try it on. Models of transformers need that package when they are built.
@@ -7,9 +7,12 @@ models to try it on. Models of transformers need that package when they are buil
 from mobizo_compiler.testing.backend import check_backend
 from mobizo_compiler.testing.case import Case
 from mobizo_compiler.testing.check import Report, check_against_oracle
+from mobizo_compiler.testing.estimator import check_estimator
+from mobizo_compiler.testing.loss import check_loss
 from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
 from mobizo_compiler.testing.oracle import Oracle
 from mobizo_compiler.testing.passes import check_pass
+from mobizo_compiler.testing.rule import check_rule
 from mobizo_compiler.testing.zoo import zoo
 
 __all__ = [
@@ -20,7 +23,10 @@ __all__ = [
     "TokenWise",
     "check_against_oracle",
     "check_backend",
+    "check_estimator",
+    "check_loss",
     "check_pass",
+    "check_rule",
     "tiny_batch",
     "zoo",
 ]

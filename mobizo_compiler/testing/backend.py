@@ -14,6 +14,7 @@ from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import BackendUnavailableError, ContractError, MobizoError, NotSupportedYetError
 from mobizo_compiler.format.program import Artifact, Program, Runner
 from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.testing.require import require
 
 
 def check_backend(backend: str | Backend) -> None:
@@ -44,22 +45,14 @@ def check_backend(backend: str | Backend) -> None:
         raise ContractError(f"backend {name!r}: {problem}") from error
 
 
-def _require(holds: object, problem: str) -> None:
-    """Unlike the statement `assert`, this is there under python -O as well."""
-    if not holds:
-        raise ContractError(problem)
-
-
 def _check_members(loaded: Backend, asked: str | Backend) -> None:
-    _require(isinstance(loaded.name, str) and loaded.name, "name must be a non-empty string")
-    _require(
-        not isinstance(asked, str) or loaded.name == asked, f"name is {loaded.name!r}, its entry point's {asked!r}"
-    )
+    require(isinstance(loaded.name, str) and loaded.name, "name must be a non-empty string")
+    require(not isinstance(asked, str) or loaded.name == asked, f"name is {loaded.name!r}, its entry point's {asked!r}")
     reason = loaded.unavailable()
-    _require(reason is None or (isinstance(reason, str) and reason), "unavailable() must return a reason or None")
+    require(reason is None or (isinstance(reason, str) and reason), "unavailable() must return a reason or None")
     steps = tuple(loaded.passes())
-    _require(all(isinstance(step, Pass) for step in steps), "passes() must return Pass objects")
-    _require(steps == tuple(loaded.passes()), "passes() must return equal passes every time")
+    require(all(isinstance(step, Pass) for step in steps), "passes() must return Pass objects")
+    require(steps == tuple(loaded.passes()), "passes() must return equal passes every time")
 
 
 def _check_programs(loaded: Backend, asked: str | Backend) -> None:
@@ -82,10 +75,10 @@ def _check_programs(loaded: Backend, asked: str | Backend) -> None:
     program = compiled("shared")
     for method in program.methods.values():
         reasons = loaded.unsupported(method)
-        _require(
+        require(
             isinstance(reasons, list) and not reasons, f"unsupported() returned {reasons!r}, and then it was lowered"
         )
-    _require(isinstance(program.artifact, Artifact), "lower() must return an Artifact")
+    require(isinstance(program.artifact, Artifact), "lower() must return an Artifact")
     other = program.artifact.runner()
     _check_state_of(other, program.parameters)
 
@@ -110,35 +103,35 @@ def _check_programs(loaded: Backend, asked: str | Backend) -> None:
     agree(session, steps=3)
     session.load_state(start)
     _check_bits(session, *batch())
-    _require(bool((other.state() == 0.5).all()), "two runners share their state")
+    require(bool((other.state() == 0.5).all()), "two runners share their state")
     _check_file(program, loaded, asked, agree)
     agree(Session(compiled("io")), steps=2)
 
 
 def _check_state_of(runner: Runner, parameters: int) -> None:
-    _require(isinstance(runner, Runner), "runner() must return a Runner")
+    require(isinstance(runner, Runner), "runner() must return a Runner")
     state = runner.state()
-    _require(state.dtype == torch.float32 and state.shape == (parameters,), f"state() must be float32 [{parameters}]")
-    _require(not state.any(), "the state must be zero after loading")
+    require(state.dtype == torch.float32 and state.shape == (parameters,), f"state() must be float32 [{parameters}]")
+    require(not state.any(), "the state must be zero after loading")
     state.fill_(0.5)
-    _require(bool((runner.state() == 0.5).all()), "state() must be an alias, not a copy")
+    require(bool((runner.state() == 0.5).all()), "state() must be an alias, not a copy")
 
 
 def _check_bits(session: Session, tokens: Tensor, labels: Tensor) -> None:
     """What must be equal, not close."""
     before = session.state()
     first = session.train_step((tokens,), labels, seed=7, learning_rate=0.0, eps=0.02)
-    _require(torch.equal(session.state(), before), "learning rate 0 changed the state")
+    require(torch.equal(session.state(), before), "learning rate 0 changed the state")
     kept = first.lane_losses.clone()
     second = session.train_step((tokens,), labels, seed=8, learning_rate=0.05, eps=0.02)
-    _require(torch.equal(first.lane_losses, kept), "the next call overwrote the results of the call before")
+    require(torch.equal(first.lane_losses, kept), "the next call overwrote the results of the call before")
     after = session.state()
-    _require(not torch.equal(after, before), "a step did not change the state")
+    require(not torch.equal(after, before), "a step did not change the state")
     session.load_state(before)
     session.replay(8, second.projected_gradient, 0.05)
-    _require(torch.equal(session.state(), after), "replay differs from the step that it repeats")
+    require(torch.equal(session.state(), after), "replay differs from the step that it repeats")
     session.evaluate((tokens,))
-    _require(torch.equal(session.state(), after), "evaluate changed the state")
+    require(torch.equal(session.state(), after), "evaluate changed the state")
 
 
 def _check_file(program: Program, loaded: Backend, asked: str | Backend, agree: Callable[[Session, int], None]) -> None:
@@ -149,21 +142,21 @@ def _check_file(program: Program, loaded: Backend, asked: str | Backend, agree: 
         try:
             program.save(path)
         except NotSupportedYetError:  # a backend may have no file format, and says so
-            _require(not any(Path(folder).iterdir()), "save() refused, and left a file")
-            _require(loaded.suffix is None, f"save() refused, but suffix is {loaded.suffix!r}, not None")
+            require(not any(Path(folder).iterdir()), "save() refused, and left a file")
+            require(loaded.suffix is None, f"save() refused, but suffix is {loaded.suffix!r}, not None")
             return
-        _require(list(Path(folder).iterdir()) == [path] and path.stat().st_size, "save() must write one file")
+        require(list(Path(folder).iterdir()) == [path] and path.stat().st_size, "save() must write one file")
         _refused("save()", "where there is no folder", lambda: program.save(Path(folder) / "missing" / path.name))
-        _require(loaded.suffix is not None, "save() wrote a file, but suffix is None: there is no file format")
+        require(loaded.suffix is not None, "save() wrote a file, but suffix is None: there is no file format")
         foreign = Path(folder) / "foreign"
         foreign.write_bytes(bytes(range(256)))
-        _require(not loaded.reads(foreign), "reads() claims a file that is no program")
-        _require(loaded.reads(path), "reads() does not know a file that save() wrote")
+        require(not loaded.reads(foreign), "reads() claims a file that is no program")
+        require(loaded.reads(path), "reads() does not know a file that save() wrote")
         again = load(path) if isinstance(asked, str) else loaded.load(path, True)
-        _require(again.manifest == program.manifest, "the program that comes back from its file has another manifest")
+        require(again.manifest == program.manifest, "the program that comes back from its file has another manifest")
         a, other_a = program.lora_a_by_fqn, again.lora_a_by_fqn
         same_a = a.keys() == other_a.keys() and all(torch.equal(a[fqn], other_a[fqn]) for fqn in a)
-        _require(same_a, "the program that comes back from its file has another A")
+        require(same_a, "the program that comes back from its file has another A")
         try:
             agree(Session(again), 1)
         except ContractError as error:
@@ -182,4 +175,4 @@ def _refused(member: str, where: str, call: Callable[[], object]) -> None:
 
 def _close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
     error = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
-    _require(error <= tolerance, f"{what} differs from plain PyTorch by {error:.3g}, more than {tolerance:.3g}")
+    require(error <= tolerance, f"{what} differs from plain PyTorch by {error:.3g}, more than {tolerance:.3g}")

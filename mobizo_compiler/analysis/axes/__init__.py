@@ -6,7 +6,18 @@ graphs with a symbolic and with a fixed number of rows alike; what no rule cover
 """
 
 from mobizo_compiler.analysis.axes.layout import Adoption, Layout
-from mobizo_compiler.analysis.axes.rules import Call, RowsMix, axis_rule, has_rule
+from mobizo_compiler.analysis.axes.rules import AXIS_RULES, AxisRule, Call, RowsMix, axis_rule, has_rule
 from mobizo_compiler.analysis.axes.walk import RowAxes, row_axes
 
-__all__ = ["Adoption", "Call", "Layout", "RowAxes", "RowsMix", "axis_rule", "has_rule", "row_axes"]
+__all__ = [
+    "AXIS_RULES",
+    "Adoption",
+    "AxisRule",
+    "Call",
+    "Layout",
+    "RowAxes",
+    "RowsMix",
+    "axis_rule",
+    "has_rule",
+    "row_axes",
+]

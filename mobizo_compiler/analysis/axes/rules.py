@@ -2,11 +2,12 @@
 
 A rule gets a `Call` and returns the layout of the result (a tuple of layouts for several results), or raises `RowsMix`
 with the reason why rows meet. It is called only where an operand has rows. Operators that torch tags as pointwise need
-no entry. `axis_rule` registers rules for operators of other packages.
+no entry. A package brings the rules of its own operators as entry points; `axis_rule` registers them for one process.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mobizo_compiler.analysis.axes.layout import Adoption, Layout
+from mobizo_compiler.extensions import Registry, path_of
 from mobizo_compiler.graph.nodes import operator_name
 
 Layouts = Layout | None | tuple[Layout | None, ...]
@@ -23,6 +25,55 @@ Rule = Callable[["Call"], Layouts]
 
 class RowsMix(Exception):
     """Raised by a rule: why rows meet in this call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRule:
+    """Where the rows are after a call of some operators.
+
+    A package exposes one as an entry point for each operator, under the operator's name with a dot after its namespace:
+    `"mylib.scan" = "mylib.rows:SCAN"`.
+
+    Args:
+        operators: Names with namespace, "mylib::scan"; those of aten without.
+        function: Takes a `Call`; returns the layout of the result (a tuple for several results), or raises `RowsMix`.
+    """
+
+    operators: tuple[str, ...]
+    function: Rule
+
+    def to_json(self) -> dict[str, Any]:
+        """The operators, and where the function is."""
+        return {"operators": list(self.operators), "function": path_of(self.function)}
+
+
+class _AxisRules(Registry[AxisRule]):
+    """A name means the rule of one operator."""
+
+    def fault(self, loaded: Any) -> str | None:
+        """Why it is not a rule."""
+        wrong = super().fault(loaded)
+        if wrong:
+            return wrong
+        named = isinstance(loaded.operators, tuple) and all(isinstance(name, str) for name in loaded.operators)
+        if not named or not loaded.operators:
+            return f"its operators are {loaded.operators!r}, not a tuple of names"
+        return None if callable(loaded.function) else f"its function is {loaded.function!r}"
+
+    def misnamed(self, name: str, loaded: Any) -> str | None:
+        """Why it is not the rule of this operator."""
+        if name in map(_entry_name, loaded.operators):
+            return None
+        return f"it is the rule of {', '.join(loaded.operators)}, not of {name.replace('.', '::')}"
+
+
+def _entry_name(operator: str) -> str:
+    return operator.replace("::", ".")
+
+
+AXIS_RULES = _AxisRules(
+    "axis rule", "mobizo_compiler.axis_rules", AxisRule, {}, page="docs/writing_an_estimator.md#axis-rules"
+)
 
 
 class Walk(Protocol):
@@ -135,8 +186,8 @@ class Call:
 def find_rule(node: fx.Node) -> Rule | None:
     """The rule of a call's operator."""
     name = operator_name(node)
-    if rule := _RULES.get(name):
-        return rule
+    if AXIS_RULES.claims(_entry_name(name)):
+        return AXIS_RULES.load(_entry_name(name)).function  # type: ignore[no-any-return]
     if name.startswith("sym_"):
         return lambda call: None
     tags = getattr(node.target, "tags", ())
@@ -149,16 +200,23 @@ def has_rule(node: fx.Node) -> bool:
 
 
 def axis_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of operators, by name with namespace ("mylib::scan"); aten operators without namespace.
+    """Register the rule of operators in the running process. An entry point does so in all of them.
 
-    >>> @axis_rule("mylib::scan")
+    Args:
+        names: With namespace ("mylib::scan"); aten operators without namespace.
+
+    Raises:
+        ConfigError: An operator has another rule.
+
+    >>> @axis_rule("somelib::scan")
     ... def scan(call):
     ...     layout, shape = call.first()
     ...     return call.results(layout)
     """
 
     def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
+        for name in names:
+            AXIS_RULES.register(_entry_name(name), AxisRule(names, rule))
         return rule
 
     return register
@@ -174,7 +232,6 @@ MOVES = frozenset({"to", "_to_copy", "clone", "alias", "contiguous", "lift_fresh
     *("reshape", "view", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand"),
     *("slice", "select", "arange"),
 }
-_RULES: dict[str, Rule] = {}
 
 
 def same_along(node: fx.Node, axis: int) -> bool:

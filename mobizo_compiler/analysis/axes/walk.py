@@ -147,7 +147,8 @@ class _Walk:
         return NoAxisRuleError(
             f"no rule says how rows go through {operator_name(node)!r}",
             where=source_line(node),
-            hint="register one with mobizo_compiler.analysis.axes.axis_rule, or write the model without this operator",
+            hint="a package can bring one, or mobizo_compiler.analysis.axes.axis_rule register one; or write the model "
+            "without this operator",
         )
 
     def check(self, node: fx.Node) -> None:
