@@ -274,7 +274,7 @@ def test_registered_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     register_estimator("both-sides", type("Both", (TwoSided,), {})())
     assert ZOConfig(queries=3, estimator="both-sides").lanes == 6
     for name, value, reason in (
-        ("mine", mine, "already"),
+        ("mine", type("Other", (Adam,), {"__module__": __name__}), "already"),
         ("sgd", mine, "already"),
         ("x", SGD(), "derived"),
         ("", mine, "text"),
