@@ -21,13 +21,17 @@ from torchao.quantization.granularity import PerAxis
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, QuantizationConfig, Session, ZOConfig
 from mobizo_compiler.backends import get_backend
+from mobizo_compiler.backends.eager import EagerBackend
+from mobizo_compiler.backends.xnnpack import XnnpackBackend
 from mobizo_compiler.errors import BackendRefusedError, ConfigError, QuantizationError
 from mobizo_compiler.quantization.weights import RECIPES, pack_nibbles, torchao_config, unpack_nibbles
 from mobizo_compiler.reference import ReferenceStep
 
 RECORD = Path(__file__).parent.parent / "docs" / "quantization.json"
 BACKENDS = ("eager", "portable", "xnnpack", "vulkan", "aot_inductor")
+# Every recipe on the eager backend; on each other one those that go ways of their own, the rest by `make test-all`.
 QUICK = {("portable", "8da4w"), ("portable", "nf4"), ("vulkan", "8da8w")}
+QUICK |= {("xnnpack", "8da8w"), ("xnnpack", "8da4w"), ("xnnpack", "int4")}
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}
 ROWS, TOKENS, VOCABULARY = 3, 5, 16
@@ -146,7 +150,7 @@ def _cells() -> list[Any]:
     cells = []
     for backend in BACKENDS:
         for recipe in RECIPES:
-            quick = backend in ("eager", "xnnpack") or (backend, recipe) in QUICK
+            quick = backend == "eager" or (backend, recipe) in QUICK
             marks = [] if quick else [pytest.mark.slow]
             if (backend, recipe) in KNOWN_FAILURES:
                 marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_FAILURES[backend, recipe]))
@@ -267,10 +271,10 @@ def evaluated(model: nn.Module, tokens: Tensor, backend: str, quantization: obje
     return result
 
 
-SLOW_PORTABLE = pytest.param("portable", marks=pytest.mark.slow)
+ENGINES = ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("portable", "xnnpack"))]
 
 
-@pytest.mark.parametrize("backend", ["eager", SLOW_PORTABLE, pytest.param("xnnpack", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ENGINES)
 def test_smoothing_keeps_small_channels(backend: str) -> None:
     """8 bits for a token with channels of 100 leave nothing below 0.4; divided, every channel has its share."""
     torch.manual_seed(0)
@@ -286,7 +290,7 @@ def test_smoothing_keeps_small_channels(backend: str) -> None:
     assert error(0.5) == pytest.approx(smooth, rel=0.01), "the search takes what is better"
 
 
-@pytest.mark.parametrize("backend", ["eager", SLOW_PORTABLE, "xnnpack"])
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("recipe", ["int4", pytest.param("8da4w", marks=pytest.mark.slow)])
 def test_weights_of_16_levels_between_any_two_ends_are_held(recipe: str, backend: str) -> None:
     """A layer stored as GGUF's Q4_1 comes back; without offsets it is rounded a second time."""
@@ -316,11 +320,21 @@ def test_weights_of_16_levels_between_any_two_ends_are_held(recipe: str, backend
         assert error(True) < error(False)
 
 
+class PassesOfXnnpack(EagerBackend):
+    """The graphs that XNNPACK lowers, without lowering them."""
+
+    name = "passes of xnnpack"
+
+    def passes(self) -> Any:
+        return XnnpackBackend().passes()
+
+
 def test_integer_products_do_not_end_a_delegate() -> None:
     """Kernels outside of XNNPACK are 40 times slower right behind one."""
     torch.manual_seed(0)
     model, tokens = Uneven().eval().requires_grad_(False), torch.randint(0, VOCABULARY, (2, 5))
-    program = mobizo.compile(model, (tokens,), LoraConfig(r=2, target_modules=("up",)), quantization="8da8w")
+    lora, backend = LoraConfig(r=2, target_modules=("up",)), PassesOfXnnpack()
+    program = mobizo.compile(model, (tokens,), lora, backend=backend, quantization="8da8w")
     for method in ("train_step", "evaluate"):
         graph = program.methods[method].graph
         (one,) = [n for n in graph.nodes if n.target is torch.ops.aten.mul.Tensor and str(n.args[1]) == "b_mobizo_one"]
