@@ -87,6 +87,14 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
     return program
 
 
+def outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
+    """What a module returns for the example inputs: the tensors, in flat order."""
+    args, kwargs = ((), dict(example.inputs)) if isinstance(example.inputs, Mapping) else (tuple(example.inputs), {})
+    with torch.no_grad(), _without_cache(model):
+        outputs = model(*args, **kwargs)
+    return [leaf.contiguous() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
 def empty_program() -> GraphProgram:
     """A program without inputs and outputs, to build small methods from."""
     exported = ExportedProgram(

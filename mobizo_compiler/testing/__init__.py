@@ -7,7 +7,7 @@ models to try it on. Models of transformers need that package when they are buil
 from mobizo_compiler.testing.backend import check_backend
 from mobizo_compiler.testing.case import Case
 from mobizo_compiler.testing.check import Report, check_against_oracle
-from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
+from mobizo_compiler.testing.models import TinyCausalLM, TinyEncoder, TokenWise, tiny_batch
 from mobizo_compiler.testing.oracle import Oracle
 from mobizo_compiler.testing.passes import check_pass
 from mobizo_compiler.testing.zoo import zoo
@@ -17,6 +17,7 @@ __all__ = [
     "Oracle",
     "Report",
     "TinyCausalLM",
+    "TinyEncoder",
     "TokenWise",
     "check_against_oracle",
     "check_backend",
