@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -29,7 +29,7 @@ from mobizo_compiler.format.peft import read_peft
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.pipeline import Insertion
-from mobizo_compiler.passes.capture import outputs_of
+from mobizo_compiler.passes.capture import outputs_of, unwrapped
 from mobizo_compiler.quantization.weights import QuantizationConfig
 from mobizo_compiler.step.losses import CallableLoss, Loss
 from mobizo_compiler.step.rules import UpdateRule
@@ -179,6 +179,7 @@ def compile(
             )
         chosen = dataclasses.replace(chosen, lora=found.lora)
         given = {fqn: (found.a[fqn], found.b[fqn]) for fqn in found.a}
+    model = cast(nn.Module, unwrapped(model))
     target = get_backend(backend)
     if reason := target.unavailable():
         raise BackendUnavailableError(f"backend {target.name!r} cannot be used on this machine: {reason}")

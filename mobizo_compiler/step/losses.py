@@ -146,9 +146,9 @@ class SequenceClassificationLoss(Loss):
     def __call__(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each row, and 1, or 0 for rows that do not count."""
         logits_NC = _full_precision(_output(self, outputs, "[rows, classes]"))
-        counts_N = labels != self.ignore_index
+        counts_N = (labels != self.ignore_index).to(logits_NC.dtype)
         picked_N1 = F.log_softmax(logits_NC, dim=-1).gather(1, labels.clamp(min=0).unsqueeze(-1))
-        return -_where(counts_N, picked_N1.squeeze(-1)), counts_N.to(logits_NC.dtype)
+        return -_where(counts_N > 0.0, picked_N1.squeeze(-1)), counts_N
 
 
 @dataclasses.dataclass(frozen=True)
