@@ -47,6 +47,7 @@ def passes_page() -> str:
     for step in sorted(steps, key=lambda cls: cls.__module__):
         text = inspect.getdoc(inspect.getmodule(step)) or ""
         facts = [f"{word}: {', '.join(sorted(getattr(step, word))) or '-'}" for word in ("needs", "gives", "breaks")]
+        facts += [f"{word}: {getattr(step, word)}" for word in ("inputs", "outputs", "numbers")]
         lines.append(f"## {step.__name__}\n\n`{step.__module__}`; {'; '.join(facts)}\n\n```text\n{text.strip()}\n```\n")
     return "\n".join(lines)
 

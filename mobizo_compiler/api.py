@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from mobizo_compiler.analysis.ranges import explain_lookup
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
+from mobizo_compiler.compiling.captured_step import CapturedStep
 from mobizo_compiler.compiling.described import described_program
 from mobizo_compiler.compiling.methods import captured_and_rewritten
 from mobizo_compiler.compiling.model_config import answer_names, padding_of, saved_weights
@@ -24,14 +27,17 @@ from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError
 from mobizo_compiler.format.peft import read_peft
 from mobizo_compiler.format.program import Program
-from mobizo_compiler.graph.example import DynamicShapes, ExampleInputs, RowAxes, bind_example
+from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.pipeline import Insertion
+from mobizo_compiler.passes.capture import outputs_of, unwrapped
 from mobizo_compiler.quantization.weights import QuantizationConfig
 from mobizo_compiler.step.losses import CallableLoss, Loss
 from mobizo_compiler.step.rules import UpdateRule
+from mobizo_compiler.step.sites import initial_state
 
 Progress = Callable[[str], None]
 LossFunction = Callable[[Any, Tensor], Tensor]
+COLLECTED_AFTER = (100_000, 50, 100)
 # What `Options` takes the place of, with the defaults of `compile`.
 _DEFAULTS: Mapping[str, Any] = {
     "lora": None,
@@ -45,20 +51,31 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
-@contextlib.contextmanager
-def _seldom_collected() -> Iterator[None]:
-    """Let Python's garbage collector run seldom: a graph is many objects, and each collection visits them all."""
-    thresholds = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-        gc.unfreeze()
+class _SeldomCollected(contextlib.ContextDecorator):
+    """Let Python's garbage collector run seldom: a graph is many objects, and each collection visits them all.
+
+    The thresholds are the process's: they are raised for the first of several compilations at a time, and come back
+    with the last. Who runs the collector seldom or never already keeps that.
+    """
+
+    _lock, _inside, _before = threading.Lock(), 0, (0, 0, 0)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not _SeldomCollected._inside:
+                _SeldomCollected._before = gc.get_threshold()
+                if 0 < gc.get_threshold()[0] < COLLECTED_AFTER[0]:
+                    gc.set_threshold(*COLLECTED_AFTER)
+            _SeldomCollected._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            _SeldomCollected._inside -= 1
+            if not _SeldomCollected._inside:
+                gc.set_threshold(*_SeldomCollected._before)
 
 
-@_seldom_collected()
+@_SeldomCollected()
 def compile(
     model: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs,
@@ -162,6 +179,7 @@ def compile(
             )
         chosen = dataclasses.replace(chosen, lora=found.lora)
         given = {fqn: (found.a[fqn], found.b[fqn]) for fqn in found.a}
+    model = cast(nn.Module, unwrapped(model))
     target = get_backend(backend)
     if reason := target.unavailable():
         raise BackendUnavailableError(f"backend {target.name!r} cannot be used on this machine: {reason}")
@@ -177,7 +195,7 @@ def compile(
         raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
 
-    captured, methods = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
+    captured, methods, store = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
     manifest = described_program(captured, methods, example, chosen, target.name, base_model)
     manifest = dataclasses.replace(
         manifest,
@@ -189,16 +207,30 @@ def compile(
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
 
     def compile_anew() -> Program:
+        lora_a = methods["train_step"].lora_a
+        wanted = CapturedStep(captured, manifest.sites, lora_a, example.rows, store, chosen.zo, chosen.loss)
+        at_zero = _outputs(model, wanted, example)
         say("lower")
-        program = Program(manifest, target.lower(methods, manifest), methods["train_step"].lora_a, methods)
+        program = Program(manifest, target.lower(methods, manifest), lora_a, methods)
         say("check")
-        if reason := check_program(program, chosen.loss, example.tensors):
-            say(f"not run: {reason}; the program can be saved, but was not compared with its graphs")
+        if reason := check_program(program, wanted, example, at_zero):
+            say(f"not run: {reason}; the program can be saved, but its graphs alone were compared with the model")
         return program
 
     if cache_dir is None or suffix is None:
         return compile_anew()
     return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew)
+
+
+def _outputs(model: nn.Module | ExportedProgram, wanted: CapturedStep, example: Example) -> list[Tensor]:
+    """What the model returns for the example inputs: the module itself, or its graph where weights were quantized."""
+    try:
+        if isinstance(model, nn.Module) and not wanted.store:
+            return outputs_of(model, example)
+        return wanted.evaluate(example.tensors, initial_state(wanted.sites, wanted.lora_a))
+    except IndexError:
+        explain_lookup(wanted.captured, example.tensors)
+        raise
 
 
 def _options(options: Options | None, example_labels: Tensor | None, **fields: Any) -> Options:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from mobizo_compiler.errors import ConfigError
-from mobizo_compiler.options import MAX_SEED, JsonConfig, check_int
+from mobizo_compiler.options import MAX_SEED, JsonConfig, check_int, float32_problem
 from mobizo_compiler.step.estimators import ESTIMATORS, Estimator, get_estimator
 
 ALL_LINEAR = "all-linear"
@@ -53,11 +52,9 @@ class LoraConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         check_int("LoraConfig.r", self.r, 1, 65536)
-        if (
-            isinstance(self.lora_alpha, bool)
-            or not isinstance(self.lora_alpha, (int, float))
-            or not self.lora_alpha > 0
-        ):
+        if problem := float32_problem(self.lora_alpha):
+            raise ConfigError(f"LoraConfig.lora_alpha is {self.lora_alpha!r}; {problem}")
+        if not self.lora_alpha > 0 or float32_problem(self.scaling):
             raise ConfigError(f"LoraConfig.lora_alpha is {self.lora_alpha!r}; it must be a number above 0")
         check_int("LoraConfig.init_seed", self.init_seed, 0, MAX_SEED)
         if not isinstance(self.train_a, bool):
@@ -152,8 +149,7 @@ class ZOConfig(JsonConfig):
             raise ConfigError(f"ZOConfig.noise is {self.noise!r}", hint='use "gaussian" or "rademacher"')
         if not isinstance(self.normalize, bool):
             raise ConfigError(f"ZOConfig.normalize is {self.normalize!r}; it must be True or False")
-        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
-        if self.clip is not None and not (number and 0 < self.clip < math.inf):
+        if self.clip is not None and (float32_problem(self.clip) or not self.clip > 0):
             raise ConfigError(f"ZOConfig.clip is {self.clip!r}; it must be a number above 0, or None")
         fewest = estimator.fewest_queries(self.normalize)
         if self.queries < fewest:

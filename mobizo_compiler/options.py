@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import struct
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -35,6 +37,30 @@ class JsonConfig:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def in_float32(value: float) -> float:
+    """A number as the float32 that a program computes with: infinite or 0 where that cannot hold it.
+
+    >>> in_float32(1e39), in_float32(-1e39), in_float32(1e-50), in_float32(0.5)
+    (inf, -inf, 0.0, 0.5)
+    """
+    try:
+        return float(struct.unpack("f", struct.pack("f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def float32_problem(value: object) -> str | None:
+    """Why float32 cannot hold a number, to be put behind its name and value; None if it can."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "it must be a finite number"
+    seen = in_float32(value)
+    if math.isinf(seen):
+        return "it must be a number that float32 can hold, up to 3.4e38"
+    if seen == 0 and value != 0:
+        return "it must be 0 or a number that float32 can tell from 0, above 1.4e-45"
+    return None
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:

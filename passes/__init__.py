@@ -2,7 +2,7 @@
 
 from mobizo_compiler.passes.attach_loss import AttachLoss
 from mobizo_compiler.passes.canonicalize import Canonicalize
-from mobizo_compiler.passes.capture import capture, empty_program
+from mobizo_compiler.passes.capture import capture, empty_program, outputs_of
 from mobizo_compiler.passes.difference_losses import DifferenceLosses
 from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
 from mobizo_compiler.passes.free_rows import FreeRows
@@ -38,4 +38,5 @@ __all__ = [
     "UpdateState",
     "capture",
     "empty_program",
+    "outputs_of",
 ]

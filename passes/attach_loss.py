@@ -54,11 +54,21 @@ class AttachLoss(Pass):
             return self.loss(nesting.unflatten(leaves), labels)
 
         with edit.graph.inserting_before(edit.graph.output_node()):
-            row_loss, row_weight = self._traced(edit, row_losses, labels, *leaves)
+            results = self._traced(edit, row_losses, labels, *leaves)
+        if not isinstance(results, (tuple, list)) or len(results) != 2 or not all(map(_is_node, results)):
+            raise LossError(
+                f"{self.loss!r} must return two tensors: the loss of each row, and how many values it is the sum of"
+            )
+        row_loss, row_weight = results
         for name, node in (("loss", row_loss), ("weight", row_weight)):
             if tuple(map(str, node.meta["val"].shape)) != (str(rows),):
                 raise LossError(
                     f"the {name} that {self.loss!r} returns has shape {tuple(node.meta['val'].shape)}, not [rows]"
+                )
+            if not node.meta["val"].dtype.is_floating_point:
+                raise LossError(
+                    f"the {name} that {self.loss!r} returns is {node.meta['val'].dtype}; it must be float32",
+                    hint="convert it: .to(torch.float32)",
                 )
         edit.set_outputs({"row_loss": row_loss, "row_weight": row_weight})
 
@@ -73,3 +83,7 @@ class AttachLoss(Pass):
                 hint="a loss is made of tensor operations on outputs and labels; for rewards that are not, score lanes "
                 "with learning rate 0 or `Session.lane`, and pass what the host computes to `Session.replay`",
             ) from error
+
+
+def _is_node(value: object) -> bool:
+    return isinstance(value, fx.Node)

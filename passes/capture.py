@@ -28,6 +28,7 @@ from mobizo_compiler.analysis.axes import has_rule
 from mobizo_compiler.errors import CaptureError, ExampleInputError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.example import Example, Leaf, doubled
+from mobizo_compiler.graph.nodes import source_line
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
 
 MAX_ROWS = 1 << 20
@@ -49,11 +50,19 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
     if isinstance(model, ExportedProgram):
         exported = _functional(model)
     elif isinstance(model, nn.Module):
+        _check_weights(model)
         exported = _functional(_export(model, example, symbolic))
     else:
         raise CaptureError(
             f"cannot compile a {type(model).__name__}", hint="pass an nn.Module or a torch.export.ExportedProgram"
         )
+    for node in exported.graph.nodes:
+        if node.target is torch.ops.aten.dropout.default and node.args[2] and node.args[1]:
+            raise CaptureError(
+                "the program was exported in training mode: it has dropout in it",
+                where=source_line(node),
+                hint="call model.eval() before torch.export.export",
+            )
     old = exported.graph_signature
     if old.buffers_to_mutate or old.user_inputs_to_mutate:
         changed = [*old.buffers_to_mutate.values(), *old.user_inputs_to_mutate.values()]
@@ -87,6 +96,42 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
     return program
 
 
+def unwrapped(model: object) -> object:
+    """The model inside of what `torch.compile` and data parallelism wrap around one; anything else as it is."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(model, nn.Module) and isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model._modules["_orig_mod"]
+        else:
+            return model
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise `CaptureError` for a model without weights, or with adapters of peft in its layers."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.tuners."):
+            raise CaptureError(
+                f"the model has adapters of peft in it: {name or 'the model itself'} is a {type(module).__name__}",
+                hint="model.merge_and_unload() puts them into the weights; or save them, and compile the base model "
+                "with adapter=folder",
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CaptureError(
+                f"the model has no weights: {name!r} is on the meta device",
+                hint="load them, with from_pretrained for example, before compiling",
+            )
+
+
+def outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
+    """What a module returns for the example inputs: the tensors, in flat order."""
+    args, kwargs = ((), dict(example.inputs)) if isinstance(example.inputs, Mapping) else (tuple(example.inputs), {})
+    with torch.no_grad(), _without_cache(model):
+        outputs = model(*args, **kwargs)
+    return [leaf.contiguous() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
 def empty_program() -> GraphProgram:
     """A program without inputs and outputs, to build small methods from."""
     exported = ExportedProgram(
@@ -109,7 +154,13 @@ def _empty_graph() -> fx.Graph:
 
 def _export(model: nn.Module, example: Example, symbolic: bool) -> ExportedProgram:
     if model.training:
-        raise CaptureError("the model is in training mode", hint="call model.eval() first: dropout must be off")
+        graph = isinstance(model, fx.GraphModule)
+        raise CaptureError(
+            "the model is in training mode" + (", as modules of exported programs are" if graph else ""),
+            hint="pass an ExportedProgram: the one that it came from, or torch.export.export(model, example_inputs)"
+            if graph
+            else "call model.eval() first: dropout must be off",
+        )
     rows = (example.rows_dim or Dim("mobizo_rows", min=2, max=MAX_ROWS)) if symbolic else None
     try:
         return _export_once(model, example, rows)

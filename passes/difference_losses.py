@@ -19,7 +19,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS
-from mobizo_compiler.step.estimators import get_estimator, scaled
+from mobizo_compiler.step.estimators import get_estimator, gradient_of, scaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DifferenceLosses(Pass):
         def differences(row_loss_N: Tensor, row_weight_N: Tensor, eps_1: Tensor) -> dict[str, Tensor]:
             weight_G = row_weight_N.reshape(lanes, -1).sum(dim=1)
             loss_G = row_loss_N.reshape(lanes, -1).sum(dim=1) / weight_G
-            gradient_Q = estimator.projected_gradient(loss_G, eps_1)
+            gradient_Q = gradient_of(estimator, loss_G, eps_1, zo.queries)
             return {
                 "loss": loss_G.mean(dim=0, keepdim=True),
                 "lane_losses": loss_G,

@@ -24,10 +24,12 @@ from torch import fx
 
 from mobizo_compiler.analysis.axes import row_axes
 from mobizo_compiler.analysis.lane_cut import duplication_points, perturbed_by
+from mobizo_compiler.errors import PassContractError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
-from mobizo_compiler.graph.nodes import ancestors
+from mobizo_compiler.graph.nodes import ancestors, numbered_shapes
 from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import GraphProgram
 
 aten = torch.ops.aten
 REPEATED = "repeated_"  # names of the values that are repeated rows
@@ -66,6 +68,20 @@ class DuplicateLanes(Pass):
         edit.replace(single, expanded, keep=expanded)
         edit.refresh()
 
+    def ensures(self, before: GraphProgram, after: GraphProgram) -> None:
+        """Raise `PassContractError` unless one axis of every output is `lanes` times as long, and nothing else is."""
+        old, new = before.output_nodes, after.output_nodes
+        if list(old) != list(new):
+            raise PassContractError(f"duplicate_lanes made the outputs {list(new)} of {list(old)}")
+        shapes = numbered_shapes([node.meta["val"].shape for node in (*old.values(), *new.values())])
+        for name, was, now in zip(old, shapes, shapes[len(old) :], strict=False):
+            grown = [axis for axis in range(len(was)) if was[axis] != now[axis]] if len(was) == len(now) else []
+            if len(grown) != 1 or now[grown[0]] != self.lanes * was[grown[0]]:
+                raise PassContractError(
+                    f"duplicate_lanes made output {name!r} {list(new[name].meta['val'].shape)} of "
+                    f"{list(old[name].meta['val'].shape)} for {self.lanes} lanes"
+                )
+
     def _points(self, edit: Editor) -> dict[fx.Node, int]:
         perturbed = perturbed_by(edit.values["lanes"])
         axes = row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors, leave_out=perturbed)
@@ -74,7 +90,7 @@ class DuplicateLanes(Pass):
     def _repeat(self, edit: Editor, node: fx.Node, axis: int) -> fx.Node:
         sizes = [self.lanes if a == axis else 1 for a in range(node.meta["val"].dim())]
         repeated = edit.call(aten.repeat.default, node, sizes)
-        edit.values[f"{REPEATED}{len([name for name in edit.values if name.startswith(REPEATED)])}"] = repeated
+        edit.values[f"{REPEATED}{len(edit.values)}"] = repeated
         return repeated
 
 

@@ -44,7 +44,7 @@ from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import source_line
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.passes.slice_outputs import outputs_read
-from mobizo_compiler.step.rules import PLAIN, UpdateRule, memory_size
+from mobizo_compiler.step.rules import PLAIN, UpdateRule, initial_memory
 from mobizo_compiler.step.sites import Site, initial_state
 
 aten = torch.ops.aten
@@ -82,7 +82,7 @@ class InsertMPLoRA(Pass):
         edit.lora_a = self._given(edit.sites) if self.given else initial_lora_a(edit.sites, self.lora.init_seed)
         layouts = None if self.sites else row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors)
         parameters = sum(site.trained for site in edit.sites)
-        memory = memory_size(self.rule, parameters)
+        memory = initial_memory(self.rule, parameters)
         state = edit.add_state(initial_state(edit.sites, edit.lora_a, memory))
         scaled = [
             edit.add_constant(f"{LORA_A}{index}", edit.lora_a[site.fqn] * site.scaling)
@@ -96,7 +96,7 @@ class InsertMPLoRA(Pass):
             if site.outputs
         }
         with edit.graph.inserting_before(min(t.call for targets in calls.values() for t in targets)):
-            trained = edit.call(aten.slice.Tensor, state, 0, 0, parameters) if memory else state
+            trained = edit.call(aten.slice.Tensor, state, 0, 0, parameters) if memory.numel() else state
             lanes = edit.call(aten.reshape.default, trained, [1, parameters])
             count = edit.call(aten.sym_size.int, lanes, 0)
         edit.values |= {"trained": trained, "lanes": lanes}

@@ -23,7 +23,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS, SEED
-from mobizo_compiler.step.estimators import get_estimator
+from mobizo_compiler.step.estimators import get_estimator, lanes_of
 from mobizo_compiler.step.noise import noise_values
 
 
@@ -47,7 +47,7 @@ class Perturb(Pass):
 
         def perturbed(trained_P: Tensor, seed_1: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
             noise_QP = noise_values(seed_1, self.zo.queries, parameters, self.zo.noise)
-            return noise_QP, estimator.perturbed(trained_P, noise_QP * eps_1)
+            return noise_QP, lanes_of(estimator, trained_P, noise_QP * eps_1)
 
         with edit.graph.inserting_before(old):
             edit.values["noise"], new = edit.inline(perturbed, edit.values["trained"], seed, eps)

@@ -24,7 +24,7 @@ from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import LEARNING_RATE, PROJECTED_GRADIENT, SEED
 from mobizo_compiler.passes.update_state import updated_state
 from mobizo_compiler.step.noise import noise_values
-from mobizo_compiler.step.rules import PLAIN, UpdateRule, memory_size
+from mobizo_compiler.step.rules import PLAIN, UpdateRule, initial_memory
 from mobizo_compiler.step.sites import Site, initial_state
 
 
@@ -44,7 +44,7 @@ class Replay(Pass):
         """Add state and inputs, then the same two functions that a step is made of."""
         parameters, zo = sum(site.trained for site in self.sites), self.zo
         edit.sites = self.sites
-        state = edit.add_state(initial_state(self.sites, self.lora_a, memory_size(self.rule, parameters)))
+        state = edit.add_state(initial_state(self.sites, self.lora_a, initial_memory(self.rule, parameters)))
         seed = edit.add_input(SEED, [1], torch.int32)
         gradient = edit.add_input(PROJECTED_GRADIENT, [zo.queries], torch.float32)
         learning_rate = edit.add_input(LEARNING_RATE, [1], torch.float32)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mobizo_compiler.analysis.narrowing import TokenCall, narrowable, token_call
+from mobizo_compiler.analysis.narrowing import TokenCall, equal_sizes, narrowable, token_call
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors, operand, slice_bounds
@@ -98,14 +98,21 @@ def _slicer(start: int, end: int | None) -> Callable[[Editor, fx.Node, int], fx.
 
 
 def _gather(node: fx.Node) -> _Pick | None:
-    """A gather along axis 1 whose index is one position for the whole last axis."""
-    index = node.args[2]
-    if node.args[1] != 1 or not isinstance(index, fx.Node) or index.target is not aten.expand.default:
+    """A gather along axis 1 that takes, in each row, the same positions for the whole last axis, or None.
+
+    Its index is then [rows, positions, 1], expanded along the last axis and nowhere else.
+    """
+    index, whole = node.args[2], operand(node).meta["val"].shape
+    if node.args[1] != 1 or len(whole) != 3 or not isinstance(index, fx.Node):
         return None
-    position = index.args[0]
-    if node.meta["val"].dim() != 3 or not isinstance(position, fx.Node) or position.meta["val"].shape[2] != 1:
+    if index.target is not aten.expand.default:
         return None
-    count = position.meta["val"].shape[1]
+    position = operand(index)
+    found, wide = position.meta["val"].shape, index.meta["val"].shape
+    per_row = len(found) == 3 and equal_sizes(found[0], whole[0]) and equal_sizes(found[1], wide[1])
+    if not per_row or not equal_sizes(found[2], 1) or not equal_sizes(wide[2], whole[2]):
+        return None
+    count = found[1]
 
     def gather(edit: Editor, source: fx.Node, axis: int) -> fx.Node:
         rank = source.meta["val"].dim()
@@ -115,8 +122,7 @@ def _gather(node: fx.Node) -> _Pick | None:
         narrow = edit.call(aten.reshape.default, position, sizes) if (axis, rank) != (1, 3) else position
         return edit.call(aten.gather.default, source, axis, edit.call(aten.expand.default, narrow, wide))
 
-    whole = operand(node).meta["val"].shape[1]
-    return _Pick(position, 1, count, gather, by_row=position) if _few(count, whole) else None
+    return _Pick(position, 1, count, gather, by_row=position) if _few(count, whole[1]) else None
 
 
 def _few(count: Any, whole: Any) -> bool:

@@ -61,18 +61,26 @@ def outputs_read(node: fx.Node) -> set[int] | None:
     Slices read some; calls that treat every entry for itself, what is read of their results.
     """
     found: set[int] = set()
-    for user in node.users:
-        read = _read(user, node)
-        if read is None:
-            value = user.meta.get("val")
-            call = token_call(user, value.dim() - 1, None) if isinstance(value, Tensor) else None
-            after = outputs_read(user) if call and call.axes.get(node) == _last(node) else None
-            if after is None:
+    reached, pending = {node}, [node]
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            read = _read(user, value)
+            if read is not None:
+                found.update(read)
+            elif not _entry_by_entry(user, value):
                 return None
-            found |= after
-        else:
-            found |= set(read)
+            elif user not in reached:
+                reached.add(user)
+                pending.append(user)
     return found
+
+
+def _entry_by_entry(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a call makes every entry of the last axis of its result of the same entry of a value alone."""
+    value = node.meta.get("val")
+    call = token_call(node, value.dim() - 1, None) if isinstance(value, Tensor) else None
+    return call is not None and call.axes.get(source) == _last(source)
 
 
 def _last(node: fx.Node) -> int:

@@ -2,10 +2,11 @@
 
 Given:    %noise : f32[q, P]    return projected_gradient = %g : f32[q]
 Result:   input %mobizo_learning_rate: f32[1]
-          %finite = sum(g * 0) == 0
+          %finite = sum(g * 0) + learning_rate * 0 == 0
           %g1 = where(%finite, g, 0)      %rate = where(%finite, learning_rate, 0)
           update %b_mobizo_lora_b <- state - %rate * sum(g1 / q * noise, 0)
-Numbers: exact; with learning rate 0 the state keeps its bits, and where a projected gradient is not finite as well.
+Numbers: exact; with learning rate 0 the state keeps its bits, and so it does where that or a projected gradient is not
+finite.
 
 Other rules (`mobizo_compiler.step.rules`) make another step of the mean, and keep what they remember behind B in the
 state. `replay.py` builds the same update as a program of its own.
@@ -30,7 +31,7 @@ def updated_state(queries: int, rule: UpdateRule) -> Callable[[Tensor, Tensor, T
     """The update as a function of state [S], noise [q, P], projected gradient [q] and learning rate [1]."""
 
     def update(state_S: Tensor, noise_QP: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
-        finite_1 = (gradient_Q * 0.0).sum(dim=0, keepdim=True) == 0.0
+        finite_1 = (gradient_Q * 0.0).sum(dim=0, keepdim=True) + learning_rate_1 * 0.0 == 0.0
         gradient_Q = torch.where(finite_1, gradient_Q, torch.zeros_like(gradient_Q)) * (1.0 / queries)
         rate_1 = torch.where(finite_1, learning_rate_1, torch.zeros_like(learning_rate_1))
         direction_P = (noise_QP * gradient_Q.reshape(queries, 1)).sum(dim=0)

@@ -183,3 +183,106 @@ def test_lanes_that_a_host_runs_are_the_lanes_of_a_step(backend: str) -> None:
     for arguments in ({"index": 4}, {"eps": 0.0}, {"seed": -1}, {"eps": float("nan")}):
         with pytest.raises(InputError), session.lane(**{"index": 0, "seed": 4, "eps": 0.1, **arguments}):  # type: ignore[arg-type]
             pass
+
+
+def test_what_does_not_count_is_selected_away() -> None:
+    """Logits that are -inf or no number where nothing is labelled: PyTorch's `ignore_index` leaves them out."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 6, 9), torch.randint(1, 9, (3, 6))
+    labels[0, :3], labels[1] = -100, -100
+    logits[..., 0] = -torch.inf  # as a token that the model never gives
+    logits[0, :2] = torch.nan  # as rows of padding come out of attention with masks of -inf
+    wanted = F.cross_entropy(logits.transpose(1, 2), labels)
+    assert wanted.isfinite()
+    for loss in (MaskedLMLoss(), MaskedLMLoss(max_labels=6)):
+        total, count = loss(logits, labels)
+        torch.testing.assert_close(total.sum() / count.sum(), wanted)
+    shifted = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+    for causal in (mobizo.CausalLMLoss(), mobizo.CausalLMLoss(max_labels=5)):
+        total, count = causal(logits, labels)
+        torch.testing.assert_close(total.sum() / count.sum(), shifted)
+    choices = torch.where(labels == -100, -100, labels % 2 + 3)
+    total, count = mobizo.ChoiceLoss((3, 4), max_labels=None)(logits, choices)
+    among = F.cross_entropy(logits[:, :-1, 3:5].transpose(1, 2), torch.where(choices < 0, choices, choices - 3)[:, 1:])
+    torch.testing.assert_close(total.sum() / count.sum(), among)
+    classes = torch.tensor([2, -100, 5])
+    rows = logits[:, 3].clone()
+    rows[1] = torch.nan
+    total, count = SequenceClassificationLoss()(rows, classes)
+    torch.testing.assert_close(total.sum() / count.sum(), F.cross_entropy(rows, classes))
+
+
+class NeverPads(TokenWise):
+    """The logit of token 0 is -inf in every row."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).masked_fill(torch.arange(11) == 0, -torch.inf)
+
+
+class LeftPadded(nn.Module):
+    """Attention by hand with a mask of -inf: queries at padding on the left see nothing, and come out as NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up, self.head = nn.Embedding(11, 12), nn.Linear(12, 9), nn.Linear(9, 11)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.up(self.embedding(input_ids))
+        sees = (
+            torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()
+            & attention_mask[:, None, :].bool()
+        )
+        weights = torch.softmax((hidden @ hidden.transpose(1, 2)).masked_fill(~sees, -torch.inf), -1)
+        logits: Tensor = self.head(weights @ hidden)
+        return logits
+
+
+@pytest.mark.parametrize("backend", ["eager", "portable", "xnnpack"])
+@pytest.mark.parametrize("max_labels", [None, 2])
+def test_steps_where_logits_are_infinite_or_no_number(backend: str, max_labels: int | None) -> None:
+    torch.manual_seed(0)
+    loss = mobizo.CausalLMLoss(max_labels=max_labels)
+    tokens = torch.randint(1, 11, (3, 5))
+    labels = torch.full((3, 5), -100)
+    labels[:, 3:] = tokens[:, 3:]
+    mask = torch.ones(3, 5, dtype=torch.int64)
+    mask[0, :2] = 0
+    for model, inputs in ((NeverPads(), (tokens,)), (LeftPadded(), {"input_ids": tokens, "attention_mask": mask})):
+        if backend != "eager" and max_labels is None and isinstance(model, LeftPadded):
+            continue  # as the others, at the price of a lowering
+        program = mobizo.compile(model.eval(), inputs, LORA, ZOConfig(queries=1), loss, backend=backend)
+        session = Session(program)
+        found = session.train_step(inputs, labels, seed=1, learning_rate=0.1, eps=1e-3)
+        with torch.no_grad():
+            logits = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+        wanted = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+        assert found.loss == pytest.approx(float(wanted), abs=1e-3)
+        assert session.state().isfinite().all() and session.state().any()
+
+
+def misses_of_rows(outputs: Any, labels: Tensor) -> Tensor:
+    """Whether the best class is the right one: a constant, for perturbations that are small."""
+    return (outputs["logits"].argmax(-1) != labels).to(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("backend", "rule"),
+    [
+        *(("eager", rule) for rule in ("sgd", "adam", "scalar-adam")),
+        pytest.param("portable", "scalar-adam", marks=pytest.mark.slow),
+        ("xnnpack", "adam"),
+    ],
+)
+def test_a_constant_objective_moves_nothing(backend: str, rule: str) -> None:
+    """With lanes of one loss the spread is 0, and so is every projected gradient."""
+    torch.manual_seed(0)
+    labels = torch.tensor([3, 9, 0])
+    program = mobizo.compile(
+        Pooled().eval(), TOKENS, LORA, ZOConfig(queries=3, normalize=True), misses_of_rows, backend=backend, rule=rule,
+        example_labels=labels,
+    )  # fmt: skip
+    session = Session(program)
+    before = session.state()[: program.parameters]
+    found = session.train_step(TOKENS, labels, seed=1, learning_rate=0.1, eps=1e-4)
+    assert float(found.lane_losses.std()) == 0.0 and not found.projected_gradient.any()
+    assert torch.equal(session.state()[: program.parameters], before)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
+from mobizo_compiler.quiet import quiet
 
 OPTIONS = {
     "aot_inductor.package": True,
@@ -120,7 +119,7 @@ class AotInductorBackend(Backend):
     def _compile(self, name: str, program: GraphProgram, folder: Path) -> list[Any]:
         """The shared library of one method, and the file that describes it."""
         try:
-            with _quiet(), torch.no_grad():
+            with quiet(), torch.no_grad():
                 exported = program_on(program, self.device)
                 names = set(exported.graph_signature.user_inputs)
                 inputs = tuple(node.meta["val"] for node in exported.graph.nodes if node.name in names)
@@ -169,16 +168,3 @@ def _real_among_fake(mode: FakeTensorMode) -> Iterator[None]:
         yield
     finally:
         mode.allow_non_fake_inputs = before
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what Inductor logs and warns about in every run; errors still show."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

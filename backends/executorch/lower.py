@@ -31,11 +31,11 @@ from mobizo_compiler.backends.executorch.program_file import (
     Delegation,
     ExecuTorchArtifact,
 )
-from mobizo_compiler.backends.executorch.quiet import quiet
 from mobizo_compiler.errors import LoweringError, MobizoError
 from mobizo_compiler.format.files import ScratchFolder
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.program import STATE, STATE_INPUT, GraphProgram
+from mobizo_compiler.quiet import quiet
 
 aten = torch.ops.aten
 Partitioners = Sequence[Partitioner] | Mapping[str, Sequence[Partitioner]]

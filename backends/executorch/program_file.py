@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mobizo_compiler.backends.executorch.delegates import missing_delegates
 from mobizo_compiler.backends.executorch.one_copy import HEADER
-from mobizo_compiler.backends.executorch.quiet import quiet
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum, data_file
@@ -23,6 +22,7 @@ from mobizo_compiler.format.files import ScratchFolder, copy_whole
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact
 from mobizo_compiler.graph.program import STATE
+from mobizo_compiler.quiet import quiet
 from mobizo_compiler.step.sites import Site
 
 MANIFEST_METHOD = "mobizo_manifest"

@@ -111,18 +111,20 @@ def token_call(node: fx.Node, axis: int, rows: Any) -> TokenCall | None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not hasattr(node.target, "_schema"):
         return None
-    if rows is not None and (axis == 0 or not _equal(value.shape[0], rows)):
+    if rows is not None and (axis == 0 or not equal_sizes(value.shape[0], rows)):
         return None
     found = _rule(node, axis, node.args)
     if found is None or rows is None:
         return found
     without = {inner: a for inner, a in found.axes.items() if not _has_rows(inner, rows, value.dim())}
     if without and operator_name(node) not in _POINTWISE | {"scaled_dot_product_attention"}:
-        if any(not _equal(inner.meta["val"].shape[0], rows) for inner in found.axes):
+        if any(not equal_sizes(inner.meta["val"].shape[0], rows) for inner in found.axes):
             return None
         return found
     axes = {inner: a for inner, a in found.axes.items() if inner not in without}
-    if any(not _equal(inner.meta["val"].shape[0], 1) and inner.meta["val"].dim() == value.dim() for inner in without):
+    if any(
+        not equal_sizes(inner.meta["val"].shape[0], 1) and inner.meta["val"].dim() == value.dim() for inner in without
+    ):
         return None
     return dataclasses.replace(found, axes=axes, spread=without)
 
@@ -183,8 +185,8 @@ def _rule(node: fx.Node, axis: int, args: Any) -> TokenCall | None:
         return None if inner is None else TokenCall({source: inner}, size=axis)
     if name == "expand":
         inner = axis - (rank - len(before))
-        same = inner >= 0 and _equal(before[inner], shape[axis])
-        return TokenCall({source: inner}, size=axis) if same and not _equal(shape[axis], 1) else None
+        same = inner >= 0 and equal_sizes(before[inner], shape[axis])
+        return TokenCall({source: inner}, size=axis) if same and not equal_sizes(shape[axis], 1) else None
     inner = _moved(args, name, axis, len(before))
     return None if inner is None else TokenCall({source: inner})
 
@@ -196,7 +198,7 @@ def _pointwise(node: fx.Node, axis: int) -> TokenCall | None:
         if not isinstance(value, Tensor):
             return None
         own = axis - (len(shape) - value.dim())
-        if own >= 0 and _equal(value.shape[own], shape[axis]):
+        if own >= 0 and equal_sizes(value.shape[own], shape[axis]):
             axes[inner] = own
     return TokenCall(axes) if axes else None
 
@@ -214,7 +216,7 @@ def _attention(node: fx.Node, axis: int) -> TokenCall | None:
         own = mask.meta["val"].dim() - 2
         if own < 0 or mask in (query, key, value):
             return None
-        if _equal(mask.meta["val"].shape[own], node.meta["val"].shape[axis]):
+        if equal_sizes(mask.meta["val"].shape[own], node.meta["val"].shape[axis]):
             axes[mask] = own
     return TokenCall(axes)
 
@@ -252,9 +254,9 @@ def _same_axis(shape: Any, axis: int, before: Any) -> int | None:
     below = [*shape[axis + 1 :]]
     for inner, size in enumerate(before):
         if (
-            _equal(size, shape[axis])
-            and not _equal(size, 1)
-            and _equal(math.prod(before[inner + 1 :]), math.prod(below))
+            equal_sizes(size, shape[axis])
+            and not equal_sizes(size, 1)
+            and equal_sizes(math.prod(before[inner + 1 :]), math.prod(below))
         ):
             return inner
     return None
@@ -262,10 +264,10 @@ def _same_axis(shape: Any, axis: int, before: Any) -> int | None:
 
 def _has_rows(node: fx.Node, rows: Any, rank: int) -> bool:
     value = node.meta["val"]
-    return value.dim() == rank and _equal(value.shape[0], rows)
+    return value.dim() == rank and equal_sizes(value.shape[0], rows)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal_sizes(a: Any, b: Any) -> bool:
     """Whether two sizes are the same number or expression; comparing symbols would add guards."""
     return str(a) == str(b)
 

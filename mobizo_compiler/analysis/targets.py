@@ -12,7 +12,7 @@ from mobizo_compiler.analysis.axes import row_axes
 from mobizo_compiler.config import ALL_LINEAR, LoraConfig
 from mobizo_compiler.errors import NoMatchingTargetError
 from mobizo_compiler.graph.editor import Editor
-from mobizo_compiler.graph.nodes import operand, operator_name
+from mobizo_compiler.graph.nodes import ancestors, operand, operator_name
 from mobizo_compiler.graph.program import ROWS, GraphProgram
 
 aten = torch.ops.aten
@@ -241,14 +241,8 @@ def _without_inputs(edit: Editor) -> set[fx.Node]:
 
 def _parameters(edit: Editor, weight: fx.Node) -> list[str]:
     """Paths of the parameters that a weight is computed from: itself, or several for a quantized or normed one."""
-    pending, names = [weight], []
-    while pending:
-        node = pending.pop()
-        name = edit.tensor_name(node)
-        if name is not None and edit.is_weight(node):
-            names.append(name)
-        pending += node.all_input_nodes
-    return sorted(names)
+    weights = (node for node in ancestors([weight]) if edit.is_weight(node))
+    return sorted(name for node in weights if (name := edit.tensor_name(node)) is not None)
 
 
 def _path(node: fx.Node, parameter: str) -> str:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mobizo_compiler.analysis.outline import outline
+from mobizo_compiler.analysis.ranges import input_ranges
 from mobizo_compiler.analysis.targets import short_names
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import ALL_LINEAR
+from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.format.checksum import of_values
 from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.format.manifest import Manifest, nesting_to_json, tensor_spec
@@ -21,13 +23,12 @@ from mobizo_compiler.graph.example import Example
 from mobizo_compiler.graph.program import LABELS, PREFIX, STATE_INPUT, GraphProgram
 from mobizo_compiler.quantization.weights import default_eps, described
 from mobizo_compiler.step.losses import LOSSES
-from mobizo_compiler.step.rules import RULES, memory_size
+from mobizo_compiler.step.rules import RULES, UpdateRule, initial_memory
 
 aten = torch.ops.aten
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
-
-
 HISTORY_WIDTH = 200
+MOST_RUNS = 1000
 
 
 def installed_versions() -> dict[str, str]:
@@ -60,12 +61,13 @@ def described_program(
     labels = options.loss.label_spec(
         captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()])
     )
-    limits, dynamic = _vocabulary(captured), captured.dynamic
+    ranges, dynamic = input_ranges(captured), captured.dynamic
+    memory = initial_memory(options.rule, train_step.parameters)
     return Manifest(
         backend=backend,
         versions=installed_versions(),
         inputs=tuple(
-            tensor_spec(name, value, dynamic, **limits.get(inner, {}))
+            tensor_spec(name, value, dynamic, **dict(zip(("low", "high"), ranges.get(inner, ()), strict=False)))
             for name, (inner, value) in zip(public, inputs.items(), strict=True)
         ),
         keywords=example.keywords,
@@ -93,7 +95,8 @@ def described_program(
             if name.startswith(PREFIX)
         ),
         rule=RULES.described(options.rule),
-        memory=memory_size(options.rule, train_step.parameters),
+        memory=memory.numel(),
+        memory_start=_runs(options.rule, memory),
         model=_digest(captured),
         weights=_weights(captured),
         state=options.state,
@@ -105,6 +108,19 @@ def described_program(
         history={name: tuple(map(_shortened, method.history)) for name, method in methods.items()},
         outline=outline(captured, methods, example.rows),
     )
+
+
+def _runs(rule: UpdateRule, memory: Tensor) -> tuple[tuple[int, float], ...]:
+    """The memory before the first step as runs of equal numbers; nothing for zeros."""
+    if not bool(memory.any()):
+        return ()
+    values, counts = torch.unique_consecutive(memory, return_counts=True)
+    if len(values) > MOST_RUNS:
+        raise ConfigError(
+            f"{rule!r}: what init returns has {len(values)} runs of equal numbers, more than {MOST_RUNS}",
+            hint="begin with zeros or other constants, and let the first update make the rest",
+        )
+    return tuple(zip(counts.tolist(), values.tolist(), strict=True))
 
 
 def _shortened(step: str) -> str:
@@ -155,18 +171,3 @@ def _weights(captured: GraphProgram) -> dict[str, int]:
     named = {path: stored[path] for path, _ in captured.tensors().values() if path in stored}
     plain = {path: tensor for path, tensor in sorted(named.items()) if type(tensor) in (Tensor, nn.Parameter)}
     return {path: of_values(tensor) for path, tensor in plain.items()}
-
-
-def _vocabulary(captured: GraphProgram) -> dict[str, dict[str, int | None]]:
-    """Range of the values of every input that is looked up in an embedding table, in whatever form."""
-    limits: dict[str, dict[str, int | None]] = {}
-    for node in captured.graph.nodes:
-        if node.target is not aten.embedding.default:
-            continue
-        source, entries = node.args[1], int(node.args[0].meta["val"].shape[0])
-        while source.target in _SAME_VALUES:
-            source = source.args[0]
-        if source.op == "placeholder" and source.name in captured.inputs:
-            known = limits.get(source.name, {}).get("high")
-            limits[source.name] = {"low": 0, "high": entries - 1 if known is None else min(known, entries - 1)}
-    return limits

@@ -6,36 +6,37 @@ import dataclasses
 import functools
 import logging
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from mobizo_compiler import passes
+from mobizo_compiler.analysis.ranges import check_lookups
 from mobizo_compiler.analysis.targets import heads
 from mobizo_compiler.backends import Backend
 from mobizo_compiler.compiling import pipelines
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.smoothing import smoothing_of
-from mobizo_compiler.errors import (
-    CaptureError,
-    ExampleInputError,
-    LossError,
-    MobizoError,
-    NoMatchingTargetError,
-    UnsupportedGraphError,
-)
+from mobizo_compiler.errors import CaptureError, UnsupportedGraphError
 from mobizo_compiler.graph.example import Example
 from mobizo_compiler.graph.pipeline import Observer, Pipeline, dump_to
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.quantization.weights import QuantizationConfig
+from mobizo_compiler.quiet import quiet
 
 DUMP_VARIABLE = "MOBIZO_DUMP"
-_Graphs = tuple[GraphProgram, dict[str, GraphProgram]]
+
+
+class Graphs(NamedTuple):
+    """A captured graph, the methods that it was rewritten to, and what stores its weights in fewer bits."""
+
+    captured: GraphProgram
+    methods: dict[str, GraphProgram]
+    store: tuple[passes.Quantize, ...]
 
 
 def captured_and_rewritten(
@@ -46,7 +47,7 @@ def captured_and_rewritten(
     given: Mapping[str, tuple[Tensor, Tensor]],
     dump_dir: str | PathLike[str] | None,
     say: Callable[[str], None],
-) -> _Graphs:
+) -> Graphs:
     """The captured graph of a model, and the methods of its program, ready for the backend to lower.
 
     Args:
@@ -60,49 +61,46 @@ def captured_and_rewritten(
     """
     observer = functools.partial(_observer, dump_dir)
 
-    def graphs(symbolic: bool) -> _Graphs:
+    def graphs(symbolic: bool) -> Graphs:
         say("capture")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch warns of its own use of it
+        with quiet(message=".*LeafSpec"):  # torch warns of its own use of it
             captured = passes.capture(model, example, symbolic=symbolic)
+        check_lookups(captured, example.tensors)
         say("rewrite")
         parts = pipelines.Parts(
             example.rows, _quantize_passes(captured, options.quantization, example), tuple(backend.passes()), given
         )
-        return captured, rewritten(captured, options, parts, observer)
+        return Graphs(captured, rewritten(captured, options, parts, observer), parts.quantize)
 
-    return _symbolic_or_fixed(graphs, model, example)
+    return _symbolic_or_fixed(graphs, model, example, say)
 
 
-def _symbolic_or_fixed(graphs: Callable[[bool], _Graphs], model: object, example: Example) -> _Graphs:
+def _symbolic_or_fixed(
+    graphs: Callable[[bool], Graphs], model: object, example: Example, say: Callable[[str], None]
+) -> Graphs:
     """The graphs from a capture with a symbolic number of rows, or, for a module that resists, with a fixed one.
 
-    What is wrong with the user's own arguments is wrong either way, and said at once.
+    A second try follows a capture that fails and a graph that is refused, and nothing else: what is wrong with other
+    arguments is wrong either way, and an error in a pass is one.
     """
     if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module) or model.training:
         return graphs(True)
-    before = logging.root.manager.disable
     try:
-        logging.disable(logging.ERROR)  # torch logs what fails while sizes are computed
-        return graphs(True)
-    except (LossError, NoMatchingTargetError, ExampleInputError):
-        raise
-    except Exception as error:
+        with quiet(logging.ERROR, message=".*LeafSpec"):  # torch logs what fails while sizes are computed
+            return graphs(True)
+    except (CaptureError, UnsupportedGraphError) as error:
         symbolic = error
-    finally:
-        logging.disable(before)
     if any(leaf.dims for leaf in example.leaves):
-        if isinstance(symbolic, MobizoError):
-            raise symbolic
-        raise CaptureError(f"the model cannot be compiled with these dynamic shapes: {symbolic}") from symbolic
+        raise symbolic
+    reason = symbolic.problem.strip().partition("\n")[0]
+    say(f"again with {example.rows} rows, because their number cannot be a symbol: {reason}")
     try:
         return graphs(False)
-    except Exception as error:
-        if isinstance(symbolic, UnsupportedGraphError) or not isinstance(error, MobizoError):
-            error, symbolic = symbolic, error
-        if isinstance(error, MobizoError):
-            raise error from symbolic
-        raise CaptureError(f"the captured graph cannot be rewritten: {error}") from symbolic
+    except (CaptureError, UnsupportedGraphError) as error:
+        # What is wrong with the graph is said of the graph; a capture is better explained by the one that is simpler.
+        if isinstance(symbolic, UnsupportedGraphError):
+            raise symbolic from error
+        raise error from symbolic
 
 
 def rewritten(

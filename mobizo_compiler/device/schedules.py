@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 from mobizo_compiler.errors import ConfigError
+from mobizo_compiler.options import float32_problem, in_float32
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -33,8 +34,8 @@ def schedule(
     """
     if name not in SCHEDULES:
         raise ConfigError(f"schedule is {name!r}", hint=f"use one of {', '.join(SCHEDULES)}")
-    if not math.isfinite(learning_rate):
-        raise ConfigError(f"learning_rate is {learning_rate!r}; it must be a finite number")
+    if problem := float32_problem(learning_rate):
+        raise ConfigError(f"learning_rate is {learning_rate!r}; {problem}")
     if steps < 1 or not 0 <= warmup <= steps:
         raise ConfigError(f"steps is {steps} and warmup {warmup}; they must be above 0, and 0..steps")
     if not 0 <= end <= 1:
@@ -42,9 +43,9 @@ def schedule(
 
     def rate(step: int) -> float:
         if step < warmup:
-            return learning_rate * (step + 1) / warmup
+            return in_float32(learning_rate * (step + 1) / warmup)
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
         share = {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}[name]
-        return learning_rate * (share if name == "constant" else end + (1 - end) * share)
+        return in_float32(learning_rate * (share if name == "constant" else end + (1 - end) * share))
 
     return rate

@@ -35,7 +35,7 @@ from mobizo_compiler.graph.example import flat_names
 from mobizo_compiler.graph.program import Nesting
 from mobizo_compiler.load import load
 from mobizo_compiler.options import MAX_SEED
-from mobizo_compiler.step.estimators import get_estimator
+from mobizo_compiler.step.estimators import get_estimator, lanes_of
 from mobizo_compiler.step.noise import noise
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -83,8 +83,8 @@ class Session:
             program = load(program)
         self.program = program
         self._runner = program.artifact.runner()
-        if program.manifest.lora.train_a and not bool(self._runner.state().any()):
-            self._runner.state().copy_(program.initial_state())  # a state that is passed in and out begins with zeros
+        if program.manifest.state != "shared":  # what is passed in, or looked up in a file, begins with zeros here
+            self._runner.state().copy_(program.initial_state())
         self._prefix_cache = None
         if prefix_cache is not None:
             self._prefix_cache = PrefixCache(prefix_cache, program, prefix_cache_bytes)
@@ -254,7 +254,7 @@ class Session:
             alias = self._runner.state()
             before = alias.clone()
             step = noise(seed, zo.queries, parameters, zo.noise) * size
-            alias[:parameters] = estimator.perturbed(before[:parameters], step)[index]
+            alias[:parameters] = lanes_of(estimator, before[:parameters], step)[index]
             try:
                 yield
             finally:

@@ -148,6 +148,8 @@ class Manifest:
         prefix: What `prefix` returns and `train_step` takes in place of the model's inputs; empty without `prefix`.
         rule: Update rule: its name, and its options by name; `get_rule` makes it again.
         memory: How many numbers of the state the rule remembers.
+        memory_start: What they are before the first step, as runs of equal numbers (how many, and which); empty for
+            zeros.
         loss: The loss: its name, and its options by name; `get_loss` makes it again, unless it was a function.
         model: SHA-256 of the model's weights before they were quantized, in hexadecimal.
         weights: CRC-32 of the values of each of them, by name; see `checksum.of_values`.
@@ -183,6 +185,7 @@ class Manifest:
     prefix: tuple[TensorSpec, ...] = ()
     rule: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "sgd"})
     memory: int = 0
+    memory_start: tuple[tuple[int, float], ...] = ()
     model: str = ""
     weights: Mapping[str, int] = dataclasses.field(default_factory=dict)
     state: str = "shared"
@@ -207,6 +210,11 @@ class Manifest:
     def methods(self) -> tuple[str, ...]:
         """The methods that a session calls."""
         return ("train_step", "evaluate", "replay", *(["prefix"] if self.prefix else []))
+
+    def initial_memory(self) -> Tensor:
+        """What the rule remembers before the first step, float32 [memory]."""
+        runs = [torch.full((count,), value) for count, value in self.memory_start]
+        return torch.cat(runs) if runs else torch.zeros(self.memory)
 
     @property
     def state_size(self) -> int:

@@ -242,7 +242,7 @@ def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
             b = b[:, list(site.outputs)]
         trained.append(b.flatten())
     b = torch.cat(trained)
-    begin = initial_state(program.sites, adapter.a, program.manifest.memory)
+    begin = initial_state(program.sites, adapter.a, program.manifest.initial_memory())
     begin[: b.numel()] = b
     return begin
 

@@ -59,7 +59,7 @@ class Program:
 
     def initial_state(self) -> Tensor:
         """The flat state before the first step, float32 [S]."""
-        return initial_state(self.sites, self.lora_a_by_fqn, self.manifest.memory)
+        return initial_state(self.sites, self.lora_a_by_fqn, self.manifest.initial_memory())
 
     def site(self, fqn: str) -> Site:
         """The site at that path.

@@ -23,7 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from mobizo_compiler.errors import PassContractError
+from mobizo_compiler.errors import PassContractError, UnsupportedGraphError
+from mobizo_compiler.graph.nodes import source_line
 from mobizo_compiler.graph.program import ROWS, STATE, STATE_INPUT, GraphProgram, flat_call_graph
 
 aten = torch.ops.aten
@@ -49,15 +50,19 @@ class Editor:
         signature = program.exported.graph_signature
         self._input_specs = {spec.arg.name: spec for spec in signature.input_specs}
         self._tensors = {**program.exported.constants, **program.exported.state_dict}
-        mutations = dict(signature.buffers_to_mutate)
-        self._mutated = {buffer: self.node(name) for name, buffer in mutations.items()}
-        self._outputs = {name: self.node(node.name) for name, node in program.output_nodes.items()}
-        self.values = {name: self.node(node) for name, node in program.values.items()}
+        nodes = {node.name: node for node in self.graph.nodes}
+        self._of_tensor: dict[str, fx.Node] = {
+            s.target: nodes[s.arg.name] for s in signature.input_specs if s.target is not None
+        }
+        self._mutated = {buffer: nodes[name] for name, buffer in dict(signature.buffers_to_mutate).items()}
+        self._outputs = {name: nodes[node.name] for name, node in program.output_nodes.items()}
+        self.values = {name: nodes[node] for name, node in program.values.items()}
         self.sites = program.sites
         self.lora_a = dict(program.lora_a)
         self.nesting = program.nesting
         self.rows = dict(program.rows)
         self.mode = _fake_mode(self.graph)
+        self._anchor: fx.Node | None = None
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -70,7 +75,8 @@ class Editor:
 
     def calls(self, *targets: Any) -> list[fx.Node]:
         """All calls of the given operators, in order."""
-        return [node for node in self.graph.nodes if node.op == "call_function" and node.target in targets]
+        found = {node for target in targets for node in self.graph.find_nodes(op="call_function", target=target)}
+        return sorted(found)
 
     @property
     def inputs(self) -> dict[str, fx.Node]:
@@ -85,7 +91,9 @@ class Editor:
     @property
     def state(self) -> fx.Node:
         """The placeholder of the flat state."""
-        return self.node(f"b_{STATE}")
+        if STATE not in self._of_tensor:
+            raise PassContractError("the program has no state", where=str(self.before.history[-1:]))
+        return self._of_tensor[STATE]
 
     def tensor(self, node: fx.Node) -> Tensor | None:
         """The tensor behind a placeholder; None for user inputs and inner nodes."""
@@ -123,6 +131,7 @@ class Editor:
             value = torch.empty(tuple(shape), dtype=dtype)
         placeholders = self._placeholders()
         anchor = before or (placeholders[-1].next if placeholders else next(iter(self.graph.nodes)))
+        self._anchor = None
         node = self._placeholder(name, value, anchor)
         self._input_specs[node.name] = InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None)
         if row_axis is not None:
@@ -135,34 +144,34 @@ class Editor:
         alive = set(self.graph.nodes)
         self.values = {name: value for name, value in self.values.items() if value in alive}
         self.rows.pop(node.name, None)
+        self._anchor = None
         self.graph.erase_node(node)
 
     def drop_state(self) -> None:
         """Remove the state, the sites, and what was made of them."""
         self._mutated.clear()
         self._drop_dead_code()
-        self.graph.erase_node(self.state)
+        self.graph.erase_node(self._of_tensor.pop(STATE))
         self.values, self.sites, self.lora_a = {}, (), {}
 
     def add_constant(self, name: str, tensor: Tensor) -> fx.Node:
         """Add a tensor that no method changes."""
         value = self.mode.from_tensor(tensor, static_shapes=True)
-        first_input = next(iter(self.inputs.values()), None)
-        node = self._placeholder(f"b_{name}".replace(".", "_"), value, first_input or next(iter(self.graph.nodes)))
+        node = self._placeholder(f"b_{name}".replace(".", "_"), value, self._first_input())
         self._input_specs[node.name] = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, persistent=True)
-        self._tensors[name] = tensor
+        self._tensors[name], self._of_tensor[name] = tensor, node
         return node
 
     def shared_constant(self, name: str, tensor: Tensor) -> fx.Node:
         """The tensor of that name, which is added if it is not there."""
-        return self._placeholder_of(name) or self.add_constant(name, tensor)
+        return self._of_tensor.get(name) or self.add_constant(name, tensor)
 
     def some_rows(self, node: fx.Node, rows: Sequence[int]) -> fx.Node:
         """A placeholder for some rows of the tensor behind another one, of the same kind."""
         whole = self._input_specs[node.name]
         assert whole.target is not None
         name = f"{whole.target}{ROWS}{hashlib.sha256(repr(rows).encode()).hexdigest()[:8]}"
-        if (known := self._placeholder_of(name)) is not None:
+        if (known := self._of_tensor.get(name)) is not None:
             return known
         tensor = self._tensors[whole.target].detach()[list(rows)]
         if whole.kind is InputKind.PARAMETER:
@@ -170,7 +179,7 @@ class Editor:
         value = self.mode.from_tensor(tensor, static_shapes=True)
         few = self._placeholder(f"{node.name}_rows", value, node.next)
         self._input_specs[few.name] = dataclasses.replace(whole, arg=TensorArgument(few.name), target=name)
-        self._tensors[name] = tensor
+        self._tensors[name], self._of_tensor[name] = tensor, few
         return few
 
     def add_state(self, initial: Tensor) -> fx.Node:
@@ -232,7 +241,7 @@ class Editor:
         old = self.state
         given = self.add_input(STATE_INPUT, old.meta["val"].shape, old.meta["val"].dtype)
         self.replace(old, given)
-        self.graph.erase_node(old)
+        self.graph.erase_node(self._of_tensor.pop(STATE))
         if STATE in self._mutated:
             self._outputs[STATE_INPUT] = self._mutated.pop(STATE)
 
@@ -261,7 +270,7 @@ class Editor:
                 elif inputs and tensor is not None:
                     node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
             elif node.op == "call_function":
-                value = node.meta["val"] = self._compute(node)
+                value = node.meta["val"] = self._recompute(node)
                 if fold and isinstance(value, (int, float, bool)):
                     _fold(node, value)
                     self.graph.erase_node(node)
@@ -311,11 +320,13 @@ class Editor:
         _drop_dead_code(self.graph)
 
     def _placeholders(self) -> list[fx.Node]:
-        return [node for node in self.graph.nodes if node.op == "placeholder"]
+        return list(self.graph.find_nodes(op="placeholder"))
 
-    def _placeholder_of(self, target: str) -> fx.Node | None:
-        """The placeholder of the tensor of that name."""
-        return next((node for node in self._placeholders() if self._input_specs[node.name].target == target), None)
+    def _first_input(self) -> fx.Node:
+        """Where constants are put: before the first user input, or before everything. Looked for once."""
+        if self._anchor is None:
+            self._anchor = next(iter(self.inputs.values()), None)
+        return self._anchor or next(iter(self.graph.nodes))
 
     def _placeholder(self, name: str, value: Any, anchor: fx.Node) -> fx.Node:
         with self.graph.inserting_before(anchor):
@@ -327,6 +338,23 @@ class Editor:
         args, kwargs = map_arg((node.args, node.kwargs), lambda inner: inner.meta["val"])
         with self.mode, torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _recompute(self, node: fx.Node) -> Any:
+        """The value of a call for other sizes, for which torch's own shape rules may refuse symbols."""
+        try:
+            return self._compute(node)
+        except Exception as error:
+            if not any(_is_symbolic(inner.meta["val"]) for inner in node.all_input_nodes):
+                raise
+            raise UnsupportedGraphError(
+                f"torch cannot say what shape {node.target} returns for symbolic sizes: {error}",
+                where=source_line(node),
+            ) from error
+
+
+def _is_symbolic(value: Any) -> bool:
+    sizes = value.shape if isinstance(value, Tensor) else (value,)
+    return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def _fake_mode(graph: fx.Graph) -> FakeTensorMode:

@@ -33,8 +33,9 @@ def _functional(program: GraphProgram) -> Iterator[str]:
 def _any_rows(program: GraphProgram) -> Iterator[str]:
     if not program.rows:
         yield "no input has rows"
+    inputs = program.inputs
     for name, axis in program.rows.items():
-        if name not in program.inputs or axis >= program.inputs[name].dim():
+        if name not in inputs or axis >= inputs[name].dim():
             yield f"input {name!r} is said to have its rows in axis {axis}"
     if program.fixed_rows is not None and not any(step.startswith("FreeRows") for step in program.history):
         yield f"the number of rows is fixed to {program.fixed_rows}"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import sympy
+import torch
 from torch import fx
+
+FIRST_PRIME = 10_000  # among the primes: larger ones than most sizes are
 
 
 def operand(node: fx.Node, position: int = 0) -> fx.Node:
@@ -32,6 +36,18 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
                 found.add(inner)
                 pending.append(inner)
     return found
+
+
+def numbered_shapes(shapes: Sequence[Sequence[Any]]) -> list[tuple[int, ...]]:
+    """Shapes with a prime in place of each symbol: equal where they are, however expressions are written."""
+    sizes = [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
+    symbols = sorted({symbol for size in sizes for symbol in size.node.expr.free_symbols}, key=str)
+    primes = {symbol: sympy.prime(FIRST_PRIME + index) for index, symbol in enumerate(symbols)}
+
+    def number(size: Any) -> int:
+        return int(size.node.expr.subs(primes)) if isinstance(size, torch.SymInt) else int(size)
+
+    return [tuple(map(number, shape)) for shape in shapes]
 
 
 def source_line(node: fx.Node) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from mobizo_compiler.errors import ConfigError, MobizoError, PassContractError, PassOrderError
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.facts import CHECKS, broken
+from mobizo_compiler.graph.nodes import numbered_shapes
 from mobizo_compiler.graph.printer import program_text
 from mobizo_compiler.graph.program import GraphProgram
 
@@ -23,7 +26,8 @@ class Pass(abc.ABC):
 
     A pass declares the facts it `needs`, `gives` and `breaks` (see `facts.py`). The pipeline refuses a wrong order
     before it runs anything, gives `rewrite` a private copy, and checks the result: no dead code, a graph that torch
-    accepts with a value at every call, and every fact that is claimed.
+    accepts with a value at every call, every fact that is claimed, and inputs and outputs that have the shapes,
+    dtypes and row axes that they had, unless it says that they change.
 
     `inputs`: "kept"; "added", if there are others beside those that there were; "changed".
     `outputs`: "kept" or "changed".
@@ -91,8 +95,13 @@ class Pipeline:
         for step in self.passes:
             before, text_before = program, text
             edit = Editor(before)
-            step.rewrite(edit)
             facts = (before.facts - step.breaks) | step.gives
+            try:
+                step.rewrite(edit)
+            except MobizoError:
+                raise
+            except Exception as error:
+                raise PassContractError(f"pass {step.name} failed: {type(error).__name__}: {error}") from error
             try:
                 program = edit.finish(facts, (*before.history, repr(step)))
                 program.graph.lint()
@@ -101,12 +110,12 @@ class Pipeline:
                 raise
             except Exception as error:
                 raise PassContractError(f"pass {step.name} left an invalid graph: {error}") from error
-            problems = broken(program)
+            problems = [*broken(program), *_not_kept(step, before, program)]
             if problems:
                 raise PassContractError(f"pass {step.name} broke what it must keep:\n  - " + "\n  - ".join(problems))
             step.ensures(before, program)
             text = program_text(program)
-            if text == text_before and facts == before.facts:
+            if text == text_before and _same_beside_text(before, program):
                 program = before
             if self.observe:
                 self.observe(step, program, text)
@@ -140,6 +149,48 @@ class Insertion:
                 f"{self.step!r} needs one place", hint='give before="canonicalize" or after=..., not both'
             )
         object.__setattr__(self, "methods", (self.methods,) if isinstance(self.methods, str) else tuple(self.methods))
+
+
+def _not_kept(step: Pass, before: GraphProgram, after: GraphProgram) -> Iterator[str]:
+    """What a pass says that it keeps of the inputs and outputs, and did not."""
+    if step.inputs != "changed":
+        old, new = before.inputs, after.inputs
+        if step.inputs == "added":
+            new = {name: value for name, value in new.items() if name in old}
+        yield from _differences("input", old, new)
+        for name in old.keys() & new.keys():
+            if before.rows.get(name) != after.rows.get(name):
+                yield f"the rows of input {name!r} were in axis {before.rows.get(name)}, not {after.rows.get(name)}"
+    if step.outputs == "kept":
+        outputs = ({name: node.meta["val"] for name, node in p.output_nodes.items()} for p in (before, after))
+        yield from _differences("output", *outputs)
+
+
+def _differences(kind: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Iterator[str]:
+    if list(old) != list(new):
+        yield f"the {kind}s were {list(old)} and are {list(new)}"
+    both = [name for name in old if name in new]
+    shapes = numbered_shapes([*(old[name].shape for name in both), *(new[name].shape for name in both)])
+    for index, name in enumerate(both):
+        if shapes[index] != shapes[index + len(both)] or old[name].dtype != new[name].dtype:
+            was, now = (f"{value.dtype}{list(value.shape)}" for value in (old[name], new[name]))
+            yield f"{kind} {name!r} was {was} and is {now}"
+
+
+def _same_beside_text(before: GraphProgram, after: GraphProgram) -> bool:
+    """Whether two programs of the same text are the same in what the text does not show."""
+    kept = all(
+        getattr(before, name) == getattr(after, name)
+        for name in ("outputs", "nesting", "rows", "dynamic", "sites", "values", "facts")
+    )
+    tensors, others = before.tensors(), after.tensors()
+    return (
+        kept
+        and before.lora_a.keys() == after.lora_a.keys()
+        and all(before.lora_a[fqn] is after.lora_a[fqn] for fqn in before.lora_a)
+        and tensors.keys() == others.keys()
+        and all(tensors[n][0] == others[n][0] and tensors[n][1] is others[n][1] for n in tensors)
+    )
 
 
 def dump_to(folder: Path, method: str) -> Observer:

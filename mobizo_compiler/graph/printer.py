@@ -42,27 +42,30 @@ class Printer:
         self.program = program
         self.symbols: dict[str, str] = {}
         self.symbols |= {symbol: size.name for symbol, size in program.dynamic.items()}
+        inputs = program.inputs
         for name, axis in program.rows.items():
-            size = program.inputs[name].shape[axis]
+            size = inputs[name].shape[axis]
             if isinstance(size, torch.SymInt):
                 self.symbols |= dict.fromkeys(map(str, size.node.expr.free_symbols), ROWS_SYMBOL)
 
     def lines(self) -> Iterator[str]:
         """All lines of the program."""
-        signature = self.program.exported.graph_signature
+        signature = self.program.exported.graph_signature  # every property of it walks over all inputs
+        user_inputs, buffers = set(signature.user_inputs), dict(signature.inputs_to_buffers)
+        updates = dict(signature.buffers_to_mutate)
+        changed = set(updates.values())
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
-                kind = "input" if node.name in signature.user_inputs else "tensor"
-                if node.name in signature.inputs_to_buffers:
-                    changed = signature.inputs_to_buffers[node.name] in signature.buffers_to_mutate.values()
-                    kind = "state" if changed else kind
+                kind = "input" if node.name in user_inputs else "tensor"
+                if buffers.get(node.name) in changed:
+                    kind = "state"
                 yield f"{kind:6} %{node.name}: {self.type(node.meta['val'])}"
             elif node.op == "call_function":
                 arguments = [self.argument(a) for a in node.args]
                 arguments += [f"{name}={self.argument(a)}" for name, a in node.kwargs.items()]
                 call = f"{_operator(node)}({', '.join(arguments)})"
                 yield f"  %{node.name} = {call} : {self.type(node.meta.get('val'))}"
-        for node_name, buffer in signature.buffers_to_mutate.items():
+        for node_name, buffer in updates.items():
             yield f"update %b_{buffer.replace('.', '_')} <- %{node_name}"
         for name, node in self.program.output_nodes.items():
             yield f"return {name} = %{node.name}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.extensions import DataclassRegistry
 from mobizo_compiler.options import JsonConfig
 
@@ -132,6 +133,36 @@ def get_estimator(estimator: str | Mapping[str, Any] | Estimator) -> Estimator:
     TwoSided()
     """
     return ESTIMATORS.get(estimator)
+
+
+def lanes_of(estimator: Estimator, trained_P: Tensor, step_QP: Tensor) -> Tensor:
+    """What `perturbed` returns, [G, P].
+
+    Raises:
+        ConfigError: It has another shape.
+    """
+    wanted = (estimator.lanes(int(step_QP.shape[0])), int(trained_P.shape[0]))
+    return _of_shape(estimator, "perturbed", estimator.perturbed(trained_P, step_QP), wanted, "[lanes, parameters]")
+
+
+def gradient_of(estimator: Estimator, loss_G: Tensor, eps_1: Tensor, queries: int) -> Tensor:
+    """What `projected_gradient` returns, [Q].
+
+    Raises:
+        ConfigError: It has another shape: a single number, say, would be taken for the slope along every direction.
+    """
+    found = estimator.projected_gradient(loss_G, eps_1)
+    return _of_shape(estimator, "projected_gradient", found, (queries,), "[queries]")
+
+
+def _of_shape(estimator: Estimator, method: str, found: object, wanted: tuple[int, ...], meaning: str) -> Tensor:
+    if not isinstance(found, Tensor) or tuple(found.shape) != wanted or not found.dtype.is_floating_point:
+        shown = f"{found.dtype}{list(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise ConfigError(
+            f"{type(estimator).__name__}.{method} must return numbers of shape {meaning}, here {list(wanted)}; "
+            f"it returned {shown}"
+        )
+    return found
 
 
 def scaled(gradient_Q: Tensor, loss_G: Tensor, eps_1: Tensor, normalize: bool, clip: float | None) -> Tensor:

@@ -148,7 +148,7 @@ class SequenceClassificationLoss(Loss):
         logits_NC = _full_precision(_output(self, outputs, "[rows, classes]"))
         counts_N = (labels != self.ignore_index).to(logits_NC.dtype)
         picked_N1 = F.log_softmax(logits_NC, dim=-1).gather(1, labels.clamp(min=0).unsqueeze(-1))
-        return -picked_N1.squeeze(-1) * counts_N, counts_N
+        return -_where(counts_N > 0.0, picked_N1.squeeze(-1)), counts_N
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +341,12 @@ def _cross_entropy(logits_NTC: Tensor, index_NT: Tensor, counts_NT: Tensor) -> t
     """Of each row: cross-entropy summed over positions that count, and their number."""
     log_probability_NTC = F.log_softmax(logits_NTC, dim=-1)
     picked_NT = log_probability_NTC.gather(2, index_NT.unsqueeze(-1)).squeeze(-1)
-    return -(picked_NT * counts_NT).sum(dim=1), counts_NT.sum(dim=1)
+    return -_where(counts_NT > 0.0, picked_NT).sum(dim=1), counts_NT.sum(dim=1)
+
+
+def _where(counts: Tensor, values: Tensor) -> Tensor:
+    """What counts, and 0 for the rest: a product with 0 would keep what is infinite or no number."""
+    return torch.where(counts, values, torch.zeros_like(values))
 
 
 def _full_precision(values: Tensor) -> Tensor:

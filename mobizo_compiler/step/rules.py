@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.extensions import DataclassRegistry
-from mobizo_compiler.options import JsonConfig
+from mobizo_compiler.options import JsonConfig, float32_problem, in_float32
 
 Memory = dict[str, Tensor]
 
@@ -37,15 +36,19 @@ class UpdateRule(JsonConfig, abc.ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            if field.type not in ("float", "int", float, int):
+                continue
             value = getattr(self, field.name)
             name = f"{type(self).__name__}.{field.name}"
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if problem := float32_problem(value):
+                raise ConfigError(f"{name} is {value!r}; {problem}")
+            if value < 0:
                 raise ConfigError(f"{name} is {value!r}; it must be a number of 0 or more")
-            if field.name.startswith("beta") and value >= 1:
-                raise ConfigError(f"{name} is {value}; it must be below 1")
+            if field.name.startswith("beta") and in_float32(value) >= 1:
+                raise ConfigError(f"{name} is {value}; it must be below 1, in float32 as well")
 
     def init(self, parameters: int) -> Memory:
-        """What it remembers before the first step, float32 of any length by name; all zero."""
+        """What it remembers before the first step, float32 of any length by name."""
         return {}
 
     @abc.abstractmethod
@@ -202,9 +205,41 @@ def get_rule(rule: str | UpdateRule | Mapping[str, Any]) -> UpdateRule:
     return RULES.get(rule)
 
 
-def memory_size(rule: UpdateRule, parameters: int) -> int:
-    """How many numbers the rule remembers."""
-    return sum(tensor.numel() for tensor in rule.init(parameters).values())
+def initial_memory(rule: UpdateRule, parameters: int) -> Tensor:
+    """What the rule remembers before the first step, as it lies in the state, float32 [numbers].
+
+    Raises:
+        ConfigError: `init` returns something else than tensors of one axis by name, float32 and finite.
+    """
+    memory = rule.init(parameters)
+    if not isinstance(memory, dict):
+        raise ConfigError(f"{rule!r}: init must return a dict of tensors, not {memory!r}")
+    for name, tensor in memory.items():
+        if not isinstance(tensor, Tensor) or tensor.dim() != 1 or tensor.dtype != torch.float32:
+            found = _shown(tensor)
+            raise ConfigError(f"{rule!r}: init must return float32 tensors of one axis; {name!r} is {found}")
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"{rule!r}: init returns numbers in {name!r} that are not finite")
+    return torch.cat([torch.zeros(0), *memory.values()])
+
+
+def _shown(value: object) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _checked(rule: UpdateRule, result: object, parameters: int, sizes: Mapping[str, int]) -> tuple[Tensor, Memory]:
+    """What `update` returned, if it has the shapes that it must have."""
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+        raise ConfigError(f"{rule!r}: update must return the step and the memory, not {_shown(result)}")
+    step_P, memory = result
+    if not isinstance(step_P, Tensor) or tuple(step_P.shape) != (parameters,):
+        raise ConfigError(f"{rule!r}: update must return a step of shape [{parameters}], not {_shown(step_P)}")
+    if memory.keys() != sizes.keys():
+        raise ConfigError(f"{rule!r}: update returns the memory {sorted(memory)}, init makes {sorted(sizes)}")
+    for name, size in sizes.items():
+        if not isinstance(memory[name], Tensor) or tuple(memory[name].shape) != (size,):
+            raise ConfigError(f"{rule!r}: update returns {_shown(memory[name])} as {name!r}, init makes [{size}]")
+    return step_P, memory
 
 
 def updated(rule: UpdateRule, parameters: int, state_S: Tensor, direction_P: Tensor, rate_1: Tensor) -> Tensor:
@@ -223,11 +258,9 @@ def updated(rule: UpdateRule, parameters: int, state_S: Tensor, direction_P: Ten
     for name, size in sizes.items():
         memory[name] = state_S[start : start + size]
         start += size
-    step_P, after = rule.update(direction_P, memory)
+    step_P, after = _checked(rule, rule.update(direction_P, memory), parameters, sizes)
     if rule.weight_decay:
         step_P = step_P + trained_P * rule.weight_decay
     moved_P = trained_P - step_P * rate_1
-    if not sizes:
-        return moved_P
-    whole_S = torch.cat((moved_P, *(after[name] for name in sizes)))
-    return torch.where(rate_1 == 0.0, state_S, whole_S)
+    whole_S = torch.cat((moved_P, *(after[name] for name in sizes))) if sizes else moved_P
+    return torch.where(rate_1 == 0.0, state_S, whole_S)  # 0 times a step that overflowed is no number

@@ -71,16 +71,16 @@ class Site:
         return part.reshape(*state.shape[:-1], self.in_features, self.r).transpose(-1, -2)
 
 
-def initial_state(sites: Sequence[Site], lora_a: Mapping[str, Tensor], memory: int = 0) -> Tensor:
+def initial_state(sites: Sequence[Site], lora_a: Mapping[str, Tensor], memory: Tensor | None = None) -> Tensor:
     """The flat state before the first step, float32 [S].
 
-    Every B, which is zero; then every A that is trained; then what the update rule remembers, which is zero.
+    Every B, which is zero; then every A that is trained; then what the update rule remembers.
 
     Args:
         sites: The sites, in the order of their offsets.
         lora_a: A of every site by path, [r, in_features].
-        memory: How many numbers the rule remembers.
+        memory: What the rule remembers, [numbers]; nothing if None.
     """
     parts = [torch.zeros(sum(site.size for site in sites))]
     parts += [lora_a[site.fqn].t().reshape(-1) for site in sites if site.a_offset is not None]
-    return torch.cat([*parts, torch.zeros(memory)])
+    return torch.cat(parts if memory is None else [*parts, memory])

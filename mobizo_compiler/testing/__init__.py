@@ -9,7 +9,7 @@ from mobizo_compiler.testing.case import Case
 from mobizo_compiler.testing.check import Report, check_against_oracle
 from mobizo_compiler.testing.estimator import check_estimator
 from mobizo_compiler.testing.loss import check_loss
-from mobizo_compiler.testing.models import TinyCausalLM, TokenWise, tiny_batch
+from mobizo_compiler.testing.models import TinyCausalLM, TinyEncoder, TokenWise, tiny_batch
 from mobizo_compiler.testing.oracle import Oracle
 from mobizo_compiler.testing.passes import check_pass
 from mobizo_compiler.testing.rule import check_rule
@@ -20,6 +20,7 @@ __all__ = [
     "Oracle",
     "Report",
     "TinyCausalLM",
+    "TinyEncoder",
     "TokenWise",
     "check_against_oracle",
     "check_backend",

@@ -80,6 +80,33 @@ class TinyCausalLM(nn.Module):
         return {"logits": self.lm_head(self.norm(x))}
 
 
+class TinyEncoder(nn.Module):
+    """An encoder like BERT's, on features: LayerNorm, both forms of GELU, attention as products, a mean, classes."""
+
+    def __init__(self, width: int = 24, heads: int = 3, classes: int = 5) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embedding, self.norm, self.norm2 = nn.Linear(12, width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.up, self.mid, self.down = nn.Linear(width, 28), nn.Linear(28, 20), nn.Linear(20, width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[rows, tokens, 12] to [rows, classes]."""
+        rows, tokens, _ = features.shape
+        x = self.embedding(features)
+        normed = self.norm(x)
+        query, key, value = (
+            layer(normed).reshape(rows, tokens, self.heads, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        weights = torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, dim=-1)
+        x = x + (weights @ value).transpose(1, 2).reshape(x.shape)
+        hidden = F.gelu(self.mid(F.gelu(self.up(self.norm2(x)))), approximate="tanh")
+        result: Tensor = self.head((x + self.down(hidden)).mean(1))
+        return result
+
+
 def tiny_batch(rows: int = 3, tokens: int = 7, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs and labels for `TinyCausalLM`: padded on the right, and a prompt that is not labelled.
 

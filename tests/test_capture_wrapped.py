@@ -1,0 +1,45 @@
+"""Models as people hold them: wrapped, with adapters of peft in them, without weights, exported in one mode or other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from torch import nn
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import LoraConfig, MSELoss, ZOConfig
+from mobizo_compiler.errors import CaptureError
+from mobizo_compiler.testing import TokenWise
+
+TOKENS = (torch.zeros(2, 5, dtype=torch.int64),)
+X = (torch.ones(2, 4),)
+
+
+def sites(model: Any, inputs: Any = TOKENS, target: str = "up", **options: Any) -> list[str]:
+    lora = LoraConfig(r=2, target_modules=(target,))
+    program = mobizo.compile(model, inputs, lora, ZOConfig(queries=1), backend="eager", **options)
+    return [site.fqn for site in program.sites]
+
+
+def test_what_wraps_a_model_is_taken_off() -> None:
+    model = TokenWise().eval()
+    for wrapped in (torch.compile(model), nn.DataParallel(model), nn.DataParallel(torch.compile(model))):
+        assert sites(wrapped) == ["up"]
+
+
+def test_models_that_cannot_be_taken_say_why() -> None:
+    with pytest.raises(CaptureError, match=r"adapters of peft in it: base_model.model.up (.|\n)*merge_and_unload"):
+        sites(get_peft_model(TokenWise(), PeftConfig(target_modules=["up"])).eval())
+    with pytest.raises(CaptureError, match=r"'embedding.weight' is on the meta device(.|\n)*from_pretrained"):
+        sites(TokenWise().to("meta").eval())
+    exported = torch.export.export(TokenWise().eval(), TOKENS)
+    with pytest.raises(CaptureError, match=r"as modules of exported programs are(.|\n)*pass an ExportedProgram"):
+        sites(exported.module())
+    dropping = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3))
+    with pytest.raises(CaptureError, match=r"exported in training mode(.|\n)*before torch.export"):
+        sites(torch.export.export(dropping.train(), X), X, "0", loss=MSELoss())
+    assert sites(torch.export.export(dropping.eval(), X), X, "0", loss=MSELoss()) == ["0"]
