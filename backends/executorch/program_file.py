@@ -14,7 +14,7 @@ from executorch.runtime import Runtime
 from torch import Tensor
 
 from mobizo_compiler.backends.executorch.delegates import missing_delegates
-from mobizo_compiler.backends.executorch.one_copy import HEADER
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program, read_header
 from mobizo_compiler.backends.executorch.quiet import quiet
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
@@ -170,15 +170,15 @@ def _check_file(path: Path) -> None:
     """Compare the file's length with what its header says, so that a truncated file is never mapped."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(HEADER.size)
-    if len(head) < HEADER.size or head[4:6] != b"ET":
+        head = file.read(HEAD_BYTES)
+    if not is_program(head):
         raise ArtifactError("this is not an ExecuTorch program", where=str(path))
-    _, _, magic, _, program_size, segments_at, segments_size = HEADER.unpack(head)
-    if magic != b"eh00":
+    header = read_header(head)
+    if header is None:
         raise ArtifactError(
             "this ExecuTorch program has no extended header, so it is not of this compiler", where=str(path)
         )
-    expected = max(program_size, segments_at + segments_size)
+    expected = max(header.program_size, header.segment_base_offset + header.segment_data_size)
     if size < expected:
         raise ArtifactError(
             f"the file is truncated: it has {size} bytes, its header says {expected}",
