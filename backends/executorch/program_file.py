@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mobizo_compiler.backends.executorch.delegates import missing_delegates
 from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program, read_header
-from mobizo_compiler.backends.executorch.quiet import quiet
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum, data_file
@@ -160,8 +159,7 @@ def _split_lora_a(sites: Sequence[Site], flat: Tensor) -> dict[str, Tensor]:
 
 def _load(path: Path, data_path: Path | None = None) -> Any:
     try:
-        with quiet():
-            return Runtime.get().load_program(path, data_path=data_path)
+        return Runtime.get().load_program(path, data_path=data_path)
     except Exception as error:
         raise ArtifactError(f"the ExecuTorch runtime cannot load this file: {error}", where=str(path)) from error
 
