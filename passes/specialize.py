@@ -13,11 +13,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.upstream import FakeTensorMode
 
 
 @dataclasses.dataclass(frozen=True)

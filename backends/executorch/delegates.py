@@ -7,7 +7,8 @@ from pathlib import Path
 
 from executorch.runtime import Runtime
 
-from mobizo_compiler.backends.executorch.head import HEAD_BYTES, read_head, read_header
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, read_head
+from mobizo_compiler.upstream import read_header
 
 
 @functools.lru_cache(maxsize=16)

@@ -10,10 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
-from executorch.exir._serialize._flatbuffer_program import _patch_generated_flatbuffer_aliases as make_readers_whole
-from executorch.exir._serialize._program import _ExtendedHeader as ExtendedHeader
-from executorch.exir._serialize._program import _get_extended_header as read_header
-from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
+from mobizo_compiler.upstream import ExtendedHeader, ProgramReader, make_readers_whole, read_header
 
 HEAD_BYTES: int = ExtendedHeader.NUM_HEAD_BYTES  # at most so many bytes from the start of a file until the header ends
 _HEADER_AT = 8  # after the flatbuffer's own offset and identifier
@@ -56,7 +53,7 @@ class Head:
 
 def is_program(start: bytes) -> bool:
     """Whether a file that begins so is a program of ExecuTorch."""
-    return len(start) >= HEAD_BYTES and bool(Program.ProgramBufferHasIdentifier(start, 0))
+    return len(start) >= HEAD_BYTES and bool(ProgramReader.ProgramBufferHasIdentifier(start, 0))
 
 
 def read_head(data: bytes) -> Head:
@@ -66,7 +63,7 @@ def read_head(data: bytes) -> Head:
         data: The file's first `program_size` bytes, or more.
     """
     make_readers_whole()  # modules import each other in a circle, and some find modules where classes should be
-    program: Any = Program.GetRootAs(data)
+    program: Any = ProgramReader.GetRootAs(data)
     segments = tuple(_segment(segment) for segment in _items(program, "Segments"))
     constants = program.ConstantSegment()
     offsets = () if constants is None else tuple(constants.Offsets(i) for i in range(constants.OffsetsLength()))

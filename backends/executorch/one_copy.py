@@ -10,8 +10,9 @@ import mmap
 import os
 from pathlib import Path
 
-from mobizo_compiler.backends.executorch.head import HEAD_BYTES, Head, read_head, read_header, write_offsets
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, Head, read_head, write_offsets
 from mobizo_compiler.format import checksum
+from mobizo_compiler.upstream import read_header
 
 SMALLEST_BYTES = 1 << 16
 _MOST_ALIGNED = 4096

@@ -14,7 +14,7 @@ from executorch.runtime import Runtime
 from torch import Tensor
 
 from mobizo_compiler.backends.executorch.delegates import missing_delegates
-from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program, read_header
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum, data_file
@@ -23,6 +23,7 @@ from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact
 from mobizo_compiler.graph.program import STATE
 from mobizo_compiler.step.sites import Site
+from mobizo_compiler.upstream import read_header
 
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
