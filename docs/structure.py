@@ -63,10 +63,10 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
     (
         Room(
             "ground",
-            ("errors", "options", "optional", "extensions", "quiet"),
+            ("errors", "options", "optional", "extensions", "quiet", "upstream"),
             6,
             11,
-            "errors, checks of options, optional packages, extensions by name",
+            "errors, checks of options, other packages, extensions by name",
             _BOTH,
         ),
     ),

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, ExportGraphSignature
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.analysis.axes import has_rule
 from mobizo_compiler.errors import CaptureError, ExampleInputError, UnsupportedGraphError
@@ -30,6 +29,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.example import Example, Leaf, doubled
 from mobizo_compiler.graph.nodes import source_line
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
+from mobizo_compiler.upstream import pytree
 
 MAX_ROWS = 1 << 20
 

@@ -15,13 +15,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mobizo_compiler.errors import PassContractError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.upstream import FakeTensorMode
 
 
 @dataclasses.dataclass(frozen=True)

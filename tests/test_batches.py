@@ -18,7 +18,7 @@ from transformers import BatchEncoding
 import mobizo_compiler as mobizo
 from mobizo_compiler import CausalLMLoss, JournalWarning, LoraConfig, Session, ZOConfig
 from mobizo_compiler.device.batches import by_step
-from mobizo_compiler.device.journal import Journal, read_journal
+from mobizo_compiler.device.journal import Journal, Record, read_journal
 from mobizo_compiler.device.run import START
 from mobizo_compiler.errors import InputError, JournalError, LabelError, StateError
 from mobizo_compiler.testing import TinyCausalLM
@@ -245,15 +245,31 @@ def test_a_merge_changes_nothing_or_all(weight: float, program: mobizo.Program, 
     """The last weight is a number, and the learning rates times it are none."""
     batch = stacked([sample(i) for i in range(ROWS)])
     Session(program).finetune([batch], steps=3, run=tmp_path, **STEP)
+    with Journal(tmp_path / "large", program) as large:
+        for step in range(8):
+            large.append(Record(step, 1, 1.0, 0.1, 0.1, (8.0, 8.0)))
+    journals = [tmp_path / "journal", tmp_path / "large"]
     session = Session(program)
     with pytest.raises(InputError, match="in float32"):
         session.merge([tmp_path / "journal"], weight=weight)
     assert not session.state().any()
     with pytest.raises(StateError, match="too large for float32"):
-        session.merge([tmp_path / "journal"] * 100, weight=3e38)
+        session.merge(journals, weight=3e38)
     assert not session.state().any()
     session.merge([tmp_path / "journal"])
     assert session.state().any()
+
+
+def test_a_journal_is_merged_once(program: mobizo.Program, tmp_path: Path) -> None:
+    batch = stacked([sample(i) for i in range(ROWS)])
+    for device, seed in (("a", 1), ("b", 1), ("c", 2)):
+        Session(program).finetune([batch], steps=2, seed=seed, run=tmp_path / device, **STEP)
+    session = Session(program)
+    for same in ("a", "b"):
+        with pytest.raises(InputError, match=r"/a/journal and \S*/journal hold the same steps(.|\n)*distinct seeds"):
+            session.merge([tmp_path / device / "journal" for device in ("a", "c", same)])
+    assert not session.state().any()
+    assert session.merge([tmp_path / device / "journal" for device in ("a", "c")]) == 4
 
 
 @pytest.mark.parametrize("backend", ["eager", "portable"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 import pickle
+import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from executorch.runtime import Method, Runtime
 from torch import Tensor
 
 import mobizo_compiler as mobizo
@@ -173,6 +177,36 @@ def test_one_session_is_for_one_thread_at_a_time(
     free = {name for name, error in found.items() if not isinstance(error, SessionBusyError)}
     assert free == set(CALLS), "a thread after another may use it"
     assert all(error is None or isinstance(error, MobizoError) for error in found.values()), found
+
+
+def test_a_session_changes_nothing_of_its_process(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while it loads and runs either: what other threads print and log is theirs."""
+    load, execute = Runtime.load_program, Method.execute
+    seen = []
+
+    def now() -> list[object]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        filters = [*warnings.filters]
+        return [sys.stdout, sys.stderr, logging.root.manager.disable, filters, handlers, torch.get_num_threads()]
+
+    def looked_at(inner: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen.append(now())
+            return inner(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Runtime, "load_program", looked_at(load))
+    monkeypatch.setattr(Method, "execute", looked_at(execute))
+    before = now()
+    session = Session(files["xnnpack"])
+    inputs, labels = batch(0)
+    session.finetune([(inputs, labels)], steps=2, learning_rate=0.1, run=tmp_path / "run")
+    session.evaluate(inputs)
+    session.export_ptd(tmp_path / "state.ptd")
+    assert len(seen) > 4 and all(found == before for found in [*seen, now()])
 
 
 def test_errors_come_whole_from_another_process() -> None:

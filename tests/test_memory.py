@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from executorch.exir._serialize._program import _flatbuffer_to_program
 from torch import Tensor, fx, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import CausalLMLoss, LoraConfig, Program, Session, ZOConfig
 from mobizo_compiler.backends.executorch import lower as lowering
 from mobizo_compiler.backends.executorch import program_file
+from mobizo_compiler.backends.executorch.delegates import needed_delegates
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program, read_head
 from mobizo_compiler.backends.executorch.one_copy import share_equal_data
 from mobizo_compiler.backends.executorch.runtime_options import set_backend_option
 from mobizo_compiler.backends.xnnpack import partition
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
+from mobizo_compiler.upstream import read_header
 
 TABLE_BYTES = 1501 * 24 * 4
 
@@ -67,6 +71,25 @@ def test_a_tied_weight_is_in_the_file_once(twice: Program, tmp_path: Path) -> No
     for a, b in zip(outcome(twice), outcome(mobizo.load(path)), strict=True):
         assert torch.equal(a, b)
     assert [file.name for file in tmp_path.iterdir()] == ["program.pte"]
+
+
+def test_the_head_of_a_file_is_read_as_executorch_reads_it(twice: Program, tmp_path: Path) -> None:
+    """ExecuTorch's own reader makes objects of the whole head; ours looks up what it is asked for."""
+    path = twice.save(tmp_path / "program.pte")
+    for _ in range(2):
+        data = path.read_bytes()
+        header = read_header(data[:HEAD_BYTES])
+        assert header is not None and is_program(data)
+        found, whole = read_head(data), _flatbuffer_to_program(data[: header.program_size])
+        assert [(s.offset, s.size) for s in found.segments] == [(s.offset, s.size) for s in whole.segments]
+        assert found.constant == whole.constant_segment.segment_index
+        assert list(found.constants) == whole.constant_segment.offsets[1:]
+        assert found.named == {named.segment_index for named in whole.named_data}
+        delegates = [delegate.id for plan in whole.execution_plan for delegate in plan.delegates]
+        assert found.delegates == needed_delegates(path) == tuple(dict.fromkeys(delegates)) == ("XnnpackBackend",)
+        ends = [segment.offset + segment.size for segment in found.segments]
+        assert header.segment_data_size == max(ends)
+        share_equal_data(path)
 
 
 def test_a_truncated_file_is_still_noticed(twice: Program, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.analysis.costs import multiply_adds
+from mobizo_compiler.device.prefix_cache import PrefixCacheWarning
 from mobizo_compiler.errors import ConfigError, InputError, JournalLockedError
 from mobizo_compiler.step.losses import CausalLMLoss
 from mobizo_compiler.testing import TinyCausalLM
@@ -121,6 +123,60 @@ def test_damage_costs_time_and_nothing_else(tmp_path: Path) -> None:
     foreign = Session(other, prefix_cache=path)
     foreign.train_step(*batch(0), seed=0, learning_rate=0.0)
     foreign.close()
+
+
+@pytest.mark.parametrize("how", ["half", "none"])
+def test_a_full_disk_costs_time_and_nothing_else(how: str, tmp_path: Path) -> None:
+    """The run goes on, the rows that are there stay whole, and the next session reads them."""
+    split, path = program("last block", "eager"), tmp_path / "rows"
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            written: int = self.file.write(data[: len(data) // 2])
+            if how == "none":
+                raise OSError(28, "No space left on device")
+            return written
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    plain, session = Session(split), Session(split, prefix_cache=path)
+    for step in range(5):
+        if step == 2:
+            cache: Any = session._prefix_cache
+            before, cache._file = path.stat().st_size, Full(cache._file)
+        for one in (plain, session):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                one.train_step(*batch(step), seed=step, learning_rate=0.1)
+            said = [w for w in caught if w.category is PrefixCacheWarning]
+            assert len(said) == (one is session and step == 2), "it is said once"
+    assert torch.equal(plain.state(), session.state()) and path.stat().st_size == before
+    session.close()
+    again = Session(split, prefix_cache=path)
+    assert again._prefix_cache is not None and again._prefix_cache.rows == 6
+    again.close()
+
+
+@pytest.mark.parametrize("limit", [-1, "1 GB", 0.5])
+def test_limits_that_are_none(limit: Any, tmp_path: Path) -> None:
+    split = program("last block", "eager")
+    with pytest.raises(InputError, match="prefix_cache_bytes is"):
+        Session(split, prefix_cache=tmp_path / "rows", prefix_cache_bytes=limit)
+    with pytest.raises(InputError, match="prefix_cache is not"):
+        Session(split, prefix_cache_bytes=1000)
+
+
+def test_a_place_that_is_no_file_is_left_unlocked(tmp_path: Path) -> None:
+    split = program("last block", "eager")
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        Session(split, prefix_cache=tmp_path / "rows")
+    (tmp_path / "rows").rmdir()
+    Session(split, prefix_cache=tmp_path / "rows").close()
 
 
 def test_what_has_no_prefix_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from mobizo_compiler.format.files import ScratchFolder, copy_whole, raw_bytes
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact, Program
 from mobizo_compiler.graph.program import STATE, GraphProgram
+from mobizo_compiler.upstream import PackageLoader
 
 MAGIC = b"PK\x03\x04"
 MANIFEST, TARGET, WEIGHTS = "mobizo/manifest.json", "mobizo/target.json", "mobizo/weights.safetensors"
@@ -180,8 +181,8 @@ class AotInductorRunner:
     def _load(self, name: str) -> Any:
         path = str(self._artifact.path)
         try:
-            # Not torch._inductor.aoti_load_package: it reads every entry of the archive, and looks for a compiler.
-            method = torch._C._aoti.AOTIModelPackageLoader(path, name, False, 1, -1)
+            # Not `aoti_load_package` of Inductor: it reads every entry of the archive, and looks for a compiler.
+            method = PackageLoader(path, name, False, 1, -1)
             names = method.get_constant_fqns()
         except Exception as error:
             raise ArtifactError(f"method {name!r} cannot be loaded: {error}", where=path) from error

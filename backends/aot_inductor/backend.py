@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.package.package import package_aoti
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from mobizo_compiler import upstream
 from mobizo_compiler.backends.aot_inductor.artifact import (
     AotInductorArtifact,
     Target,
@@ -35,6 +33,7 @@ from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.quiet import quiet
+from mobizo_compiler.upstream import FakeTensorMode, package_aoti
 
 OPTIONS = {
     "aot_inductor.package": True,
@@ -74,10 +73,8 @@ class AotInductorBackend(Backend):
 
     def unavailable(self) -> str | None:
         """Without a C++ compiler nothing can be compiled; CUDA needs a GPU besides, for its kernels are tuned on it."""
-        # torch._inductor.cpp_builder binds names when it is imported; everything else of it is imported by compiling.
-        builder = importlib.import_module("torch._inductor.cpp_builder")
         try:
-            builder.get_cpp_compiler()
+            upstream.inductor_builder.get_cpp_compiler()
         except Exception:
             return "AOTInductor finds no C++ compiler: install g++ or clang++, or set the environment variable CXX"
         return missing_for_cuda() if self.device == "cuda" else None
@@ -125,7 +122,7 @@ class AotInductorBackend(Backend):
                 inputs = tuple(node.meta["val"] for node in exported.graph.nodes if node.name in names)
                 # The weights of a module are real tensors among fake ones, which the mode of our graphs refuses.
                 with _real_among_fake(inputs[0].fake_mode):
-                    files: Any = torch._inductor.aot_compile(
+                    files: Any = upstream.aot_compile(
                         exported.module(check_guards=False),
                         inputs,
                         options={**OPTIONS, "aot_inductor.output_path": str(folder / name)},

@@ -14,7 +14,6 @@ from typing import Any
 from executorch.backends.aoti.aoti_partitioner import AotiPartitioner
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import Partitioner
-from torch._inductor import config as inductor_config
 
 from mobizo_compiler.backends.cuda.artifact import CudaArtifact, write_program
 from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
@@ -22,6 +21,7 @@ from mobizo_compiler.backends.requirements import missing_for_delegate
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import STATE_INPUT, GraphProgram
+from mobizo_compiler.upstream import inductor_config
 
 DELEGATE = "CudaBackend"
 

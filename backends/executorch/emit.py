@@ -15,7 +15,6 @@ from executorch.exir import (
     ExecutorchProgramManager,
     schema,
 )
-from executorch.exir._serialize._serialize import serialize_for_executorch
 from executorch.exir.emit import EmitterOutput
 from executorch.exir.passes import MemoryPlanningPass
 from torch import fx
@@ -23,6 +22,7 @@ from torch.export import ExportedProgram
 
 from mobizo_compiler.format import checksum
 from mobizo_compiler.graph.program import STATE
+from mobizo_compiler.upstream import serialize_for_executorch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from executorch.runtime import Runtime
 from torch import Tensor
 
 from mobizo_compiler.backends.executorch.delegates import missing_delegates
-from mobizo_compiler.backends.executorch.one_copy import HEADER
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum, data_file
@@ -22,8 +22,8 @@ from mobizo_compiler.format.files import ScratchFolder, copy_whole
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact
 from mobizo_compiler.graph.program import STATE
-from mobizo_compiler.quiet import quiet
 from mobizo_compiler.step.sites import Site
+from mobizo_compiler.upstream import read_header
 
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
@@ -160,8 +160,7 @@ def _split_lora_a(sites: Sequence[Site], flat: Tensor) -> dict[str, Tensor]:
 
 def _load(path: Path, data_path: Path | None = None) -> Any:
     try:
-        with quiet():
-            return Runtime.get().load_program(path, data_path=data_path)
+        return Runtime.get().load_program(path, data_path=data_path)
     except Exception as error:
         raise ArtifactError(f"the ExecuTorch runtime cannot load this file: {error}", where=str(path)) from error
 
@@ -170,15 +169,15 @@ def _check_file(path: Path) -> None:
     """Compare the file's length with what its header says, so that a truncated file is never mapped."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(HEADER.size)
-    if len(head) < HEADER.size or head[4:6] != b"ET":
+        head = file.read(HEAD_BYTES)
+    if not is_program(head):
         raise ArtifactError("this is not an ExecuTorch program", where=str(path))
-    _, _, magic, _, program_size, segments_at, segments_size = HEADER.unpack(head)
-    if magic != b"eh00":
+    header = read_header(head)
+    if header is None:
         raise ArtifactError(
             "this ExecuTorch program has no extended header, so it is not of this compiler", where=str(path)
         )
-    expected = max(program_size, segments_at + segments_size)
+    expected = max(header.program_size, header.segment_base_offset + header.segment_data_size)
     if size < expected:
         raise ArtifactError(
             f"the file is truncated: it has {size} bytes, its header says {expected}",

@@ -1,16 +1,18 @@
 """What a program's `prefix` made of training rows, kept in a file so that later epochs start from it.
 
 Records have one size, because shapes are fixed: 32 bytes of key, the values of one row, and a CRC-32 of both. They are
-appended as rows are seen for the first time. The file only saves work: a record that is damaged is computed again, and
-a file of another program is begun anew.
+appended as rows are seen for the first time. The file only saves work: a record that is damaged is computed again, a
+file of another program is begun anew, and where no more can be written, the run goes on without.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mobizo_compiler.device.scalars import whole
 from mobizo_compiler.errors import InputError
 from mobizo_compiler.format.files import hold, raw_bytes
 from mobizo_compiler.format.manifest import TensorSpec
@@ -30,6 +33,10 @@ _KEY = 32
 _HEADER = len(MAGIC) + _KEY
 
 
+class PrefixCacheWarning(UserWarning):
+    """Rows cannot be kept any more; the run goes on, and computes them each time."""
+
+
 class PrefixCache:
     """Rows of one program on disk; nobody else can open the file meanwhile.
 
@@ -39,7 +46,7 @@ class PrefixCache:
         max_bytes: The file does not grow beyond this; rows that do not fit are computed each time. None for no limit.
 
     Raises:
-        InputError: The program has no prefix, or one whose rows cannot be told apart.
+        InputError: The program has no prefix, or one whose rows cannot be told apart, or the limit is no number.
         JournalLockedError: Another session has the file open.
     """
 
@@ -53,17 +60,22 @@ class PrefixCache:
                 "values before the first adapter do not have rows in the first axis, and cannot be kept apart",
                 hint="leave the prefix cache out",
             )
-        self.path, self._specs, self._max_bytes = Path(path), specs, max_bytes
+        self.path, self._specs = Path(path), specs
+        self._max_bytes = None if max_bytes is None else whole("prefix_cache_bytes", max_bytes, 0)
         self._row_bytes = sum(_row_bytes(spec) for spec in specs)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = hold(self.path, "another session has this prefix cache open", "give this one a file of its own")
         header = MAGIC + _identity(program)
-        self._file = self.path.open("a+b")
-        self._file.seek(0)
-        if self._file.read(_HEADER) != header:
-            self._file.truncate(0)
-            self._file.write(header)
-        self._places = self._read_keys()
+        try:
+            self._file = self.path.open("a+b", buffering=0)
+            self._file.seek(0)
+            if self._file.read(_HEADER) != header:
+                self._file.truncate(0)
+                self._file.write(header)
+            self._places = self._read_keys()
+        except BaseException:
+            self._lock.release()
+            raise
 
     @property
     def rows(self) -> int:
@@ -101,10 +113,10 @@ class PrefixCache:
 
     def _read_keys(self) -> dict[bytes, int]:
         size = self._file.seek(0, 2)
-        whole = (size - _HEADER) // self._record
-        self._file.truncate(_HEADER + whole * self._record)
+        count = (size - _HEADER) // self._record
+        self._file.truncate(_HEADER + count * self._record)
         places = {}
-        for index in range(whole):
+        for index in range(count):
             place = _HEADER + index * self._record
             self._file.seek(place)
             places[self._file.read(_KEY)] = place
@@ -138,8 +150,19 @@ class PrefixCache:
         if key in self._places or (self._max_bytes is not None and place + self._record > self._max_bytes):
             return
         body = key + b"".join(bytes(raw_bytes(value)) for value in values)
-        self._file.write(body + _CHECKSUM.pack(zlib.crc32(body)))
-        self._file.flush()
+        try:
+            if self._file.write(body + _CHECKSUM.pack(zlib.crc32(body))) != self._record:
+                raise OSError("the disk is full")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(place)  # half a record would shift all that come after it
+            self._max_bytes = place
+            warnings.warn(
+                f"{self.path}: {error}; {self.rows} rows are kept, and no more from here on",
+                PrefixCacheWarning,
+                stacklevel=2,
+            )
+            return
         self._places[key] = place
 
 

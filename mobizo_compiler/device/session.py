@@ -86,6 +86,8 @@ class Session:
         if program.manifest.state != "shared":  # what is passed in, or looked up in a file, begins with zeros here
             self._runner.state().copy_(program.initial_state())
         self._prefix_cache = None
+        if prefix_cache is None and prefix_cache_bytes is not None:
+            raise InputError("prefix_cache_bytes is given, and prefix_cache is not", hint="name the file")
         if prefix_cache is not None:
             self._prefix_cache = PrefixCache(prefix_cache, program, prefix_cache_bytes)
         self._nesting = _nesting(program.manifest.nesting)
@@ -187,7 +189,7 @@ class Session:
         """Add the steps that several devices made from the state that this session has now (federated ZO).
 
         Args:
-            journals: Files of programs with the same model, sites, A and noise; backends may differ.
+            journals: Files of programs with the same model, sites, A and noise; backends may differ. Each counts once.
             weight: Factor of every learning rate; if None, 1 / number of journals, which averages the devices.
 
         Returns:
@@ -195,7 +197,7 @@ class Session:
 
         Raises:
             JournalError: A journal is damaged or of another program.
-            InputError: A learning rate times the weight is no number of float32.
+            InputError: Two journals hold the same steps, or a learning rate times the weight is no number of float32.
             StateError: A sum of steps is not finite.
             ConfigError: The update rule remembers its steps, so that steps of others cannot be put between them.
 
@@ -211,7 +213,14 @@ class Session:
                 hint='compile with rule="sgd"',
             )
         factor = 1 / len(paths) if weight is None else float32("weight", weight)
-        steps = [step for path in paths for step in replayed(read_journal(path, self.program))]
+        found = [read_journal(path, self.program) for path in paths]
+        for position, records in enumerate(found):
+            if records and (first := found.index(records)) < position:
+                raise InputError(
+                    f"journals {paths[first]} and {paths[position]} hold the same steps",
+                    hint="give each once; devices need distinct seeds",
+                )
+        steps = [step for records in found for step in replayed(records)]
         before = self.state()
         try:
             for seed, gradient, learning_rate in steps:

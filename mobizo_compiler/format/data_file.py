@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from executorch.exir._serialize._cord import Cord
-from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
 from executorch.exir.scalar_type import ScalarType
 from executorch.exir.tensor_layout import TensorLayout
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
@@ -23,6 +21,7 @@ from mobizo_compiler.errors import ArtifactError, MobizoError
 from mobizo_compiler.format import checksum
 from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.graph.program import STATE
+from mobizo_compiler.upstream import Cord, DataEntry, DataPayload
 
 FINGERPRINT = "mobizo_fingerprint"
 _ALIGNMENT = 16

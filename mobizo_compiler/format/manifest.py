@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import (
@@ -23,6 +22,7 @@ from mobizo_compiler.errors import (
 )
 from mobizo_compiler.graph.program import DynamicSize, Nesting
 from mobizo_compiler.step.sites import Site
+from mobizo_compiler.upstream import pytree
 
 FORMAT_VERSION = 8
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -21,11 +20,11 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.errors import PassContractError, UnsupportedGraphError
 from mobizo_compiler.graph.nodes import source_line
 from mobizo_compiler.graph.program import ROWS, STATE, STATE_INPUT, GraphProgram, flat_call_graph
+from mobizo_compiler.upstream import FakeTensor, FakeTensorMode, pytree
 
 aten = torch.ops.aten
 
@@ -360,7 +359,7 @@ def _is_symbolic(value: Any) -> bool:
 def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
     for node in graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             return value.fake_mode
     return FakeTensorMode()
 

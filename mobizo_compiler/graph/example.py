@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.errors import ExampleInputError
+from mobizo_compiler.upstream import pytree
 
 ExampleInputs = Sequence[Any] | Mapping[str, Any]
 RowAxes = Mapping[str | int, int | None]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mobizo_compiler.graph.nodes import source_line
 from mobizo_compiler.graph.program import LABELS, STATE, STATE_INPUT, GraphProgram
+from mobizo_compiler.upstream import OpOverload
 
 FUNCTIONAL = "functional"
 ANY_ROWS = "any-rows"
@@ -26,7 +27,7 @@ STATE_PASSED = "state-passed"
 
 def _functional(program: GraphProgram) -> Iterator[str]:
     for node in program.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             yield f"{source_line(node)} changes its input in place"
 
 

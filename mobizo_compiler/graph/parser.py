@@ -20,8 +20,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -33,13 +31,13 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.errors import ProgramTextError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.printer import DTYPES, ROWS_SYMBOL, Printer
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
 from mobizo_compiler.step.sites import Site
+from mobizo_compiler.upstream import ConstantSource, FakeTensorMode, pytree
 
 MAX_SIZE = 1 << 20
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -203,7 +201,8 @@ class _Reader:
         (self.constants if kind is InputKind.CONSTANT_TENSOR else self.tensors)[path] = tensor
         persistent = True if kind is InputKind.BUFFER else None
         self.inputs.append(InputSpec(kind, TensorArgument(name), path, persistent))
-        return self.mode.from_tensor(tensor, static_shapes=True)
+        fake: Tensor = self.mode.from_tensor(tensor, static_shapes=True)
+        return fake
 
     def _size(self, text: str, symbolic: bool) -> Any:
         """A number, or an expression of symbols, which are made where they are first named."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.upstream import OpOverload
 
 DTYPES = {
     torch.float32: "f32",
@@ -106,7 +107,7 @@ class Printer:
 
 def _operator(node: fx.Node) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         name = target._schema.name.removeprefix("aten::").replace("::", ".")
         return name if target._overloadname in ("default", "") else f"{name}.{target._overloadname}"
     return getattr(target, "__name__", str(target))

@@ -14,9 +14,9 @@ from typing import Any, cast
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.step.sites import Site
+from mobizo_compiler.upstream import pytree
 
 STATE = "mobizo_lora_b"
 LABELS, SEED, LEARNING_RATE, EPS = "mobizo_labels", "mobizo_seed", "mobizo_learning_rate", "mobizo_eps"

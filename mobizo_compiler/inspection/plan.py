@@ -32,12 +32,12 @@ class Plan:
 
 def read_plans(path: Path) -> dict[str, Plan]:
     """The methods of a program file. Only its first part is read, not the weights."""
-    from executorch.exir._serialize._program import _flatbuffer_to_program, _get_extended_header
+    from mobizo_compiler.upstream import read_header, read_program  # ExecuTorch, which takes seconds to import
 
     with path.open("rb") as file:
-        header = _get_extended_header(file.read(64))
+        header = read_header(file.read(64))
         file.seek(0)
-        program = _flatbuffer_to_program(file.read(header.program_size if header else -1))
+        program = read_program(file.read(header.program_size if header else -1))
     return {plan.name: _plan(plan) for plan in program.execution_plan if plan.inputs}
 
 

@@ -205,17 +205,15 @@ def _with_offsets(weight: Tensor, stored: StoredWeight, group_size: int) -> Stor
     Engines have kernels for symmetric groups only. What is added has `group_size` times fewer inputs, and is float32.
     """
     from torchao.quantization import MappingType
-    from torchao.quantization.quant_primitives import (
-        _choose_qparams_affine_tinygemm,
-        _quantize_affine_tinygemm_no_dtype_cast,
-    )
+
+    from mobizo_compiler.upstream import choose_qparams_tinygemm, quantize_tinygemm  # torchao, which is slow to import
 
     out_features, in_features = weight.shape
     block = (1, group_size)
-    scale, offset = _choose_qparams_affine_tinygemm(
+    scale, offset = choose_qparams_tinygemm(
         weight, MappingType.ASYMMETRIC, block, torch.uint8, 0, 15, scale_dtype=torch.bfloat16
     )
-    codes = _quantize_affine_tinygemm_no_dtype_cast(weight, block, scale.to(weight.dtype), offset, 0, 15) - 8
+    codes = quantize_tinygemm(weight, block, scale.to(weight.dtype), offset, 0, 15) - 8
     groups = in_features // group_size
     sums = torch.eye(groups).repeat_interleave(group_size, dim=1)
     parts = stored.parts | {

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.format.program import StepResult
@@ -21,6 +20,7 @@ from mobizo_compiler.step.estimators import get_estimator, scaled
 from mobizo_compiler.step.losses import CausalLMLoss, Loss
 from mobizo_compiler.step.noise import noise
 from mobizo_compiler.step.sites import Site, initial_state
+from mobizo_compiler.upstream import pytree
 
 # Another order of additions gives another rounding error of the same size; eight times it is not rounding any more.
 # A single float32 run may hit the exact value by luck, so a loss is never taken to be better than two units in its

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mobizo_compiler.step.rules import RULES, Memory, UpdateRule, memory_size, updated
+from mobizo_compiler.step.rules import RULES, Memory, UpdateRule, initial_memory, updated
 from mobizo_compiler.testing.require import equal, pure, require, suite, traceable
 
 SIZES = (1, 7)
@@ -106,7 +106,8 @@ def _check_compiled(rule: UpdateRule) -> None:
     model, tokens = TokenWise().eval(), torch.tensor([[1, 2, 3, 4, 0], [5, 6, 7, 8, 9]])
     lora = LoraConfig(r=2, target_modules=("up",))
     program = compile(model, (tokens,), lora, ZOConfig(queries=2), rule=rule, backend="eager")
-    require(program.manifest.memory == memory_size(rule, program.parameters), "the program remembers something else")
+    remembered = initial_memory(rule, program.parameters).numel()
+    require(program.manifest.memory == remembered, "the program remembers something else")
     session, reference = Session(program), ReferenceStep.of(model, program)
     start = program.initial_state()
     start[: program.parameters] = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)) * 0.3

@@ -1,0 +1,91 @@
+"""Names of other packages that they do not promise to keep: all that this one uses, and what each is needed for.
+
+They are looked up when they are first asked for, because some of the packages take seconds to import. Whoever needs a
+private name of another package adds it here; `tests/test_upstream.py` sees to that, and says what breaks where a
+version of a package no longer has one.
+
+>>> from mobizo_compiler.upstream import pytree
+>>> pytree.tree_leaves({"a": [1, 2]})
+[1, 2]
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+
+class Private(NamedTuple):
+    """A name that its package may change.
+
+    Args:
+        module: Where it is.
+        name: What it is called there; empty for the module itself.
+        breaks: What does not work without it.
+    """
+
+    module: str
+    name: str
+    breaks: str
+
+
+_READERS = "executorch.exir._serialize.generated.executorch_flatbuffer"
+
+PRIVATE: dict[str, Private] = {
+    "pytree": Private("torch.utils._pytree", "", "inputs and outputs that nest"),
+    "OpOverload": Private("torch._ops", "OpOverload", "operators by name in program text, and what they change"),
+    "FakeTensor": Private("torch._subclasses.fake_tensor", "FakeTensor", "shapes of values in a graph"),
+    "FakeTensorMode": Private("torch._subclasses.fake_tensor", "FakeTensorMode", "shapes of what a pass inserts"),
+    "ConstantSource": Private("torch._dynamo.source", "ConstantSource", "symbols of program text that is read back"),
+    "inductor_config": Private("torch._inductor.config", "", "the backend cuda"),
+    "inductor_builder": Private("torch._inductor.cpp_builder", "", "knowing whether aot_inductor has a compiler"),
+    "aot_compile": Private("torch._inductor", "aot_compile", "compiling with aot_inductor"),
+    "package_aoti": Private("torch._inductor.package.package", "package_aoti", "programs of several methods (.pt2)"),
+    "PackageLoader": Private("torch._C._aoti", "AOTIModelPackageLoader", "running programs of aot_inductor"),
+    "choose_qparams_tinygemm": Private(
+        "torchao.quantization.quant_primitives", "_choose_qparams_affine_tinygemm", "weights of 4 bits with offsets"
+    ),
+    "quantize_tinygemm": Private(
+        "torchao.quantization.quant_primitives",
+        "_quantize_affine_tinygemm_no_dtype_cast",
+        "weights of 4 bits with offsets",
+    ),
+    "ExtendedHeader": Private("executorch.exir._serialize._program", "_ExtendedHeader", "tied weights once in a file"),
+    "read_header": Private("executorch.exir._serialize._program", "_get_extended_header", "loading a .pte"),
+    "ProgramReader": Private(f"{_READERS}.Program", "Program", "loading a .pte, and which delegates it needs"),
+    "make_readers_whole": Private(
+        "executorch.exir._serialize._flatbuffer_program",
+        "_patch_generated_flatbuffer_aliases",
+        "loading a .pte: the generated readers import each other in a circle",
+    ),
+    "read_program": Private(
+        "executorch.exir._serialize._program", "_flatbuffer_to_program", "what a .pte runs (mobizo inspect)"
+    ),
+    "serialize_for_executorch": Private(
+        "executorch.exir._serialize._serialize", "serialize_for_executorch", "the state in a .pte once, or beside it"
+    ),
+    "Cord": Private("executorch.exir._serialize._cord", "Cord", "reading a .ptd"),
+    "DataEntry": Private("executorch.exir._serialize.data_serializer", "DataEntry", "writing a .ptd"),
+    "DataPayload": Private("executorch.exir._serialize.data_serializer", "DataPayload", "writing a .ptd"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `PRIVATE`.
+
+    Raises:
+        ImportError: The installed version of its package has it no longer.
+    """
+    if name not in PRIVATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = PRIVATE[name]
+    try:
+        module = importlib.import_module(place.module)
+        found = getattr(module, place.name) if place.name else module
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"{place.module}.{place.name or ''} is not in the installed version of {place.module.split('.')[0]}, and "
+            f"mobizo-compiler needs it for {place.breaks}: {error}"
+        ) from error
+    globals()[name] = found
+    return found
