@@ -198,7 +198,12 @@ def compile(
 
     if cache_dir is None or suffix is None:
         return compile_anew()
-    return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew)
+    return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew, _options(target))
+
+
+def _options(backend: Backend) -> str:
+    """The options of a backend as text; those of one that has none are its name."""
+    return repr(backend) if dataclasses.is_dataclass(backend) else backend.name
 
 
 def _options(options: Options | None, example_labels: Tensor | None, **fields: Any) -> Options:

@@ -87,6 +87,11 @@ class Editor:
         """The placeholder of the flat state."""
         return self.node(f"b_{STATE}")
 
+    @property
+    def new_state(self) -> fx.Node | None:
+        """What the state becomes, also where it is passed out; None in a method that keeps it."""
+        return self._mutated.get(STATE) or self._outputs.get(STATE_INPUT)
+
     def tensor(self, node: fx.Node) -> Tensor | None:
         """The tensor behind a placeholder; None for user inputs and inner nodes."""
         spec = self._input_specs.get(node.name)
