@@ -1,7 +1,7 @@
 """One training step on an NVIDIA GPU beside its peers, in float32, TF32 and bfloat16: one command with a card.
 
-    python -m benchmarks.gpu --prepare graphs                 # on any machine: captures and rewrites, without weights
-    python -m benchmarks.gpu --run graphs --out runs/gpu      # with a card: compiles side by side, measures; a table last
+    python -m benchmarks.gpu --prepare graphs              # on any machine: captures and rewrites, without weights
+    python -m benchmarks.gpu --run graphs --out runs/gpu   # with a card: compiles side by side, measures; a table last
 
 a  the forward of the rows of all lanes, 2qb, logits of the last position, compiled by AOTInductor, as one CUDA graph
 b  the same MP-LoRA step in eager PyTorch (`reference.py`)
@@ -10,7 +10,7 @@ c  sequential MeZO: 2q forwards of b rows by AOTInductor, each a CUDA graph, wit
 d  LoRA by backpropagation and plain SGD in eager PyTorch, on qb rows
 f  our step, one CUDA graph
 
-Times are medians of device events after warm-up; "call" is what a host waits for `Runner.call`, copies and all. bfloat16
+Times are medians of device events after warm-up; "call" is what a host waits for `Runner.call`, with copies. bfloat16
 is the whole model in a and c, autocast in b and d, and precision="bfloat16" in f. Weights are random. The peak is what
 PyTorch's allocator held at most, weights with it, while one program was loaded and run.
 """
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument(
         "--device", default="cuda:0", help="cpu for a rehearsal without a card: no peaks, times by the clock"
     )
+    parser.add_argument("--most-seconds", type=float, default=270, help="what is not compiled by then is left out")
     parser.add_argument("--layers", type=int, help="keep the first so many layers only, for a rehearsal")
     options = parser.parse_args()
     if options.prepare:
@@ -88,9 +89,9 @@ def main() -> None:
     if options.run:
         if options.device != "cpu" and not torch.cuda.is_available():
             raise SystemExit("PyTorch sees no GPU here: --prepare works everywhere, --run needs a card or --device cpu")
-        Run(torch.device(options.device), options.run, options.out, tuple(options.precisions)).all(
-            options.cases, options.jobs
-        )
+        device, precisions = torch.device(options.device), tuple(options.precisions)
+        run = Run(device, options.run, options.out, precisions, options.most_seconds)
+        run.all_cases(options.cases, options.jobs)
 
 
 # -- without a card ----------------------------------------------------------------------------------------------------
@@ -222,10 +223,13 @@ class Run:
         folder: What was prepared.
         out: Where gpu.json goes.
         precisions: What is measured.
+        most_seconds: What is not compiled by then is left out.
     """
 
-    def __init__(self, device: torch.device, folder: Path, out: Path, precisions: tuple[str, ...]) -> None:
-        self.device, self.folder, self.out = device, folder, out
+    def __init__(
+        self, device: torch.device, folder: Path, out: Path, precisions: tuple[str, ...], most_seconds: float
+    ) -> None:
+        self.device, self.folder, self.out, self.most_seconds = device, folder, out, most_seconds
         self.on_gpu = device.type == "cuda"
         self.precisions = precisions if self.on_gpu else tuple(p for p in precisions if p != "tf32")
         self.record: dict[str, Any] = {"machine": self._machine(), "compile_seconds": {}, "failed": {}, "cases": {}}
@@ -269,12 +273,20 @@ class Run:
         os.environ.update(TORCHINDUCTOR_COMPILE_THREADS=threads, OMP_NUM_THREADS=threads)
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
-            for done in concurrent.futures.as_completed([pool.submit(compile_file, job) for job in jobs]):
-                name, seconds, problem = done.result()
-                self.record["compile_seconds"][name] = round(seconds, 1)
-                print(f"compiled {name} in {seconds:.0f} s", flush=True)
-                if problem:
-                    self.failed(name, problem)
+            running = {pool.submit(compile_file, job): job for job in jobs}
+            try:
+                for done in concurrent.futures.as_completed(running, timeout=self.most_seconds):
+                    name, seconds, problem = done.result()
+                    self.record["compile_seconds"][name] = round(seconds, 1)
+                    print(f"compiled {name} in {seconds:.0f} s", flush=True)
+                    if problem:
+                        self.failed(name, problem)
+            except TimeoutError:
+                for late in (job for future, job in running.items() if not future.done()):
+                    self.failed(late.file.name, f"not compiled within {self.most_seconds} s")
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
 
     def _machine(self) -> dict[str, Any]:
         found = {

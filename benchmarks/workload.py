@@ -152,12 +152,13 @@ class Workload:
                 model.model.layers = model.model.layers[: self.layers]
                 model.config.num_hidden_layers = self.layers
         else:
-            from transformers import LlamaConfig, LlamaForCausalLM
+            from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
             torch.manual_seed(0)
             config = LlamaConfig(**CONFIGURATIONS[self.model], num_hidden_layers=self.layers or LAYERS[self.model])
-            with contextlib.nullcontext() if weights else _not_drawn(LlamaForCausalLM, dtype):
+            with contextlib.nullcontext() if weights else _not_drawn(PreTrainedModel, dtype):
                 model = LlamaForCausalLM(config)
+            model.tie_weights()
         return (model.float() if weights else model).eval().requires_grad_(False)
 
     def batch(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -220,12 +221,12 @@ class Workload:
 
 
 @contextlib.contextmanager
-def _not_drawn(architecture: Any, dtype: torch.dtype) -> Iterator[None]:
+def _not_drawn(base: Any, dtype: torch.dtype) -> Iterator[None]:
     """Modules made in this block leave their weights as the allocator gave them; norms and frequencies are set."""
     with contextlib.ExitStack() as stack:
         for owner in (nn.Linear, nn.Embedding):
             stack.enter_context(mock.patch.object(owner, "reset_parameters", lambda module: None))
-        stack.enter_context(mock.patch.object(architecture, "init_weights", lambda module: None))
+        stack.enter_context(mock.patch.object(base, "init_weights", lambda module: None))
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
