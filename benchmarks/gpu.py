@@ -44,11 +44,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import peers
-from benchmarks.workload import LastPosition, Workload
+from benchmarks.workload import CONFIGURATIONS, LastPosition, Workload
 from examples.record import write_json
 from mobizo_compiler import CausalLMLoss, ZOConfig, api, passes
 from mobizo_compiler.backends.aot_inductor import AotInductorBackend, round_products
-from mobizo_compiler.backends.aot_inductor.artifact import AotInductorRunner, Target, _CudaGraph, _rounded_products
+from mobizo_compiler.backends.aot_inductor.artifact import (
+    AotInductorRunner,
+    Target,
+    _CudaGraph,
+    _rounded_products,
+    release,
+)
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.graph.program import STATE, GraphProgram
@@ -328,14 +334,18 @@ class _Case:
             with self._alone(found, letter):
                 saved = torch.load(self.run.folder / f"{self.name}.{kind}.{self.label}.pt", weights_only=False)
                 package = self.built / f"{self.name}.{kind}.{self.label}.pt2"
-                forward = Forward(package, self._tensors(saved), self.device, self.tf32)
+                weights = self._tensors(saved)
+                self._reset_peak()
+                forward = Forward(package, weights, self.device, self.tf32)
                 given = [value[:1].repeat(rows, 1).to(self.device) for value in inputs.values()]
                 step = functools.partial(forward, given)
                 if letter == "c":
                     b_P = torch.zeros(self.parameters, device=self.device)
                     step = functools.partial(sequential, forward, given, b_P, self.workload.queries)
                 found[letter] = self._timed(step)
+                self._note_peak(found, letter)
                 del forward, step
+                release(list(weights.values()))
         if self.name in ONLY_BFLOAT16:
             return
         half = self.precision == "bfloat16"
@@ -349,7 +359,9 @@ class _Case:
         target = dataclasses.replace(Target.here(str(self.device)), precision=self.precision)  # type: ignore[arg-type]
         manifest: Any = _State(self.parameters)
         package = self.built / f"{self.name}.ours.{self.label}.pt2"
-        runner = AotInductorRunner(package, manifest, target, keys, self._tensors(self.ours))
+        weights = self._tensors(self.ours)
+        self._reset_peak()
+        runner = AotInductorRunner(package, manifest, target, keys, weights)
         inputs, labels = self.workload.batch()
 
         def arguments(seed: int, rate: float = LEARNING_RATE) -> list[Tensor]:
@@ -375,6 +387,8 @@ class _Case:
         found["f"]["call_ms"] = waited(lambda: runner.call("train_step", arguments(1)))
         update = [near[-3], gradient.to(self.device), near[-2]]
         found["f"]["replay_ms"] = self._timed(lambda: runner.launch("replay", update))["ms"]
+        self._note_peak(found, "f")
+        release(list(weights.values()))
 
     def _eager(self, found: dict[str, Any], letter: str) -> None:
         model = self.workload.load_model(weights=False)
@@ -382,6 +396,7 @@ class _Case:
             if parameter.numel() > KEPT:
                 parameter.data = self._weight(path, parameter.shape, torch.float32)
         model.to(self.device)
+        self._reset_peak()
         if letter == "b":
             peer = peers.eager_step(self.workload, model, self.sites, self.lora_a, start=self.start)
             losses = peer.step(0)
@@ -391,10 +406,13 @@ class _Case:
         else:
             peer = peers.backpropagation(self.workload, model)
         found[letter] = self._timed(lambda: peer.step(1), 5)
+        self._note_peak(found, letter)
 
     def _weight(self, path: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A weight of that path: the same in every program and peer, rounded where it is stored rounded."""
         path = path.removesuffix("_bfloat16").removeprefix("model.model.").removeprefix("model.")
+        if CONFIGURATIONS[self.workload.model]["tie_word_embeddings"] and path == "lm_head.weight":
+            path = "embed_tokens.weight"  # one weight of two names
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(path.encode()))
         return (torch.randn(*shape, generator=generator, device=self.device) * 0.02).to(dtype)
 
@@ -406,8 +424,10 @@ class _Case:
                 if path == STATE or path in found:
                     continue
                 if path.startswith(LORA_A):
-                    sites = [self.sites[int(part)] for part in path.removeprefix(LORA_A).split("_")]
-                    found[path] = torch.cat([self.lora_a[site.fqn] * site.scaling for site in sites]).to(self.device)
+                    numbers = path.removeprefix(LORA_A).removesuffix("_bfloat16").split("_")
+                    sites = [self.sites[int(number)] for number in numbers]
+                    merged = torch.cat([self.lora_a[site.fqn] * site.scaling for site in sites])
+                    found[path] = merged.to(self.device, dtype)
                 elif path in packed["small"]:
                     found[path] = packed["small"][path].to(self.device)
                 else:
@@ -416,18 +436,27 @@ class _Case:
 
     @contextlib.contextmanager
     def _alone(self, found: dict[str, Any], letter: str) -> Iterator[None]:
-        """One program in memory at a time; its peak is noted. What fails is recorded, and the others go on."""
+        """One program in memory at a time. What fails is recorded, and the others go on."""
         gc.collect()
         if self.run.on_gpu:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            found.setdefault("left_over_mb", {})[letter] = round(torch.cuda.memory_allocated() / 1e6, 1)
         try:
             yield
         except Exception:
             self.run.failed(f"{self.name} {self.precision} {letter}", traceback.format_exc())
+
+    def _reset_peak(self) -> None:
+        """The peak counts from here, where the weights are in memory, and what made them is not any more."""
         if self.run.on_gpu:
-            found.setdefault(letter, {})["peak_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _note_peak(self, found: dict[str, Any], letter: str) -> None:
+        if self.run.on_gpu:
+            peak = torch.cuda.max_memory_allocated() / 1e6
+            found[letter]["peak_mb"] = round(peak - found["left_over_mb"][letter], 1)
 
     def _timed(self, step: Callable[[], Any], rounds: int = ROUNDS) -> dict[str, Any]:
         """Milliseconds between device events around a step after three others: median, least and most."""

@@ -24,7 +24,7 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends import assert_backend_contract, get_backend
 from mobizo_compiler.backends.aot_inductor import AotInductorBackend
-from mobizo_compiler.backends.aot_inductor.artifact import WEIGHTS, Target, _rounded_products
+from mobizo_compiler.backends.aot_inductor.artifact import WEIGHTS, Target, _rounded_products, release
 from mobizo_compiler.backends.aot_inductor.backend import LAST, OPTIONS, packed, program_on
 from mobizo_compiler.backends.aot_inductor.device_state import DeviceState
 from mobizo_compiler.backends.aot_inductor.noise_in_parts import NoiseInParts
@@ -413,6 +413,13 @@ def test_products_in_bfloat16_cost_the_gradient_little(tmp_path: Path) -> None:
     halves = {tuple(tensor.shape) for tensor in tensors if tensor.dtype == torch.bfloat16}
     assert (23, 20) in halves, "the table and the head are stored in 16 bits"
     assert all(a.dtype == torch.float32 for a in rounded.lora_a_by_fqn.values())
+
+
+def test_memory_is_given_back_although_a_loader_keeps_the_tensor() -> None:
+    tensor = torch.ones(1000)
+    kept = tensor[10:]
+    release([tensor])
+    assert kept.untyped_storage().nbytes() == 0
 
 
 def test_the_precision_of_a_program_is_not_that_of_the_process() -> None:

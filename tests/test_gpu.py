@@ -5,6 +5,7 @@ Compiling takes tens of seconds a program; with a card: pytest tests/test_gpu.py
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,20 @@ def test_the_state_is_not_copied_where_nobody_looks() -> None:
     assert state.live.is_cuda and state._host.is_pinned()
     assert not torch.equal(state.live.cpu(), state._host), "main memory has the state of before, because nobody asked"
     assert torch.equal(session.state(), state.live.cpu())
+
+
+def test_a_session_that_is_gone_leaves_no_memory() -> None:
+    program = compiled()
+    before = None
+    for _ in range(3):
+        session = Session(program)
+        steps(session)
+        del session
+        gc.collect()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated()
+        assert before is None or held <= before
+        before = held
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])

@@ -211,6 +211,9 @@ class AotInductorRunner:
         self._state = DeviceState.zeros(manifest.state_size, self._device)
         # The libraries keep addresses, not references, so the tensors must live as long as the methods.
         self._weights = {name: value.to(self._device) for name, value in weights.items()}
+        if self._on_gpu:
+            copies = [value for name, value in self._weights.items() if value is not weights[name]]
+            weakref.finalize(self, release, [*copies, self._state.live]).atexit = False
         self._methods = {name: self._load(name) for name in keys}
         graphs = self._on_gpu and target.cuda_graph and not manifest.sizes
         self._graphs = {name: _CudaGraph(name, method) for name, method in self._methods.items()} if graphs else {}
@@ -281,6 +284,16 @@ def _rounded_products(tf32: bool) -> Iterator[None]:
     finally:
         products.allow_tf32 = old
         products.fp32_precision = new
+
+
+def release(tensors: Sequence[Tensor]) -> None:
+    """Give the memory of tensors back, whoever still refers to them.
+
+    PyTorch's loader never lets go of the tensors that a method was given by address, so that the weights of every
+    session would stay on the GPU until the process ends.
+    """
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
 
 
 class _CudaGraph:

@@ -7,10 +7,10 @@ Result:   tensor %p_weight_bfloat16: bf16[out, in]
           %e = to(embedding(%p_table_bfloat16, %ids), f32)
 Numbers: changes: weights, what is multiplied with them, and the products have 8 bits.
 
-A GPU multiplies numbers of 16 bits 15 times as fast as those of 32 (H100), and reads half as many bytes. The adapters,
-whose small changes are what a step measures, and the sums of the residual stream, norms, attention and losses stay in
-float32. Products are summed in float32 by the GPU. Tables are rounded too, so that one that is also the head is in
-memory once.
+A GPU multiplies numbers of 16 bits 15 times as fast as those of 32 (H100), and reads half as many bytes. B of the
+adapters, whose small changes are what a step measures, its products, the sums of the residual stream, norms, attention
+and losses stay in float32. A is a weight like others where it is not trained, and reads the same rounded inputs. Tables
+are rounded too, so that one that is also the head is in memory once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand
 from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.passes.insert_mp_lora import LORA_A, OUTPUTS
+from mobizo_compiler.passes.insert_mp_lora import OUTPUTS
 
 aten = torch.ops.aten
 # Products and lookups, and where their weight is among the arguments.
@@ -48,14 +48,14 @@ class RoundProducts(Pass):
     needs = frozenset({facts.STATIC, facts.CANONICAL})
 
     def rewrite(self, edit: Editor) -> None:
-        """A of the adapters is a frozen weight as well, and is left."""
+        """A of the adapters is a frozen weight as well; what puts adapted outputs in their places multiplies with B."""
         weights: dict[fx.Node, fx.Node] = {}
         inputs: dict[fx.Node, fx.Node] = {}
         for node in edit.calls(*_WEIGHTS):
             position = _WEIGHTS[node.target]
             weight = operand(node, position)
             tensor, name = edit.tensor(weight), edit.tensor_name(weight) or ""
-            if tensor is None or tensor.dtype != torch.float32 or name.startswith((LORA_A, OUTPUTS)) or node.kwargs:
+            if tensor is None or tensor.dtype != torch.float32 or name.startswith(OUTPUTS) or node.kwargs:
                 continue
             if weight not in weights:
                 weights[weight] = edit.add_constant(f"{name}_bfloat16", _half(tensor))
@@ -85,6 +85,10 @@ def _product(edit: Editor, node: fx.Node, weight: fx.Node, inputs: dict[fx.Node,
 def _rounded(edit: Editor, value: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
     """The value in bfloat16, made once, right behind it, for all layers that read it."""
     if value not in known:
+        for user in value.users:
+            if user.target is aten.to.dtype and user.args[1] is torch.bfloat16:
+                known[value] = user
+                return user
         anchor = value.next
         while anchor.op == "placeholder":
             anchor = anchor.next
