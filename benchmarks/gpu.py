@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from benchmarks import peers
 from benchmarks.workload import CONFIGURATIONS, LastPosition, Workload
 from examples.record import write_json
-from mobizo_compiler import CausalLMLoss, ZOConfig, api, passes
+from mobizo_compiler import CausalLMLoss, ZOConfig
 from mobizo_compiler.backends.aot_inductor import AotInductorBackend, round_products
 from mobizo_compiler.backends.aot_inductor.artifact import (
     AotInductorRunner,
@@ -55,6 +55,8 @@ from mobizo_compiler.backends.aot_inductor.artifact import (
     _rounded_products,
     release,
 )
+from mobizo_compiler.compiling.methods import captured_and_rewritten
+from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.graph.program import STATE, GraphProgram
@@ -118,9 +120,8 @@ def prepare(name: str, workload: Workload, folder: Path) -> None:
             torch.save({"methods": {"forward": _packed(program)}}, folder / f"{name}.{kind}.{_name(dtype)}.pt")
     model = workload.load_model(weights=False)
     example = bind_example(model, inputs, None, None)
-    captured = passes.capture(model, example)
-    zo, loss, backend = ZOConfig(queries=workload.queries), CausalLMLoss(max_labels=1), AotInductorBackend()
-    methods = api.rewrite(captured, example.rows, workload.lora, zo, loss, backend)
+    options = Options(lora=workload.lora, zo=ZOConfig(queries=workload.queries), loss=CausalLMLoss(max_labels=1))
+    _, methods = captured_and_rewritten(model, example, options, AotInductorBackend(), {}, None, lambda line: None)
     # The rounded weights are of no interest here, and would be written.
     with mock.patch.object(round_products, "_half", lambda tensor: _shape(tensor, torch.bfloat16)):
         rounded = {**methods, "train_step": round_products.RoundProducts()(methods["train_step"])}

@@ -198,10 +198,10 @@ def compile(
 
     if cache_dir is None or suffix is None:
         return compile_anew()
-    return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew, _options(target))
+    return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew, _backend_options(target))
 
 
-def _options(backend: Backend) -> str:
+def _backend_options(backend: Backend) -> str:
     """The options of a backend as text; those of one that has none are its name."""
     return repr(backend) if dataclasses.is_dataclass(backend) else backend.name
 
