@@ -46,6 +46,7 @@ class RoundProducts(Pass):
     """
 
     needs = frozenset({facts.STATIC, facts.CANONICAL})
+    numbers = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """A of the adapters is a frozen weight as well; what puts adapted outputs in their places multiplies with B."""

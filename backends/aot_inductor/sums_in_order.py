@@ -32,6 +32,7 @@ class SumsInOrder(Pass):
     """Replace sums and means over one axis that come after the projected gradient and reach the state."""
 
     needs = frozenset({facts.STATIC})
+    numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
         """Nothing to do in methods that keep the state."""
