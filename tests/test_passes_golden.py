@@ -267,7 +267,7 @@ CASES: dict[str, Case] = {
     "noise_in_parts": of(
         NoiseInParts(part_bytes=16),
         """
-        state  %b_mobizo_lora_b: f32[6]
+        tensor %b_mobizo_lora_b: f32[6]
         input  %mobizo_seed: i32[1]
           %arange = arange(3, dtype=i32, device=cpu, pin_memory=False)
           %bitwise_xor = bitwise_xor.Tensor(%arange, %mobizo_seed)
