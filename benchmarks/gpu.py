@@ -346,7 +346,7 @@ class _Case:
                 found[letter] = self._timed(step)
                 self._note_peak(found, letter)
                 del forward, step
-                release(list(weights.values()))
+                self._release(weights)
         if self.name in ONLY_BFLOAT16:
             return
         half = self.precision == "bfloat16"
@@ -389,7 +389,7 @@ class _Case:
         update = [near[-3], gradient.to(self.device), near[-2]]
         found["f"]["replay_ms"] = self._timed(lambda: runner.launch("replay", update))["ms"]
         self._note_peak(found, "f")
-        release(list(weights.values()))
+        self._release(weights)
 
     def _eager(self, found: dict[str, Any], letter: str) -> None:
         model = self.workload.load_model(weights=False)
@@ -447,6 +447,10 @@ class _Case:
             yield
         except Exception:
             self.run.failed(f"{self.name} {self.precision} {letter}", traceback.format_exc())
+
+    def _release(self, weights: Mapping[str, Tensor]) -> None:
+        if self.run.on_gpu:  # in main memory some of them are the file's
+            release(list(weights.values()))
 
     def _reset_peak(self) -> None:
         """The peak counts from here, where the weights are in memory, and what made them is not any more."""
