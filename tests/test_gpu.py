@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
 import mobizo_compiler as mobizo
@@ -206,13 +206,17 @@ def test_a_run_goes_on(tmp_path: Path) -> None:
 def test_quantized_weights(quantization: str) -> None:
     ids = torch.zeros(2, 5, dtype=torch.int64)
     torch.manual_seed(0)
-    net = TokenWise().eval()
-    lora = LoraConfig(r=4, lora_alpha=6, target_modules=("up",))
-    options = {"quantization": quantization, "backend": AotInductorBackend("cuda")}
-    program = mobizo.compile(net, (ids,), lora, ZOConfig(queries=2), **options)  # type: ignore[arg-type]
-    session = Session(program)
-    result = session.train_step((ids,), ids, seed=1, learning_rate=0.05, eps=0.1)
-    assert bool(result.lane_losses.isfinite().all()) and bool(session.state().any())
+    net = nn.Sequential(nn.Embedding(11, 32), nn.Linear(32, 64), nn.Linear(64, 11)).eval()  # whole groups of 32
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=("1",))
+    backends = (AotInductorBackend("cuda"), "eager")
+    results = []
+    for backend in backends:
+        options = {"quantization": quantization, "backend": backend}
+        session = Session(mobizo.compile(net, (ids,), lora, ZOConfig(queries=2), **options))  # type: ignore[arg-type]
+        results.append(session.train_step((ids,), ids, seed=1, learning_rate=0.05, eps=0.1))
+        assert bool(session.state().any())
+    # Losses near 2.4; one entry of 8 bits that is rounded the other way moves them by less than this.
+    torch.testing.assert_close(results[0].lane_losses, results[1].lane_losses, rtol=0, atol=1e-2)
 
 
 def test_dynamic_sizes() -> None:
