@@ -13,12 +13,18 @@ _TOOLKITS = ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT")
 _DEFAULT_TOOLKIT = "/usr/local/cuda"
 
 
-def missing_for_cuda() -> str | None:
-    """The first thing that compiling for a GPU needs and this machine does not have; None if it has all."""
+def missing_for_cuda(index: int = 0) -> str | None:
+    """The first thing that compiling for a GPU needs and this machine does not have; None if it has all.
+
+    Args:
+        index: Which GPU.
+    """
     if torch.version.cuda is None:
         return f"this PyTorch ({torch.__version__}) was built without CUDA"
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
+    if index and index >= torch.cuda.device_count():
+        return f"there is no GPU with index {index}, PyTorch sees {torch.cuda.device_count()}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is missing"
     return None

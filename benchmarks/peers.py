@@ -69,7 +69,9 @@ def our_step(workload: Workload, path: Path) -> Peer:
     return Peer("this compiler, train_step", step, step)
 
 
-def eager_step(workload: Workload, model: nn.Module, sites: Any, lora_a: Any, compiled: bool = False) -> Peer:
+def eager_step(
+    workload: Workload, model: nn.Module, sites: Any, lora_a: Any, compiled: bool = False, start: Tensor | None = None
+) -> Peer:
     """MP-LoRA in PyTorch, `ReferenceStep`: eager, or with the model as one graph of torch.compile.
 
     Noise, loss and update stay eager. A graph that would break is an error, not a slower measurement.
@@ -80,9 +82,11 @@ def eager_step(workload: Workload, model: nn.Module, sites: Any, lora_a: Any, co
     model = twin(model)
     model.forward = functools.partial(model.forward, use_cache=False, logits_to_keep=2)
     reference = ReferenceStep(model, sites, lora_a, zo=ZOConfig(queries=workload.queries))
+    if start is not None:
+        reference.state.copy_(start)
     if compiled:
         model.compile(fullgraph=True, dynamic=False)
-    inputs, labels = workload.batch()
+    inputs, labels = on_device(workload, reference.device)
 
     def step(seed: int) -> Tensor:
         done = reference.train_step(inputs, labels[:, -2:], seed=seed, learning_rate=LEARNING_RATE, eps=EPS)
@@ -133,19 +137,20 @@ def backpropagation(workload: Workload, model: nn.Module, checkpointing: bool = 
     """LoRA with A and B trained by backpropagation and plain SGD in eager PyTorch, on q times b rows."""
     model = twin(model)
     modules = dict(model.named_modules())
+    device = next(model.parameters()).device
     trained: list[nn.Parameter] = []
     for name in workload.adapted(model):
         linear = modules[name]
         assert isinstance(linear, nn.Linear)
-        a_RF = nn.Parameter(torch.empty(workload.rank, linear.in_features))
+        a_RF = nn.Parameter(torch.empty(workload.rank, linear.in_features, device=device))
         nn.init.kaiming_uniform_(a_RF, a=5**0.5)
-        b_OR = nn.Parameter(torch.zeros(linear.out_features, workload.rank))
+        b_OR = nn.Parameter(torch.zeros(linear.out_features, workload.rank, device=device))
         linear.register_forward_hook(_branch(a_RF, b_OR, 16 / workload.rank))
         trained += [a_RF, b_OR]
     if checkpointing:  # which transformers does in training mode only; dropout is 0 in these models
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    inputs, labels = workload.batch()
+    inputs, labels = on_device(workload, device)
     inputs, targets_N = repeated(inputs, workload.queries), labels[:, -1].repeat(workload.queries)
 
     def step(seed: int) -> None:
@@ -171,6 +176,12 @@ def twin(model: nn.Module) -> nn.Module:
     """Modules of its own around the same weights."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def on_device(workload: Workload, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """The batch, where the model is."""
+    inputs, labels = workload.batch()
+    return {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
 
 
 def repeated(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:

@@ -6,9 +6,12 @@ Terms: q queries, b rows; a training step runs 2q lanes of b rows, 2qb rows in a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +32,29 @@ TINYLLAMA = {  # the public configuration of TinyLlama-1.1B
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
-LAYERS = {"smollm2": 30, "tinyllama": 22}
+SMOLLM2 = {  # that of SmolLM2-135M
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+LLAMA2_7B = {  # that of Llama2-7B
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {"smollm2": SMOLLM2, "tinyllama": TINYLLAMA, "llama2-7b": LLAMA2_7B}
+LAYERS = {"smollm2": 30, "tinyllama": 22, "llama2-7b": 32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +62,7 @@ class Workload:
     """What is trained, and how much of it in a step.
 
     Args:
-        model: SmolLM2-135M with its weights, or TinyLlama-1.1B with random weights; both in float32.
+        model: SmolLM2-135M with its weights, or TinyLlama-1.1B or Llama2-7B with random weights; all in float32.
         layers: Keep the first so many decoder layers only; all if None.
         queries: Number q of directions.
         rows: Number b of rows in a batch.
@@ -49,7 +74,7 @@ class Workload:
         seed: Seed of the batch.
     """
 
-    model: Literal["smollm2", "tinyllama"] = "smollm2"
+    model: Literal["smollm2", "tinyllama", "llama2-7b"] = "smollm2"
     layers: int | None = None
     queries: int = 4
     rows: int = 4
@@ -64,7 +89,7 @@ class Workload:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """One option per field."""
         for field in dataclasses.fields(Workload):
-            choices = {"model": ("smollm2", "tinyllama"), "targets": ("all-linear", "qv")}.get(field.name)
+            choices = {"model": tuple(LAYERS), "targets": ("all-linear", "qv")}.get(field.name)
             kind = str if choices or field.name == "quantization" else int
             parser.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default)
 
@@ -107,9 +132,14 @@ class Workload:
             layers_to_transform=None if self.last is None else tuple(range(count - self.last, count)),
         )
 
-    def load_model(self) -> Any:
-        """The model, in float32 and eval mode; nothing of it is trained."""
-        if self.model == "smollm2":
+    def load_model(self, weights: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+        """The model, in eval mode; nothing of it is trained.
+
+        Args:
+            weights: False for memory that nobody wrote to in place of large weights; it costs neither time nor space.
+            dtype: Of the weights, where they are not loaded.
+        """
+        if self.model == "smollm2" and weights:
             from transformers import AutoModelForCausalLM
 
             from examples.smollm2 import cache_folder, load_smollm2
@@ -122,15 +152,18 @@ class Workload:
                 model.model.layers = model.model.layers[: self.layers]
                 model.config.num_hidden_layers = self.layers
         else:
-            from transformers import LlamaConfig, LlamaForCausalLM
+            from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
             torch.manual_seed(0)
-            model = LlamaForCausalLM(LlamaConfig(**TINYLLAMA, num_hidden_layers=self.layers or LAYERS[self.model]))
-        return model.float().eval().requires_grad_(False)
+            config = LlamaConfig(**CONFIGURATIONS[self.model], num_hidden_layers=self.layers or LAYERS[self.model])
+            with contextlib.nullcontext() if weights else _not_drawn(PreTrainedModel, dtype):
+                model = LlamaForCausalLM(config)
+            model.tie_weights()
+        return (model.float() if weights else model).eval().requires_grad_(False)
 
     def batch(self) -> tuple[dict[str, Tensor], Tensor]:
         """Random tokens: input_ids and attention_mask, int64 [b, T]; labels, int64 [b, T], the last token's only."""
-        vocabulary = 49152 if self.model == "smollm2" else TINYLLAMA["vocab_size"]
+        vocabulary = CONFIGURATIONS[self.model]["vocab_size"]
         generator = torch.Generator().manual_seed(self.seed)
         ids = torch.randint(0, int(vocabulary), (self.rows, self.tokens), generator=generator)
         labels = torch.full_like(ids, -100)
@@ -185,6 +218,21 @@ class Workload:
                 progress=timer,
             )
         return program, timer.seconds
+
+
+@contextlib.contextmanager
+def _not_drawn(base: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made in this block leave their weights as the allocator gave them; norms and frequencies are set."""
+    with contextlib.ExitStack() as stack:
+        for owner in (nn.Linear, nn.Embedding):
+            stack.enter_context(mock.patch.object(owner, "reset_parameters", lambda module: None))
+        stack.enter_context(mock.patch.object(base, "init_weights", lambda module: None))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 class LabelledPosition(nn.Module):

@@ -163,7 +163,7 @@ def quantization_page() -> str:
         "## Recipes and backends\n",
         "Each cell is a test (`tests/test_quantization.py`): a model whose layers torchao itself quantized, in plain",
         "PyTorch, against the compiled program: lane losses, projected gradient, state, evaluation. `cuda` is not in",
-        "the table: it needs a GPU and has not run ([page](backends/cuda.md)).\n",
+        "the table: it needs a GPU and was not measured ([page](backends/cuda.md)).\n",
         "| backend | " + " | ".join(f"`{recipe}`" for recipe in recipes) + " |",
         "| --- |" + " --- |" * len(recipes),
     ]

@@ -219,7 +219,12 @@ def compile(
 
     if cache_dir is None or suffix is None:
         return compile_anew()
-    return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew)
+    return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew, _backend_options(target))
+
+
+def _backend_options(backend: Backend) -> str:
+    """The options of a backend as text; those of one that has none are its name."""
+    return repr(backend) if dataclasses.is_dataclass(backend) else backend.name
 
 
 def _outputs(model: nn.Module | ExportedProgram, wanted: CapturedStep, example: Example) -> list[Tensor]:

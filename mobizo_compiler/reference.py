@@ -29,7 +29,7 @@ class ReferenceStep:
     """MobiZO on `model`, which gets hooks and is otherwise left alone; `remove` takes them off.
 
     Args:
-        model: A module whose adapted layers are linear.
+        model: A module whose adapted layers are linear; the state is made on its device.
         sites: As a compiled program says.
         lora_a: A of every site by path.
         zo: The estimator.
@@ -50,13 +50,16 @@ class ReferenceStep:
         self.model, self.zo, self.rule = model, zo, rule
         self.loss = loss or CausalLMLoss()
         self.sites = tuple(sites)
-        self.dtype = next(model.parameters()).dtype
-        self.state = initial_state(self.sites, lora_a).to(self.dtype)
-        self.memory = {name: tensor.to(self.dtype) for name, tensor in rule.init(self.state.numel()).items()}
+        some = next(model.parameters())
+        self.dtype, self.device = some.dtype, some.device
+        self.state = initial_state(self.sites, lora_a).to(self.device, self.dtype)
+        self.memory = {
+            name: tensor.to(self.device, self.dtype) for name, tensor in rule.init(self.state.numel()).items()
+        }
         self._lanes_GP = self.state[None]
         modules = dict(model.named_modules())
         self._hooks = [
-            modules[site.fqn].register_forward_hook(self._adapter(site, lora_a[site.fqn].to(self.dtype)))
+            modules[site.fqn].register_forward_hook(self._adapter(site, lora_a[site.fqn].to(self.device, self.dtype)))
             for site in self.sites
         ]
 
@@ -91,14 +94,14 @@ class ReferenceStep:
     def train_step(self, inputs: Any, labels: Tensor, *, seed: int, learning_rate: float, eps: float) -> StepResult:
         """One step; see `Session.train_step`."""
         zo, estimator, lanes = self.zo, get_estimator(self.zo.estimator), self.zo.lanes
-        z_QP = noise(seed, zo.queries, self.state.numel(), zo.noise).to(self.dtype)
+        z_QP = noise(seed, zo.queries, self.state.numel(), zo.noise, self.device).to(self.dtype)
         self._lanes_GP = estimator.perturbed(self.state, eps * z_QP)
         repeated = _map(inputs, lambda rows: rows.repeat(lanes, *[1] * (rows.dim() - 1)))
         row_loss_N, row_weight_N = self.loss(
             _call(self.model, repeated), labels.repeat(lanes, *[1] * (labels.dim() - 1))
         )
         loss_G = row_loss_N.reshape(lanes, -1).sum(1) / row_weight_N.reshape(lanes, -1).sum(1)
-        eps_1 = torch.tensor([eps], dtype=self.dtype)
+        eps_1 = torch.tensor([eps], dtype=self.dtype, device=self.device)
         g_Q = scaled(estimator.projected_gradient(loss_G, eps_1), loss_G, eps_1, zo.normalize, zo.clip)
         if learning_rate:
             direction_P = g_Q.to(self.dtype) @ z_QP / zo.queries

@@ -39,6 +39,7 @@ PRIVATE: dict[str, Private] = {
     "ConstantSource": Private("torch._dynamo.source", "ConstantSource", "symbols of program text that is read back"),
     "inductor_config": Private("torch._inductor.config", "", "the backend cuda"),
     "inductor_builder": Private("torch._inductor.cpp_builder", "", "knowing whether aot_inductor has a compiler"),
+    "inductor_graph": Private("torch._inductor.graph", "", "compiling with aot_inductor without the weights"),
     "aot_compile": Private("torch._inductor", "aot_compile", "compiling with aot_inductor"),
     "package_aoti": Private("torch._inductor.package.package", "package_aoti", "programs of several methods (.pt2)"),
     "PackageLoader": Private("torch._C._aoti", "AOTIModelPackageLoader", "running programs of aot_inductor"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.package.package import package_aoti
 from torch.export import Dim
@@ -23,16 +24,24 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends import assert_backend_contract, get_backend
 from mobizo_compiler.backends.aot_inductor import AotInductorBackend
-from mobizo_compiler.backends.aot_inductor.artifact import WEIGHTS, Target
-from mobizo_compiler.backends.aot_inductor.backend import OPTIONS, program_on
+from mobizo_compiler.backends.aot_inductor.artifact import WEIGHTS, Target, _rounded_products, release
+from mobizo_compiler.backends.aot_inductor.backend import LAST, OPTIONS, packed, program_on
+from mobizo_compiler.backends.aot_inductor.device_state import DeviceState
+from mobizo_compiler.backends.aot_inductor.noise_in_parts import NoiseInParts
+from mobizo_compiler.backends.aot_inductor.sums_in_order import update_calls
+from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, ConfigError
 from mobizo_compiler.format import checksum
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.pipeline import Pipeline
+from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.step.noise import noise_values, noise_words
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "v_proj", "down_proj"))
 IDS = torch.zeros(2, 5, dtype=torch.int64)
+_SUMS = (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim)
 pytestmark = [
     pytest.mark.skipif(AotInductorBackend().unavailable() is not None, reason=str(AotInductorBackend().unavailable())),
     pytest.mark.xdist_group("aot_inductor"),  # one process, so that the fixture's program is compiled once
@@ -120,23 +129,73 @@ def test_methods_share_state_and_sessions_do_not(saved: Path) -> None:
     assert torch.equal(result.lane_losses, losses), "results must stay valid"
 
 
+def apart(saved: Path) -> Session:
+    """A session whose methods change one tensor while it sees another, as on a GPU."""
+    session = Session(saved)
+    runner = session._runner
+    live = runner._state.live  # type: ignore[attr-defined]
+    runner._state = DeviceState(live, torch.zeros_like(live))  # type: ignore[attr-defined]
+    return session
+
+
 def test_a_state_in_other_memory_is_copied_there_and_back(saved: Path) -> None:
-    """As on a GPU: the methods change one tensor, and the session sees another."""
     inputs, labels = tiny_batch()
-    runner = mobizo.load(saved).artifact.runner()
-    runner._state = torch.zeros_like(runner._live)  # type: ignore[attr-defined]
-    whole, apart = Session(saved), Session(saved)
-    apart._runner = runner
+    whole, other = Session(saved), apart(saved)
     start = torch.randn(whole.state().shape, generator=torch.Generator().manual_seed(3)) * 0.1
-    for session in (whole, apart):
+    for session in (whole, other):
         session.load_state(start)
         session.train_step(inputs, labels, seed=1, learning_rate=0.1, eps=0.02)
         session.replay(2, [1.0, -2.0], 0.1)
-    assert torch.equal(whole.state(), apart.state())
-    assert not torch.equal(apart.state(), start)
-    apart.load_state(start)
+    assert torch.equal(whole.state(), other.state())
+    assert not torch.equal(other.state(), start)
+    other.load_state(start)
     whole.load_state(start)
-    assert torch.equal(whole.evaluate(inputs)["logits"], apart.evaluate(inputs)["logits"])
+    assert torch.equal(whole.evaluate(inputs)["logits"], other.evaluate(inputs)["logits"])
+    with other.lane(1, seed=3, eps=0.1), whole.lane(1, seed=3, eps=0.1):
+        assert torch.equal(whole.evaluate(inputs)["logits"], other.evaluate(inputs)["logits"])
+    assert torch.equal(other.state(), start)
+
+
+def test_the_state_stays_on_the_device_until_somebody_looks() -> None:
+    """Copies are what a small model waits for; each of them is counted here."""
+    copies: list[str] = []
+
+    class Counted(Tensor):
+        def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:  # type: ignore[override]
+            copies.append("down" if source is live else "up")
+            with torch._C.DisableTorchFunctionSubclass():
+                return torch.Tensor.copy_(self, source)
+
+    live, host = (torch.zeros(4).as_subclass(Counted) for _ in range(2))
+    state = DeviceState(live, host)
+
+    def step() -> None:
+        state.before_call()
+        live.add_(1)
+        state.after_change()
+
+    step()
+    step()
+    assert copies == []
+    seen = state.alias().clone()
+    assert seen.tolist() == [2.0] * 4 and copies == ["down"]
+    step()  # what was handed out may have been written to
+    assert copies == ["down", "up"]
+    step()
+    assert copies == ["down", "up"], "nobody holds the alias any more"
+    part = state.alias()[:2].numpy()
+    del copies[:]
+    part[:] = 7.0
+    step()
+    assert live.tolist() == [8.0, 8.0, 5.0, 5.0] and part.tolist() == [8.0, 8.0], "who holds an alias sees every call"
+    part[:] = 1.0
+    step()
+    assert live.tolist() == [2.0, 2.0, 6.0, 6.0]
+    del part
+    step()
+    del copies[:]
+    step()
+    assert copies == [] and state.alias().tolist() == [4.0, 4.0, 8.0, 8.0]
 
 
 @pytest.mark.slow
@@ -244,7 +303,157 @@ def test_which_machines_a_program_runs_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert Target("cpu", here.machine, "AVX2").cannot_run() is None
     assert "AVX512" in str(Target("cpu", here.machine, "AVX512").cannot_run())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees none" in str(Target("cuda", here.machine, "AVX2", "9.0").cannot_run())
+    assert "sees none" in str(Target("cuda:0", here.machine, "AVX2", "9.0").cannot_run())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert Target("cuda:0", here.machine, "AVX2", "8.0").cannot_run() is None
+    assert "8.6, this one has 8.0" in str(Target("cuda:0", here.machine, "AVX2", "8.6").cannot_run())
+    assert "of that index" in str(Target("cuda:1", here.machine, "AVX2", "8.0").cannot_run())
+
+
+def test_a_device_has_an_index_and_options_are_checked() -> None:
+    assert AotInductorBackend("cuda").device == "cuda:0"
+    assert AotInductorBackend("cuda:1").name == AotInductorBackend("cuda").name == "aot_inductor_cuda"
+    with pytest.raises(ConfigError, match="precision is 'int8'"):
+        AotInductorBackend(precision="int8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="only GPUs multiply in tf32"):
+        AotInductorBackend(precision="tf32")
+    keys = {repr(AotInductorBackend("cuda", precision=precision)) for precision in ("float32", "tf32", "bfloat16")}
+    assert len(keys) == 3, "the cache tells programs apart by this"
+
+
+def test_kernels_stay_in_the_file_and_nothing_is_contracted() -> None:
+    files = ["a/x.cpp", "a/x.so", "a/x.json", "a/k0.cubin", "a/weights"]
+    assert packed(files) == ["a/x.so", "a/x.json", "a/k0.cubin", "a/weights"]
+    assert OPTIONS["emulate_precision_casts"] is True, "Triton would contract z * g + acc, not alike in two methods"
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "scalar-adam"])
+@pytest.mark.parametrize("queries", [3, 16])
+def test_the_update_has_no_sum_whose_order_an_engine_may_choose(queries: int, rule: str) -> None:
+    inputs, _ = tiny_batch()
+    lora = LoraConfig(r=3, target_modules=("q_proj",))
+    made = mobizo.compile(model(), inputs, lora, ZOConfig(queries=queries), backend="eager", rule=rule)
+    state = torch.randn(made.manifest.state_size) * 0.1
+    state[made.parameters :].abs_()
+    results = {}
+    for name in ("train_step", "replay"):
+        before = made.methods[name]
+        after = Pipeline(LAST).run(before)
+        sums = [node for node in update_calls(Editor(after)) if node.target in _SUMS]
+        assert not sums, f"{name} adds in an order that is chosen when it is compiled"
+        assert [node for node in update_calls(Editor(before)) if node.target in _SUMS]
+        results[name] = after
+    gradient = torch.randn(queries)
+    arguments = [torch.tensor([3], dtype=torch.int32), gradient, torch.tensor([0.5])]
+    plain, written = (
+        EagerBackend().lower({**made.methods, "replay": method}, made.manifest).runner()
+        for method in (made.methods["replay"], results["replay"])
+    )
+    for runner in (plain, written):
+        runner.state().copy_(state)
+        runner.call("replay", arguments)
+    torch.testing.assert_close(written.state(), plain.state(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(written.state(), state, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rule", ["sgd", "momentum"])
+@pytest.mark.parametrize("estimator", ["two-sided", "one-sided"])
+def test_noise_in_parts_is_the_same_noise(noise: str, rule: str, estimator: str) -> None:
+    """Parts of odd sizes, cut where pairs of normal numbers are; the same bits as whole."""
+    inputs, labels = tiny_batch()
+    zo = ZOConfig(queries=3, noise=noise, estimator=estimator)  # type: ignore[arg-type]
+    lora = LoraConfig(r=3, target_modules=("k_proj", "up_proj"))
+    made = mobizo.compile(model(), inputs, lora, zo, backend="eager", rule=rule)
+    cut = {name: NoiseInParts(part_bytes=1000)(method) for name, method in made.methods.items()}
+
+    def widest(program: GraphProgram) -> int:
+        """Numbers in the largest value that is made of a row of noise for every query."""
+        values = [node.meta["val"] for node in program.graph.nodes if node.op == "call_function"]
+        rows = (3, zo.lanes)
+        return max(v.numel() for v in values if v.dim() == 2 and v.shape[0] in rows and v.dtype != torch.int64)
+
+    for name in ("train_step", "replay"):
+        assert widest(cut[name]) <= widest(made.methods[name]) / 2, name
+    whole, parts = (EagerBackend().lower(methods, made.manifest).runner() for methods in (made.methods, cut))
+    start = torch.randn(made.manifest.state_size, generator=torch.Generator().manual_seed(3)) * 0.1
+    scalars = [torch.tensor([5], dtype=torch.int32), torch.tensor([0.1]), torch.tensor([0.02])]
+    found = []
+    for runner in (whole, parts):
+        runner.state().copy_(start)
+        results = runner.call("train_step", [*inputs.values(), labels, *scalars])
+        runner.call("replay", [scalars[0] + 1, results[2].clone(), scalars[1]])
+        found.append([*results, runner.state().clone()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(found[0][-1], start)
+
+
+def test_products_in_bfloat16_cost_the_gradient_little(tmp_path: Path) -> None:
+    inputs, labels = tiny_batch()
+    backend = AotInductorBackend(precision="bfloat16")
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear")
+    zo = ZOConfig(queries=8)
+    rounded = mobizo.compile(model(), inputs, lora, zo, backend=backend)  # with the check of every compilation
+    exact = Session(mobizo.compile(model(), inputs, lora, zo, backend="eager"))
+    session = Session(rounded.save(tmp_path / "half.pt2"))
+    assert session.program.artifact.target.precision == "bfloat16"  # type: ignore[attr-defined]
+    start = torch.randn(exact.state().shape, generator=torch.Generator().manual_seed(3)) * 0.1
+    gradients = []
+    for each in (session, exact):
+        each.load_state(start)
+        steps = [each.train_step(inputs, labels, seed=seed, learning_rate=0.0) for seed in range(4)]
+        gradients.append(torch.cat([step.projected_gradient for step in steps]))
+    assert not torch.equal(*gradients)
+    assert float(F.cosine_similarity(*gradients, dim=0)) > 0.97
+    assert session.state().dtype == torch.float32
+    tensors = [tensor for method in rounded.methods.values() for _, tensor in method.tensors().values()]
+    halves = {tuple(tensor.shape) for tensor in tensors if tensor.dtype == torch.bfloat16}
+    assert (23, 20) in halves, "the table and the head are stored in 16 bits"
+    assert all(a.dtype == torch.float32 for a in rounded.lora_a_by_fqn.values())
+
+
+def test_memory_is_given_back_although_a_loader_keeps_the_tensor() -> None:
+    tensor = torch.ones(1000)
+    kept = tensor[10:]
+    release([tensor])
+    assert kept.untyped_storage().nbytes() == 0
+
+
+def test_the_precision_of_a_program_is_not_that_of_the_process() -> None:
+    products = torch.backends.cuda.matmul
+    before = products.allow_tf32
+    try:
+        for outside in (True, False):
+            products.allow_tf32 = outside
+            for inside in (True, False):
+                with _rounded_products(inside):
+                    assert products.allow_tf32 is inside
+                assert products.allow_tf32 is outside
+        products.fp32_precision = "tf32"
+        with _rounded_products(False):
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.allow_tf32 = before
+
+
+def test_nothing_of_executorch_is_needed() -> None:
+    """A server with a GPU has PyTorch, and need not have ExecuTorch."""
+    code = """
+import sys
+sys.modules["executorch"] = None
+import torch, mobizo_compiler
+from mobizo_compiler.backends import get_backend
+backend = get_backend("aot_inductor_cuda")
+backend.unavailable(), backend.passes()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 class Words(nn.Module):
@@ -325,7 +534,7 @@ def test_a_program_moves_to_a_device_as_a_whole() -> None:
     inputs, _ = tiny_batch()
     made = mobizo.compile(model(), inputs, LORA, ZOConfig(queries=2), backend="eager")
     for method in made.methods.values():
-        moved = program_on(method, "meta")
+        moved = program_on(Pipeline(LAST).run(method), "meta")
         values = [node.meta["val"] for node in moved.graph.nodes if node.op != "output"]
         assert {value.device.type for value in values if isinstance(value, Tensor)} == {"meta"}
         arguments = [node.meta["val"] for node in moved.graph.nodes if node.op == "placeholder"]

@@ -32,6 +32,26 @@ def run(module: str, *options: str) -> None:
 
 
 @pytest.mark.slow
+def test_gpu_is_rehearsed_without_a_card(tmp_path: Path) -> None:
+    """What a machine without a GPU prepares is compiled and measured, on its CPU in place of the card."""
+    gpu = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", "--cases", "smollm2"]
+    subprocess.run([*gpu, "--prepare", str(tmp_path), "--layers", "1"], check=True, cwd=ROOT)
+    assert {file.stem for file in tmp_path.iterdir()} == {
+        f"smollm2.{kind}.{dtype}" for kind in ("ours", "forward", "small") for dtype in ("float32", "bfloat16")
+    }
+    run = ["--run", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out"), "--jobs", "1"]
+    subprocess.run([*gpu, *run, "--most-seconds", "1500"], check=True, cwd=ROOT)
+    record = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert record["failed"] == {}
+    for precision, found in record["cases"]["smollm2"].items():
+        assert all(found[letter]["ms"] > 0 for letter in "abcdf"), precision
+        assert found["replay_differs_in"] == 0, precision
+    exact, rounded = (record["cases"]["smollm2"][precision] for precision in ("float32", "bfloat16"))
+    assert exact["largest_difference_of_lane_losses"] < 1e-4, "the peers have the same weights as our program"
+    assert rounded["cosine_with_float32"] > 0.97
+
+
+@pytest.mark.slow
 def test_step_profile_and_memory(tmp_path: Path) -> None:
     cache = ("--cache", str(tmp_path / "cache"))
     run("step", "--rounds", "1", "--peers", "abdef", "--out", str(tmp_path), *cache)

@@ -13,13 +13,16 @@ import pytest
 import torch
 from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
+from torch._inductor import config as inductor_config
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends import get_backend, requirements
+from mobizo_compiler.backends.cuda import backend as backend_module
 from mobizo_compiler.backends.cuda.artifact import CudaArtifact, data_path, write_program
 from mobizo_compiler.backends.cuda.backend import DELEGATE, CudaBackend, partitioners
 from mobizo_compiler.errors import ArtifactError, BackendRefusedError, BackendUnavailableError
+from mobizo_compiler.graph.pipeline import Pipeline
 from mobizo_compiler.graph.program import STATE_INPUT
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
@@ -50,7 +53,9 @@ def lowered() -> Iterator[tuple[mobizo.Program, CudaArtifact, dict[str, Any]]]:
         TinyCausalLM().eval(), inputs, LoraConfig(r=3), ZOConfig(queries=2), backend="eager", state="io"
     )
     manifest = dataclasses.replace(program.manifest, backend="cuda")
-    artifact = write_program(program.methods, manifest, partitioners(program.methods))
+    steps = Pipeline(CudaBackend().passes())  # a replay is lowered as it is
+    methods = {name: m if name == "replay" else steps.run(m) for name, m in program.methods.items()}
+    artifact = write_program(methods, manifest, partitioners(methods))
     yield program, artifact, given
     Recorder.__name__ = "Recorder"
 
@@ -75,6 +80,26 @@ def test_the_noise_needs_no_division_of_integers(lowered: Any) -> None:
         assert "bitwise_xor" in text or "bitwise" not in text
         assert "floor" not in text and "remainder" not in text
     assert "bitwise_xor" in given["replay"][0].graph_module.code
+
+
+def test_attention_is_written_as_products_or_refused(lowered: Any) -> None:
+    """The kernel that ExecuTorch puts in the place of the operator stops a float32 model with an assertion."""
+    program, _, given = lowered
+    for exported, _ in given.values():
+        assert "scaled_dot_product_attention" not in exported.graph_module.code
+    reasons = CudaBackend().unsupported(program.methods["evaluate"])
+    assert len(reasons) == 2 and "a kernel for bfloat16" in reasons[0], "one for each layer, with its line"
+
+
+def test_no_kernel_is_searched_for_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(backend_module.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(
+        backend_module, "write_program", lambda *args: seen.append(inductor_config.test_configs.max_mm_configs)
+    )
+    CudaBackend().lower({}, None)  # type: ignore[arg-type]
+    CudaBackend(autotune=True).lower({}, None)  # type: ignore[arg-type]
+    assert seen == [1, None]
 
 
 def test_two_files_are_saved_and_loaded(lowered: Any, tmp_path: Path) -> None:

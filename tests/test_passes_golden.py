@@ -16,6 +16,9 @@ from torch import Tensor
 
 from mobizo_compiler import CausalLMLoss, LoraConfig, QuantizationConfig, SequenceClassificationLoss, ZOConfig, passes
 from mobizo_compiler import backends as backend_package
+from mobizo_compiler.backends.aot_inductor.noise_in_parts import NoiseInParts
+from mobizo_compiler.backends.aot_inductor.round_products import RoundProducts
+from mobizo_compiler.backends.aot_inductor.sums_in_order import SumsInOrder
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
 from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
@@ -259,6 +262,66 @@ CASES: dict[str, Case] = {
           %linear = linear(%embedding, %p_up_weight, %p_up_bias)
         return output_0 = %linear
         """,
+    ),
+    # -- for AOTInductor
+    "noise_in_parts": of(
+        NoiseInParts(part_bytes=16),
+        """
+        tensor %b_mobizo_lora_b: f32[6]
+        input  %mobizo_seed: i32[1]
+          %arange = arange(3, dtype=i32, device=cpu, pin_memory=False)
+          %bitwise_xor = bitwise_xor.Tensor(%arange, %mobizo_seed)
+          %reshape = reshape(%bitwise_xor, [1, 3])
+          %to = to.dtype(%reshape, f32)
+          %cos = cos(%to)
+          %sin = sin(%to)
+          %stack = stack([%cos, %sin], -1)
+          %noise = reshape(%stack, [1, 6])
+          %add = add.Tensor(%b_mobizo_lora_b, %noise)
+          %sub = sub.Tensor(%b_mobizo_lora_b, %noise)
+          %lanes = cat([%add, %sub])
+          %slice_1 = slice.Tensor(%lanes, 1, 0, 3)
+          %slice_2 = slice.Tensor(%lanes, 1, 3, 6)
+        return output_0 = %slice_1
+        return output_1 = %slice_2
+        """,
+        values={"lanes": "lanes"},
+        also={facts.STATIC},
+    ),
+    "sums_in_order": of(
+        SumsInOrder(),
+        """
+        tensor %b_noise: f32[5, 6]
+        state  %b_mobizo_lora_b: f32[6]
+        input  %gradient: f32[5, 1]
+          %mul = mul.Tensor(%b_noise, %gradient)
+          %sum_1 = sum.dim_IntList(%mul, [0])
+          %mean = mean.dim(%sum_1, [0], True)
+          %div = div.Tensor(%sum_1, %mean)
+          %sub = sub.Tensor(%b_mobizo_lora_b, %div)
+        update %b_mobizo_lora_b <- %sub
+        """,
+        also={facts.STATIC},
+    ),
+    "round_products": of(
+        RoundProducts(),
+        """
+        tensor %p_table_weight: f32[7, 6]
+        tensor %p_up_weight: f32[8, 6]
+        tensor %p_up_bias: f32[8]
+        tensor %p_gate_weight: f32[8, 6]
+        tensor %p_down_weight: f32[8, 3]
+        tensor %p_down_bias: f32[3]
+        input  %ids: i64[4]
+          %embedding = embedding(%p_table_weight, %ids)
+          %linear = linear(%embedding, %p_up_weight, %p_up_bias)
+          %linear_1 = linear(%embedding, %p_gate_weight)
+          %mul = mul.Tensor(%linear, %linear_1)
+          %addmm = addmm(%p_down_bias, %mul, %p_down_weight)
+        return output_0 = %addmm
+        """,
+        inputs={"ids": torch.tensor([3, 0, 6, 3])},
+        also={facts.STATIC, facts.CANONICAL},
     ),
     # -- for several backends
     "core_aten": of(

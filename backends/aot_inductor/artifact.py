@@ -11,21 +11,24 @@ Nothing in it is a pickle. The entries are not compressed, so weights are mapped
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import mmap
 import platform
 import shutil
+import warnings
 import weakref
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mobizo_compiler.backends.aot_inductor.device_state import DeviceState
 from mobizo_compiler.backends.aot_inductor.tensors import map_tensors, write_tensors
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum
@@ -35,6 +38,7 @@ from mobizo_compiler.format.program import Artifact, Program
 from mobizo_compiler.graph.program import STATE, GraphProgram
 from mobizo_compiler.upstream import PackageLoader
 
+Precision = Literal["float32", "tf32", "bfloat16"]
 MAGIC = b"PK\x03\x04"
 MANIFEST, TARGET, WEIGHTS = "mobizo/manifest.json", "mobizo/target.json", "mobizo/weights.safetensors"
 LORA_A = "mobizo_lora_a."
@@ -46,23 +50,29 @@ class Target:
     """What a program was compiled for.
 
     Args:
-        device: "cpu" or "cuda".
+        device: "cpu", or a GPU with its index, as "cuda:0".
         machine: Architecture of the processor.
         vectors: Its vector instructions, as PyTorch names them.
         gpu: Compute capability of the GPU; empty without one.
+        precision: What products with frozen weights compute in.
+        cuda_graph: Whether a call is launched as one CUDA graph.
     """
 
     device: str
     machine: str
     vectors: str
     gpu: str = ""
+    precision: Precision = "float32"
+    cuda_graph: bool = True
 
     @classmethod
-    def here(cls, device: str) -> Target:
+    def here(cls, device: str, precision: Precision = "float32", cuda_graph: bool = True) -> Target:
         """This machine."""
-        on_gpu = device == "cuda" and torch.cuda.is_available()
-        gpu = ".".join(map(str, torch.cuda.get_device_capability())) if on_gpu else ""
-        return cls(device, platform.machine(), torch.backends.cpu.get_cpu_capability(), gpu)
+        index = torch.device(device).index
+        seen = device != "cpu" and torch.cuda.is_available() and index < torch.cuda.device_count()
+        gpu = ".".join(map(str, torch.cuda.get_device_capability(index))) if seen else ""
+        vectors = torch.backends.cpu.get_cpu_capability()
+        return cls(device, platform.machine(), vectors, gpu, precision, cuda_graph)
 
     def cannot_run(self) -> str | None:
         """Why a program for this target cannot run on this machine; None if it can."""
@@ -73,9 +83,9 @@ class Target:
             here.vectors
         ):
             return f"it was compiled for processors with {self.vectors}, PyTorch finds {here.vectors} here"
-        if self.device == "cuda" and not here.gpu:
-            return "it was compiled for a GPU, and PyTorch sees none here"
-        if self.gpu.partition(".")[0] != here.gpu.partition(".")[0]:
+        if self.device != "cpu" and not here.gpu:
+            return f"it was compiled for a GPU, {self.device}, and PyTorch sees none of that index here"
+        if self.gpu != here.gpu:  # also within a generation: a kernel for 8.6 does not run on 8.0
             return f"it was compiled for GPUs of compute capability {self.gpu}, this one has {here.gpu}"
         return None
 
@@ -148,13 +158,23 @@ class AotInductorArtifact(Artifact):
         Raises:
             BackendUnavailableError: The program was compiled for another kind of machine.
         """
-        if reason := self.target.cannot_run():
+        return self._runner(self.target)
+
+    def exact_runner(self) -> AotInductorRunner:
+        """The same, with a switch of the GPU that rounds float32 off: what a check of the code compares with graphs."""
+        precision: Precision = "float32" if self.target.precision == "tf32" else self.target.precision
+        return self._runner(dataclasses.replace(self.target, precision=precision))
+
+    def _runner(self, target: Target) -> AotInductorRunner:
+        if reason := target.cannot_run():
             raise BackendUnavailableError(
                 f"this program cannot run on this machine: {reason}",
                 where=str(self.path),
                 hint="compile the model again on a machine of this kind",
             )
-        return AotInductorRunner(self)
+        runner = AotInductorRunner(self.path, self.manifest, target, self.keys, _map_weights(self.path))
+        runner.keeps = self
+        return runner
 
     def save(self, path: Path) -> None:
         """Copy the file."""
@@ -164,55 +184,158 @@ class AotInductorArtifact(Artifact):
 class AotInductorRunner:
     """The methods of one package, which all read the same weights and the same state.
 
-    On a GPU the weights and the state that the methods see stay there. The state that Session reads and writes is in
-    main memory, and is copied to the GPU before each call and back after those that change it.
+    On a GPU weights and state stay there. With a CUDA graph, the second call of a method records what it launches, and
+    later calls launch that at once: a small model is bound by launching hundreds of kernels one by one otherwise.
+
+    Args:
+        path: The package.
+        manifest: What the program says about itself.
+        target: What it was compiled for.
+        keys: For each method, the weight behind each of its constants.
+        weights: The weights, on any device.
     """
 
-    def __init__(self, artifact: AotInductorArtifact) -> None:
-        self._artifact = artifact  # keeps a temporary file on disk
-        self._device = torch.device(artifact.target.device)
-        self._passed = artifact.manifest.state == "io"
-        self._state = torch.zeros(artifact.manifest.state_size)
-        self._live = self._state.to(self._device)
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        target: Target,
+        keys: Mapping[str, Mapping[str, str]],
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        self.keeps: object = None  # what must live as long: a temporary file on disk
+        self._path, self._keys = path, keys
+        self._device = torch.device(target.device)
+        self._on_gpu = self._device.type == "cuda"
+        self._tf32 = target.precision == "tf32"
+        self._passed = manifest.state == "io"
+        self._state = DeviceState.zeros(manifest.state_size, self._device)
         # The libraries keep addresses, not references, so the tensors must live as long as the methods.
-        self._weights = {name: value.to(self._device) for name, value in _map_weights(artifact.path).items()}
-        self._methods = {name: self._load(name) for name in artifact.manifest.methods}
+        self._weights = {name: value.to(self._device) for name, value in weights.items()}
+        if self._on_gpu:
+            copies = [value for name, value in self._weights.items() if value is not weights[name]]
+            weakref.finalize(self, release, [*copies, self._state.live]).atexit = False
+        self._methods = {name: self._load(name) for name in keys}
+        graphs = self._on_gpu and target.cuda_graph and not manifest.sizes
+        self._graphs = {name: _CudaGraph(name, method) for name, method in self._methods.items()} if graphs else {}
 
     def _load(self, name: str) -> Any:
-        path = str(self._artifact.path)
+        path = str(self._path)
+        index = self._device.index if self._on_gpu else -1
         try:
             # Not `aoti_load_package` of Inductor: it reads every entry of the archive, and looks for a compiler.
-            method = PackageLoader(path, name, False, 1, -1)
+            # A CUDA graph can only be recorded from a model that waits for no other thread.
+            method = PackageLoader(path, name, self._on_gpu, 1, index)
             names = method.get_constant_fqns()
         except Exception as error:
             raise ArtifactError(f"method {name!r} cannot be loaded: {error}", where=path) from error
-        keys = self._artifact.keys[name]
+        keys = self._keys[name]
         missing = [fqn for fqn in names if fqn != STATE and keys.get(fqn) not in self._weights]
         if missing:
             raise ArtifactError(f"method {name!r} needs weights that are not in the file: {missing}", where=path)
-        constants = {fqn: self._live if fqn == STATE else self._weights[keys[fqn]] for fqn in names}
+        constants = {fqn: self._state.live if fqn == STATE else self._weights[keys[fqn]] for fqn in names}
         in_second_buffer, all_of_them, by_address = False, True, True
         method.load_constants(constants, in_second_buffer, all_of_them, by_address)
         return method
 
     def call(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Run one method."""
-        copied = self._live is not self._state
+        return [result.cpu() for result in self.launch(method, inputs)]
+
+    def launch(self, method: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """As `call`, but results stay on the device, are not waited for, and are good until the next call only."""
         changes = method in ("train_step", "replay")
-        if copied:
-            self._live.copy_(self._state)
-        given = [value.to(self._device) for value in inputs]
-        passed = self._passed and method != "prefix"
-        results = list(self._methods[method].boxed_run([*given, self._live] if passed else given))
-        if self._passed and changes:
-            self._live.copy_(results.pop())
-        if copied and changes:
-            self._state.copy_(self._live)
-        return [result.cpu() for result in results]
+        self._state.before_call()
+        passed = [self._state.live] if self._passed and method != "prefix" else []
+        run = self._graphs.get(method) or self._methods[method].boxed_run
+        with self._ready():
+            results = list(run([*(value.to(self._device) for value in inputs), *passed]))
+            if self._passed and changes:
+                self._state.live.copy_(results.pop())
+        if changes:
+            self._state.after_change()
+        return results
 
     def state(self) -> Tensor:
         """The state, in main memory."""
-        return self._state
+        return self._state.alias()
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The program's GPU, and the precision of products that it was compiled with, whatever the process has."""
+        if not self._on_gpu:
+            yield
+            return
+        with torch.cuda.device(self._device), _rounded_products(self._tf32):
+            yield
+
+
+@contextlib.contextmanager
+def _rounded_products(tf32: bool) -> Iterator[None]:
+    """Whether float32 products of a GPU are rounded to tf32, in this block; PyTorch has an old and a new switch."""
+    products = torch.backends.cuda.matmul
+    new = products.fp32_precision
+    try:
+        old = products.allow_tf32
+    except RuntimeError:  # where a process has used both, the old one cannot be read
+        old = new == "tf32"
+    products.allow_tf32 = tf32  # sets both
+    try:
+        yield
+    finally:
+        products.allow_tf32 = old
+        products.fp32_precision = new
+
+
+def release(tensors: Sequence[Tensor]) -> None:
+    """Give the memory of tensors back, whoever still refers to them.
+
+    PyTorch's loader never lets go of the tensors that a method was given by address, so that the weights of every
+    session would stay on the GPU until the process ends.
+    """
+    for tensor in tensors:
+        tensor.untyped_storage().resize_(0)
+
+
+class _CudaGraph:
+    """A method as one launch, with inputs and results at fixed places.
+
+    Args:
+        name: Of the method.
+        method: What runs it.
+    """
+
+    def __init__(self, name: str, method: Any) -> None:
+        self._name, self._method = name, method
+        self._calls = 0
+        self._graph: Any = None
+        self._inputs: list[Tensor] = []
+        self._results: list[Tensor] = []
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        self._calls += 1
+        if self._calls == 2:
+            self._record(inputs)
+        if self._graph is None:  # the first call loads kernels, which cannot be recorded
+            return list(self._method.boxed_run(inputs))
+        for place, value in zip(self._inputs, inputs, strict=True):
+            if place is not value:
+                place.copy_(value)
+        self._graph.replay()
+        return list(self._results)
+
+    def _record(self, inputs: list[Tensor]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        self._inputs = [value.clone() for value in inputs]
+        try:
+            with torch.cuda.graph(graph):
+                self._results = list(self._method.boxed_run(list(self._inputs)))
+        except RuntimeError as error:
+            warnings.warn(
+                f"{self._name} is launched kernel by kernel, because it cannot be a CUDA graph: {error}", stacklevel=2
+            )
+            return
+        self._graph = graph
 
 
 def is_package(path: Path) -> bool:

@@ -23,9 +23,10 @@ def cached(
     suffix: str,
     say: Callable[[str], None],
     compile_anew: Callable[[], Program],
+    options: str = "",
 ) -> Program:
     """The program in `folder` whose name is the hash of everything it is made from; made and kept there if missing."""
-    key = content_key(methods, manifest)
+    key = content_key(methods, manifest, options)
     path = folder / f"{key}{suffix}"
     if path.exists():
         try:
@@ -42,14 +43,15 @@ def cached(
     return program
 
 
-def content_key(methods: Mapping[str, GraphProgram], manifest: Manifest) -> str:
-    """SHA-256 over the graphs after all passes, the bytes of every tensor, the manifest and the installed packages.
+def content_key(methods: Mapping[str, GraphProgram], manifest: Manifest, options: str = "") -> str:
+    """SHA-256 over the graphs after all passes, every tensor, the manifest, the backend's options and the packages.
 
     The graphs are those that go into lowering, so a change in any pass changes the key; what happens during lowering
     is covered by the versions of the packages that do it and by the source of the backends.
     """
     digest = hashlib.sha256()
     digest.update(manifest.to_json().encode())
+    digest.update(options.encode())
     digest.update(importlib.metadata.version("mobizo-compiler").encode())
     for source in sorted((Path(__file__).parent.parent / "backends").rglob("*.py")):
         digest.update(source.read_bytes())

@@ -162,17 +162,24 @@ def _wide(value: Any) -> Any:
 
 
 def rounds(program: GraphProgram) -> bool:
-    """Whether values that depend on the inputs are rounded to integers."""
+    """Whether values that depend on the inputs are rounded, to integers or to bfloat16."""
     return any(_unrounded(node) is not None for node in program.graph.nodes)
 
 
 def without_rounding(program: GraphProgram) -> GraphProgram:
-    """The same program with real numbers in place of integers, for comparison."""
+    """The same program with real numbers in place of integers, and float32 in place of bfloat16, for comparison."""
     edit = Editor(program)
+    half = [node for node in edit.graph.nodes if _is_half(node) and edit.tensor(node) is not None]
     for node in list(edit.graph.nodes):
         source = _unrounded(node)
         if source is not None:
             edit.replace(node, source)
+    for node in half:
+        with edit.graph.inserting_before(min(node.users)):
+            whole = edit.call(aten.to.dtype, node, torch.float32)
+        edit.replace(node, whole, keep=whole)
+    if half:
+        edit.refresh()
     return edit.finish(program.facts, (*program.history, "without rounding"))
 
 
@@ -180,8 +187,15 @@ def _unrounded(node: fx.Node) -> fx.Node | None:
     """What a node rounds, if it does; torchao's operators round as one that quantizes and one that dequantizes."""
     if node.target is aten.round.default:
         return operand(node)
+    if node.target is aten.to.dtype and _is_half(node) and operand(node).meta["val"].dtype == torch.float32:
+        return operand(node)
     if operator_name(node) == "torchao::dequantize_affine" and isinstance(node.args[0], fx.Node):
         quantize = operand(node)
         if operator_name(quantize) == "torchao::quantize_affine":
             return operand(quantize)
     return None
+
+
+def _is_half(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16

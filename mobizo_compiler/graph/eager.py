@@ -26,6 +26,10 @@ class EagerArtifact:
         """A runner with a state of its own."""
         return EagerRunner(self.methods)
 
+    def exact_runner(self) -> EagerRunner:
+        """The same: nothing is rounded that the graphs do not round."""
+        return self.runner()
+
     def save(self, path: Path) -> None:
         """Refused: this backend has no file format."""
         raise NotSupportedYetError(

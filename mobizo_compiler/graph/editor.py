@@ -94,6 +94,11 @@ class Editor:
             raise PassContractError("the program has no state", where=str(self.before.history[-1:]))
         return self._of_tensor[STATE]
 
+    @property
+    def new_state(self) -> fx.Node | None:
+        """What the state becomes, also where it is passed out; None in a method that keeps it."""
+        return self._mutated.get(STATE) or self._outputs.get(STATE_INPUT)
+
     def tensor(self, node: fx.Node) -> Tensor | None:
         """The tensor behind a placeholder; None for user inputs and inner nodes."""
         spec = self._input_specs.get(node.name)

@@ -331,7 +331,7 @@ def _labelled(loss: _TokenLoss | ChoiceLoss, outputs: Any, labels: Tensor, first
     if most is None or (isinstance(tokens, int) and most >= tokens):
         return (logits_NTV[:, :-1] if first else logits_NTV), target_NT, counts_NT
     # Labelled tokens have distinct scores above 0, so the K best are all of them, whatever the kernel.
-    score_T = torch.arange(tokens, 0, -1, dtype=torch.float32)
+    score_T = torch.arange(tokens, 0, -1, dtype=torch.float32, device=counts_NT.device)
     position_NK = torch.topk(counts_NT * score_T, most, dim=1).indices
     index_NKV = position_NK.unsqueeze(-1).expand(-1, -1, logits_NTV.shape[2])
     return logits_NTV.gather(1, index_NKV), target_NT.gather(1, position_NK), counts_NT.gather(1, position_NK)

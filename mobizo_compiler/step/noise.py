@@ -47,11 +47,11 @@ def noise_words(seed_1: Tensor, queries: int, count: int) -> tuple[Tensor, Tenso
     Returns:
         Two int32 tensors, shape [Q, count]. Word [k, c] depends on seed, k and c alone.
     """
-    query_Q1 = torch.arange(queries, dtype=torch.int32).reshape(queries, 1)
+    query_Q1 = torch.arange(queries, dtype=torch.int32, device=seed_1.device).reshape(queries, 1)
     key_Q1 = _mix(torch.bitwise_xor(_mix(seed_1 + _i32(0x9E3779B9)), query_Q1 * _i32(0x85EBCA6B) + 1))
     second_key_Q1 = _mix(key_Q1 + 0x5851F42D)
     third_key_Q1 = _mix(second_key_Q1 + 1)
-    counter_C = torch.arange(count, dtype=torch.int32) * _i32(0x9E3779B9)
+    counter_C = torch.arange(count, dtype=torch.int32, device=seed_1.device) * _i32(0x9E3779B9)
     first = _mix(_mix(torch.bitwise_xor(counter_C, key_Q1)) + second_key_Q1)
     return first, _mix(torch.bitwise_xor(first, third_key_Q1))
 
@@ -76,7 +76,13 @@ def noise_values(seed_1: Tensor, queries: int, parameters: int, distribution: st
     return normal if parameters % 2 == 0 else normal[:, :parameters]
 
 
-def noise(seed: int, queries: int, parameters: int, distribution: str = "gaussian") -> Tensor:
+def noise(
+    seed: int,
+    queries: int,
+    parameters: int,
+    distribution: str = "gaussian",
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """The directions z that a step with this seed uses.
 
     Args:
@@ -84,6 +90,8 @@ def noise(seed: int, queries: int, parameters: int, distribution: str = "gaussia
         queries: Number q of queries.
         parameters: Number P of trained parameters.
         distribution: "gaussian" or "rademacher".
+        device: Where it is made. Integers and signs are the same everywhere; normal numbers may differ in the last
+            places, because engines compute cosines and logarithms differently.
 
     Returns:
         float32, shape [q, P]. A site's part is `noise[:, offset:offset + r * out].reshape(q, r, out)`.
@@ -100,4 +108,4 @@ def noise(seed: int, queries: int, parameters: int, distribution: str = "gaussia
     check_int("parameters", parameters, 1, MAX_SEED)
     if distribution not in ("gaussian", "rademacher"):
         raise ConfigError(f"distribution is {distribution!r}", hint='use "gaussian" or "rademacher"')
-    return noise_values(torch.tensor([seed], dtype=torch.int32), queries, parameters, distribution)
+    return noise_values(torch.tensor([seed], dtype=torch.int32, device=device), queries, parameters, distribution)

@@ -62,7 +62,7 @@ class Site:
         if not self.outputs:
             return part
         whole = part.new_zeros(*part.shape[:-1], self.out_features)
-        return whole.index_copy(-1, torch.tensor(self.outputs), part)
+        return whole.index_copy(-1, torch.tensor(self.outputs, device=part.device), part)
 
     def lora_a(self, state: Tensor) -> Tensor:
         """A in a flat state [..., S], where it is trained, as [..., r, in_features]."""
