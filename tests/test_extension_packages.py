@@ -145,8 +145,6 @@ def test_an_operator_whose_rule_is_in_a_package(installed: Path) -> None:
         "operators": ["mobizo_scan::scan"],
         "function": "mobizo_scan:rows_of_scan",
     }
-    with (installed / "mobizo_scan.py").open("a") as file:
-        file.write("\nSCAN = AxisRule(('mobizo_scan::other',), rows_of_scan)\n")
     sys.modules["mobizo_scan"].SCAN = AxisRule(("mobizo_scan::other",), print)  # type: ignore[attr-defined,arg-type]
     with pytest.raises(ExtensionUnavailableError, match="the rule of mobizo_scan::other, not of mobizo_scan::scan"):
         AXIS_RULES.load("mobizo_scan.scan")
