@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,9 +18,12 @@ import torch
 from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
+from mobizo_compiler.analysis.axes import AXIS_RULES, AxisRule
 from mobizo_compiler.cli import app
 from mobizo_compiler.errors import ExtensionUnavailableError, PassContractError, UnknownExtensionError
 from mobizo_compiler.graph import program_text
+from mobizo_compiler.step.losses import get_loss
+from mobizo_compiler.step.rules import get_rule
 from mobizo_compiler.testing import TinyCausalLM, check_against_oracle, check_backend, tiny_batch
 
 EXTENSIONS = Path(__file__).parent.parent / "examples" / "extensions"
@@ -41,14 +45,14 @@ def install(name: str, folder: Path) -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on the path with both packages."""
+    """A folder on the path with all packages."""
     folder = tmp_path / "site"
-    for name in ("silu_pass", "torch_file_backend"):
-        install(name, folder)
+    for source in EXTENSIONS.iterdir():
+        install(source.name, folder)
     monkeypatch.syspath_prepend(folder)
     yield folder
-    for module in ("mobizo_silu", "mobizo_torch_file", "test_silu"):
-        sys.modules.pop(module, None)
+    for file in EXTENSIONS.glob("*/*.py"):
+        sys.modules.pop(file.stem, None)
 
 
 @pytest.mark.parametrize("file", sorted(EXTENSIONS.glob("*/mobizo_*.py")), ids=lambda file: file.stem)
@@ -115,6 +119,110 @@ def test_a_name_that_is_no_pass(installed: Path) -> None:
 
 def test_the_backend_keeps_the_contract(installed: Path) -> None:
     check_backend("torch-file")
+
+
+@pytest.mark.parametrize(
+    ("package", "test"),
+    [
+        ("leave_one_out_estimator", "test_leave_one_out"),
+        ("lion_rule", "test_lion"),
+        ("focal_loss", "test_focal"),
+        ("scan_axis_rule", "test_scan"),
+    ],
+)
+def test_the_tests_of_what_a_step_is_made_of(
+    package: str, test: str, installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files that authors copy; `tests/test_suites.py` has what the suites find wrong."""
+    monkeypatch.syspath_prepend(EXTENSIONS / package)
+    getattr(importlib.import_module(test), test)()
+
+
+def test_an_operator_whose_rule_is_in_a_package(installed: Path) -> None:
+    """The rule is found by the name of the operator, and loaded when a graph has it."""
+    assert AXIS_RULES.names()["mobizo_scan.scan"] == "mobizo_scan:SCAN" and "mobizo_scan" not in sys.modules
+    assert AXIS_RULES.load("mobizo_scan.scan").to_json() == {
+        "operators": ["mobizo_scan::scan"],
+        "function": "mobizo_scan:rows_of_scan",
+    }
+    sys.modules["mobizo_scan"].SCAN = AxisRule(("mobizo_scan::other",), print)  # type: ignore[attr-defined,arg-type]
+    with pytest.raises(ExtensionUnavailableError, match="the rule of mobizo_scan::other, not of mobizo_scan::scan"):
+        AXIS_RULES.load("mobizo_scan.scan")
+
+
+METHOD = ("--rule", "lion", "--rule-options", '{"beta1": 0.8}', "--estimator", "leave-one-out", "--zo-queries", "3")
+METHOD += ("--loss", "focal", "--loss-options", '{"gamma": 1.5}')
+
+
+def test_estimator_rule_and_loss_from_the_command_line(installed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Compiled by name in a process of its own, opened and trained in others, with the packages and without them."""
+    file, rows = tmp_path / "program.pte", tmp_path / "rows.csv"
+    rows.write_text("text,tone\n" + "lovely day,happy\ngrim rain,sad\n" * 4)
+    mobizo_command = [sys.executable, "-m", "mobizo_compiler"]
+    root = str(EXTENSIONS.parents[1])
+    line = [*mobizo_command, "compile", tiny_model, "-o", file, "--quiet", "--tokens", "12", "--backend", "portable"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), root])}
+    subprocess.run([*line, *METHOD], env=environment, check=True)
+    found = json.loads(run("inspect", file, "--json"))
+    assert found["rule"] == {"name": "lion", "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.99}
+    assert (found["loss"], found["zo"]["estimator"], found["lanes"]) == (
+        {"name": "focal", "gamma": 1.5},
+        "leave-one-out",
+        3,
+    )
+    manifest = mobizo.load(file).manifest
+    assert [type(v).__name__ for v in (get_rule(manifest.rule), get_loss(manifest.loss))] == ["Lion", "FocalLoss"]
+    prompt = ["--template", r"Message :\n{text}", "--answer-column", "tone", "--learning-rate", "0.001"]
+    finetune = [*mobizo_command, "finetune", file, "--data", rows, *prompt, "--steps", "2", "--json", "--quiet"]
+    for path in (root, environment["PYTHONPATH"]):
+        run_folder = tmp_path / f"run{len(path)}"
+        done = subprocess.run(
+            [*finetune, "--run", run_folder], env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True
+        )
+        assert json.loads(done.stdout)["steps"] == 2
+
+
+def test_options_from_a_file(installed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "options.toml"
+    config.write_text(
+        '[compile]\ntokens = 5\nbackend = "portable"\n[compile.rule]\nrule = "lion"\noptions = {beta2 = 0.5}\n'
+        '[compile.loss]\nkind = "focal"\n[compile.zo]\nestimator = "leave-one-out"\n'
+    )
+    text = run("compile", tiny_model, "--config", config, "--dry-run", "--quiet", "--loss-options", '{"gamma": 3}')
+    text = " ".join(text.split())
+    assert "focal(gamma=3)" in text and "lion(weight_decay=0.0, beta1=0.9, beta2=0.5)" in text
+    assert "leave-one-out, 4 queries, 4 lanes" in text
+
+
+def test_the_list_of_extensions(installed: Path) -> None:
+    """Everything is there with its package, and what is broken is named and harms nothing."""
+    (installed / "mobizo_lion.py").write_text("raise OSError('liblion.so is missing')\n")
+    listed = {(row["kind"], row["name"]): row for row in json.loads(run("extensions", "--json"))}
+    origins = {key: row["origins"][0]["distribution"] for key, row in listed.items()}
+    assert origins["estimator", "leave-one-out"] == "mobizo-leave-one-out 0.1.0"
+    assert origins["axis rule", "mobizo_scan.scan"] == "mobizo-scan 0.1.0"
+    assert origins["pass", "spell-out-silu"] == "mobizo-silu 0.1.0"
+    assert origins["loss", "causal-lm"] == origins["axis rule", "softmax"] == f"mobizo-compiler {mobizo.__version__}"
+    assert {key for key, row in listed.items() if row["reason"] is not None} == {("update rule", "lion")}
+    assert "liblion.so is missing" in listed["update rule", "lion"]["reason"]
+    table = run("extensions")
+    assert "leave-one-out" in table and "operators of torch" in table and "liblion.so" in table
+
+
+@pytest.mark.slow
+def test_all_packages_installed_by_pip(tmp_path: Path) -> None:
+    """Built and installed as a user would, and listed by a process that was told nothing else."""
+    folder = tmp_path / "site"
+    shutil.copytree(EXTENSIONS, tmp_path / "source")  # building leaves files beside the source
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    sources = sorted((tmp_path / "source").iterdir())
+    subprocess.run([*pip, "--no-build-isolation", "--target", folder, *sources], check=True, timeout=600)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(EXTENSIONS.parents[1])])}
+    line = [sys.executable, "-m", "mobizo_compiler", "extensions", "--json"]
+    done = subprocess.run(line, env=environment, check=True, capture_output=True, text=True)
+    found = {row["name"]: row["reason"] for row in json.loads(done.stdout)}
+    names = ["leave-one-out", "lion", "focal", "mobizo_scan.scan", "spell-out-silu", "torch-file"]
+    assert [found[name] for name in names] == [None] * len(names)
 
 
 def run(*arguments: object) -> str:

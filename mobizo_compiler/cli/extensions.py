@@ -17,6 +17,7 @@ from mobizo_compiler.analysis.axes import AXIS_RULES
 from mobizo_compiler.backends import BACKENDS
 from mobizo_compiler.cli.app import AsJson, Quiet, app, print_json
 from mobizo_compiler.cli.options import ConfigFile
+from mobizo_compiler.compiling.insertions import INSERTIONS
 from mobizo_compiler.errors import MobizoError
 from mobizo_compiler.extensions import Origin, Registry
 from mobizo_compiler.inspection.machine import DISTRIBUTION
@@ -24,12 +25,12 @@ from mobizo_compiler.step.estimators import ESTIMATORS
 from mobizo_compiler.step.losses import LOSSES
 from mobizo_compiler.step.rules import RULES
 
-REGISTRIES: tuple[Registry[Any], ...] = (BACKENDS, ESTIMATORS, RULES, LOSSES, AXIS_RULES)
+REGISTRIES: tuple[Registry[Any], ...] = (BACKENDS, INSERTIONS, ESTIMATORS, RULES, LOSSES, AXIS_RULES)
 
 
 @app.command("extensions")
 def show_extensions(config: ConfigFile = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List backends, estimators, update rules, losses and axis rules, with the package that brings each.
+    """List backends, passes, estimators, update rules, losses and axis rules by name, with the package of each.
 
     Each is loaded, and one that is broken harms no other. Whether a backend can be used here, mobizo backends says.
     """
@@ -59,7 +60,7 @@ class ListedExtension:
     """A name under which an extension is installed.
 
     Args:
-        kind: Backend, estimator, update rule, loss, or axis rule.
+        kind: Backend, pass, estimator, update rule, loss, or axis rule.
         name: Its name; an axis rule's is that of the operator.
         origins: Who claims the name; more than one if packages collide.
         reason: Why it cannot be loaded; None if it can.
