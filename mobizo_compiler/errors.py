@@ -241,7 +241,7 @@ class BackendRefusedError(MobizoError):
 class LoweringError(MobizoError):
     """The lowered program is not the program that was asked for (state lost, or numbers that differ).
 
-    The compiler compares a step, a replay and an evaluation with the graphs that they were made from, and refuses a
+    The compiler compares a step, a replay and evaluations with the model that it was given, and refuses a
     program that computes something else. It names the method and the numbers. Try `backend="portable"`: if that
     works, the engine under the other backend is at fault. Report it either way.
     """

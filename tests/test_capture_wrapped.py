@@ -1,4 +1,4 @@
-"""Models as people hold them: wrapped, with adapters of peft in them, without weights, exported in any mode."""
+"""Models as people hold them: wrapped, with adapters of peft in them, without weights, exported in another mode."""
 
 from __future__ import annotations
 

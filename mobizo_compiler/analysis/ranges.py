@@ -8,6 +8,7 @@ that they exceed is refused before anything is lowered.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,17 +70,24 @@ def input_ranges(program: GraphProgram) -> dict[str, tuple[int, int]]:
     inputs = program.inputs
     found: dict[str, tuple[int, int]] = {}
     for table, index in _lookups(program):
-        node = index
-        while operator_name(node) in _SAME or (operator_name(node) in _CASTS and _is_integer(operand(node))):
-            node = operand(node)
-        if node.op == "placeholder" and node.name in inputs:
+        node = _origin(index)
+        if node.name in inputs:
             entries = int(table.meta["val"].shape[0])
             found[node.name] = (0, min(entries - 1, found.get(node.name, (0, entries - 1))[1]))
     return found
 
 
+def _origin(index: fx.Node) -> fx.Node:
+    """What the numbers of an index were before they were reshaped and cast."""
+    while operator_name(index) in _SAME or (operator_name(index) in _CASTS and _is_integer(operand(index))):
+        index = operand(index)
+    return index
+
+
 def check_lookups(program: GraphProgram, example: Sequence[Tensor]) -> None:
-    """Refuse tables that positions which the graph counts itself go beyond.
+    """Refuse tables that positions which the graph counts itself go beyond, for some mask.
+
+    Bounds are known where they are reached: what two values make together, or a condition lets through, is not.
 
     Args:
         program: What was captured.
@@ -91,8 +99,8 @@ def check_lookups(program: GraphProgram, example: Sequence[Tensor]) -> None:
     bounds = _Bounds(program, example)
     for table, index in _lookups(program):
         found, entries = bounds.of(index), int(table.meta["val"].shape[0])
-        if found is None or found.high < entries:
-            continue
+        if found is None or found.high < entries or _origin(index).name in program.inputs:
+            continue  # what an input holds is looked at in every call
         longest = index.meta["val"].shape[-1] if index.meta["val"].dim() else None
         fits = longest - (found.high - entries + 1) if found.grows and isinstance(longest, int) else 0
         raise _past_end(program, table, index, f"are read up to position {found.high}", fits)
@@ -245,10 +253,12 @@ def _of_argmax(bounds: _Bounds, node: fx.Node) -> Bounds | None:
     return None if count is None else Bounds(0, count - 1, grows=True)
 
 
-def _arithmetic(combine: Callable[[int, int], int]) -> Callable[[_Bounds, fx.Node], Bounds | None]:
+def _arithmetic(combine: Callable[[int, int], int], of: int = -1) -> Callable[[_Bounds, fx.Node], Bounds | None]:
     def rule(bounds: _Bounds, node: fx.Node) -> Bounds | None:
         left, right = bounds.of(node.args[0]), bounds.of(node.args[1])
         if left is None or right is None or node.kwargs.get("alpha", 1) != 1:
+            return None
+        if not any(one.low == one.high or (one.low >= 0 and one.high <= of) for one in (left, right)):
             return None
         ends = [combine(a, b) for a in (left.low, left.high) for b in (right.low, right.high)]
         return Bounds(min(ends), max(ends), left.grows or right.grows)
@@ -271,27 +281,13 @@ def _of_remainder(bounds: _Bounds, node: fx.Node) -> Bounds | None:
     return Bounds(0, divisor - 1) if isinstance(divisor, int) and divisor > 0 else None
 
 
-def _joined(*positions: int) -> Callable[[_Bounds, fx.Node], Bounds | None]:
-    def rule(bounds: _Bounds, node: fx.Node) -> Bounds | None:
-        found = [bounds.of(node.args[position]) for position in positions]
-        return _union(found)
-
-    return rule
-
-
 def _of_parts(bounds: _Bounds, node: fx.Node) -> Bounds | None:
     parts: Any = node.args[0]
-    return _union([bounds.of(part) for part in parts])
-
-
-def _union(found: Sequence[Bounds | None]) -> Bounds | None:
-    known = [bounds for bounds in found if bounds is not None]
+    found = [bounds.of(part) for part in parts]
+    known = [one for one in found if one is not None]
     if len(known) < len(found) or not known:
         return None
-    whole = known[0]
-    for bounds in known[1:]:
-        whole = whole.joined(bounds)
-    return whole
+    return functools.reduce(Bounds.joined, known)
 
 
 def _of_fill(position: int) -> Callable[[_Bounds, fx.Node], Bounds | None]:
@@ -306,16 +302,12 @@ _RULES: Mapping[str, Callable[[_Bounds, fx.Node], Bounds | None]] = {
     "argmin": _of_argmax,
     "add": _arithmetic(lambda a, b: a + b),
     "sub": _arithmetic(lambda a, b: a - b),
-    "mul": _arithmetic(lambda a, b: a * b),
-    "minimum": _arithmetic(min),
-    "maximum": _arithmetic(max),
+    "mul": _arithmetic(lambda a, b: a * b, of=1),
     "neg": lambda bounds, node: _negated(bounds.of(node.args[0])),
     "rsub": _arithmetic(lambda a, b: b - a),
     "clamp": _of_clamp,
     "clamp_min": _of_clamp,
     "remainder": _of_remainder,
-    "where": _joined(1, 2),
-    "masked_fill": _joined(0, 2),
     "cat": _of_parts,
     "stack": _of_parts,
     "full": _of_fill(1),

@@ -134,7 +134,7 @@ def _check_networks(loaded: Backend) -> None:
     gated = nn.Sequential(
         nn.Linear(12, 32), nn.LayerNorm(32), nn.SiLU(), nn.Linear(32, 64), nn.SiLU(), nn.Linear(64, 5)
     )
-    lora = LoraConfig(r=3, lora_alpha=6, target_modules=("2",))
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=("3",))
     for recipe in ("8da8w", "8da4w"):
         quantization = QuantizationConfig(recipe, skip=("0",))
         try:  # `compile` compares with the model whose weights were rounded
