@@ -6,6 +6,7 @@ from mobizo_compiler.passes.capture import capture, empty_program, outputs_of
 from mobizo_compiler.passes.difference_losses import DifferenceLosses
 from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
 from mobizo_compiler.passes.free_rows import FreeRows
+from mobizo_compiler.passes.hoist_picks import HoistPicks
 from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
 from mobizo_compiler.passes.merge_siblings import MergeSiblings
 from mobizo_compiler.passes.pass_state import PassState
@@ -13,7 +14,6 @@ from mobizo_compiler.passes.perturb import Perturb
 from mobizo_compiler.passes.prefix import AfterPrefix, Prefix
 from mobizo_compiler.passes.quantize import Quantize
 from mobizo_compiler.passes.replay import Replay
-from mobizo_compiler.passes.slice_labels import SliceLabels
 from mobizo_compiler.passes.slice_outputs import SliceOutputs
 from mobizo_compiler.passes.specialize import Specialize
 from mobizo_compiler.passes.update_state import UpdateState
@@ -25,6 +25,7 @@ __all__ = [
     "DifferenceLosses",
     "DuplicateLanes",
     "FreeRows",
+    "HoistPicks",
     "InsertMPLoRA",
     "MergeSiblings",
     "PassState",
@@ -32,7 +33,6 @@ __all__ = [
     "Prefix",
     "Quantize",
     "Replay",
-    "SliceLabels",
     "SliceOutputs",
     "Specialize",
     "UpdateState",

@@ -20,7 +20,7 @@ from mobizo_compiler.errors import LossError, MobizoError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.graph.program import LABELS
+from mobizo_compiler.graph.program import LABELS_INPUT
 from mobizo_compiler.step.losses import Loss
 
 
@@ -48,7 +48,7 @@ class AttachLoss(Pass):
                 f"the first axis must be the {rows} rows",
                 hint="the outputs have their rows elsewhere: pass a function of outputs and labels as the loss",
             )
-        labels = edit.add_input(LABELS, (rows, *wanted.shape[1:]), wanted.dtype, row_axis=0)
+        labels = edit.add_input(LABELS_INPUT, (rows, *wanted.shape[1:]), wanted.dtype, row_axis=0)
 
         def row_losses(labels: Tensor, *leaves: Tensor) -> Any:
             return self.loss(nesting.unflatten(leaves), labels)

@@ -18,7 +18,7 @@ from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.graph.program import EPS
+from mobizo_compiler.graph.program import EPS_INPUT
 from mobizo_compiler.step.estimators import get_estimator, gradient_of, scaled
 
 
@@ -48,4 +48,4 @@ class DifferenceLosses(Pass):
 
         row_loss, row_weight = edit.outputs["row_loss"], edit.outputs["row_weight"]
         with edit.graph.inserting_before(edit.graph.output_node()):
-            edit.set_outputs(edit.inline(differences, row_loss, row_weight, edit.inputs[EPS]))
+            edit.set_outputs(edit.inline(differences, row_loss, row_weight, edit.inputs[EPS_INPUT]))

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, fx
 
 from mobizo_compiler.analysis.axes import Layout, row_axes
-from mobizo_compiler.analysis.targets import Target, find_targets, resolve_targets
+from mobizo_compiler.analysis.targets import LayerCall, find_targets, resolve_targets
 from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.errors import AdapterError, NoMatchingTargetError, NotSupportedYetError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
@@ -120,7 +120,7 @@ class InsertMPLoRA(Pass):
                 )
         return {site.fqn: self.given[site.fqn][0] for site in sites}
 
-    def _targets(self, every: dict[str, list[Target]], lora: LoraConfig) -> dict[str, list[Target]]:
+    def _targets(self, every: dict[str, list[LayerCall]], lora: LoraConfig) -> dict[str, list[LayerCall]]:
         """Calls of targeted layers by path, in order of first call."""
         found = {fqn: targets for fqn, targets in every.items() if lora.matches(fqn)}
         if not found:
@@ -133,7 +133,7 @@ class InsertMPLoRA(Pass):
             )
         return found
 
-    def _layout(self, calls: dict[str, list[Target]]) -> tuple[Site, ...]:
+    def _layout(self, calls: dict[str, list[LayerCall]]) -> tuple[Site, ...]:
         sites, offset = [], 0
         for fqn, targets in calls.items():
             first = targets[0]
@@ -163,7 +163,7 @@ class InsertMPLoRA(Pass):
                 offset += sites[index].trained - site.size
         return tuple(sites)
 
-    def _outputs(self, fqn: str, targets: list[Target]) -> tuple[int, ...]:
+    def _outputs(self, fqn: str, targets: list[LayerCall]) -> tuple[int, ...]:
         """The outputs of a layer that are adapted, where the loss reads a few of them; empty for all."""
         wanted: set[int] = set()
         for target in targets:
@@ -207,7 +207,7 @@ def _places(site: Site) -> Tensor:
     )
 
 
-def _branch(edit: Editor, target: Target, lora_a: fx.Node | None, lanes: _Lanes) -> None:
+def _branch(edit: Editor, target: LayerCall, lora_a: fx.Node | None, lanes: _Lanes) -> None:
     layer, result = target.call, target.result
     with edit.graph.inserting_before(result.next):
         if target.kernel:

@@ -22,7 +22,7 @@ from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.graph.program import EPS, SEED
+from mobizo_compiler.graph.program import EPS_INPUT, SEED_INPUT
 from mobizo_compiler.step.estimators import get_estimator, lanes_of
 from mobizo_compiler.step.noise import noise_values
 
@@ -42,8 +42,8 @@ class Perturb(Pass):
         old = edit.values["lanes"]
         parameters = old.meta["val"].shape[1]
         estimator = get_estimator(self.zo.estimator)
-        seed = edit.add_input(SEED, [1], torch.int32)
-        eps = edit.add_input(EPS, [1], torch.float32)
+        seed = edit.add_input(SEED_INPUT, [1], torch.int32)
+        eps = edit.add_input(EPS_INPUT, [1], torch.float32)
 
         def perturbed(trained_P: Tensor, seed_1: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
             noise_QP = noise_values(seed_1, self.zo.queries, parameters, self.zo.noise)

@@ -20,7 +20,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors, operand
 from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.graph.program import LABELS, PREFIX
+from mobizo_compiler.graph.program import LABELS_INPUT, PREFIX
 from mobizo_compiler.passes.duplicate_lanes import REPEATED
 
 aten = torch.ops.aten
@@ -41,13 +41,13 @@ class AfterPrefix(Pass):
             repeated = [copy for copy in copies if operand(copy) is value]
             axis = _row_axis(repeated[0]) if repeated else edit.rows.get(value.name)
             shape, dtype = value.meta["val"].shape, value.meta["val"].dtype
-            given = edit.add_input(f"{PREFIX}{index}", shape, dtype, before=edit.inputs[LABELS], row_axis=axis)
+            given = edit.add_input(f"{PREFIX}{index}", shape, dtype, before=edit.inputs[LABELS_INPUT], row_axis=axis)
             for copy in repeated:
                 copy.args = (given, copy.args[1])
             if value.op == "placeholder":
                 edit.replace(value, given)
         for name, node in edit.inputs.items():
-            if name != LABELS and not name.startswith(PREFIX):
+            if name != LABELS_INPUT and not name.startswith(PREFIX):
                 edit.remove_input(node)
 
 
@@ -73,7 +73,7 @@ class Prefix(Pass):
 def cut(edit: Editor) -> list[fx.Node]:
     """The values from which a step can start: what is repeated for the lanes, and inputs that all lanes share."""
     copies = _copies(edit)
-    values = list(dict.fromkeys(operand(copy) for copy in copies if operand(copy).name != LABELS))
+    values = list(dict.fromkeys(operand(copy) for copy in copies if operand(copy).name != LABELS_INPUT))
     pending = list(edit.outputs.values())
     needed = set(pending)
     while pending:  # what the step is made of, without what is before the cut
@@ -82,7 +82,9 @@ def cut(edit: Editor) -> list[fx.Node]:
             if inner not in needed:
                 needed.add(inner)
                 pending.append(inner)
-    shared = [node for name, node in edit.inputs.items() if name != LABELS and node in needed and node not in values]
+    shared = [
+        node for name, node in edit.inputs.items() if name != LABELS_INPUT and node in needed and node not in values
+    ]
     return values + shared
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler.analysis.targets import Target, find_targets, linear_weight
+from mobizo_compiler.analysis.targets import LayerCall, find_targets, linear_weight
 from mobizo_compiler.errors import QuantizationError
 from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.graph import facts
@@ -48,13 +48,13 @@ class Quantize(Pass):
 
     Args:
         config: A `QuantizationConfig`, or a configuration of torchao for all linear layers.
-        heads: Paths of the output layers.
+        output_layers: Paths of the output layers.
         smoothing: What the inputs of a layer are multiplied by before they are rounded, by the path of its weight.
         stored: Weights that another method quantized already, by what they were made from; more are added.
     """
 
     config: Any
-    heads: tuple[str, ...] = ()
+    output_layers: tuple[str, ...] = ()
     smoothing: Mapping[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     stored: dict[tuple[str, str, str], StoredWeight] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
@@ -82,7 +82,7 @@ class Quantize(Pass):
             )
         _share_rounded_inputs(edit)
 
-    def _linear(self, edit: Editor, fqn: str, target: Target) -> None:
+    def _linear(self, edit: Editor, fqn: str, target: LayerCall) -> None:
         node = target.call
         found = linear_weight(edit, target)
         if found is None:
@@ -90,7 +90,7 @@ class Quantize(Pass):
         name, weight = found
         recipe = self.config
         if isinstance(self.config, QuantizationConfig):
-            recipe = self.config.recipe_of(fqn, fqn in self.heads)
+            recipe = self.config.recipe_of(fqn, fqn in self.output_layers)
         if recipe == "none":
             return
         group_size = getattr(self.config, "group_size", 0)
@@ -117,14 +117,14 @@ class Quantize(Pass):
 
     def _embedding(self, edit: Editor, node: fx.Node) -> None:
         table = edit.tensor(operand(node))
-        if not isinstance(self.config, QuantizationConfig) or self.config.rows == "none" or table is None:
+        if not isinstance(self.config, QuantizationConfig) or self.config.table_recipe == "none" or table is None:
             return
         name = str(edit.tensor_name(operand(node)))
         if table.dtype != torch.float32 or self.config.recipe_of(name.removesuffix(".weight"), False) == "none":
             return
-        key = (name, "rows", self.config.rows)
+        key = (name, "rows", self.config.table_recipe)
         if key not in self.stored:
-            self.stored[key] = store_table(table, self.config.rows, self.config.group_size, name)
+            self.stored[key] = store_table(table, self.config.table_recipe, self.config.group_size, name)
         stored = self.stored[key]
         assert stored.rows is not None
         with edit.graph.inserting_before(node):

@@ -21,7 +21,7 @@ from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.graph.program import LEARNING_RATE, PROJECTED_GRADIENT, SEED
+from mobizo_compiler.graph.program import LEARNING_RATE_INPUT, PROJECTED_GRADIENT_INPUT, SEED_INPUT
 from mobizo_compiler.passes.update_state import updated_state
 from mobizo_compiler.step.noise import noise_values
 from mobizo_compiler.step.rules import PLAIN, UpdateRule, initial_memory
@@ -45,9 +45,9 @@ class Replay(Pass):
         parameters, zo = sum(site.trained for site in self.sites), self.zo
         edit.sites = self.sites
         state = edit.add_state(initial_state(self.sites, self.lora_a, initial_memory(self.rule, parameters)))
-        seed = edit.add_input(SEED, [1], torch.int32)
-        gradient = edit.add_input(PROJECTED_GRADIENT, [zo.queries], torch.float32)
-        learning_rate = edit.add_input(LEARNING_RATE, [1], torch.float32)
+        seed = edit.add_input(SEED_INPUT, [1], torch.int32)
+        gradient = edit.add_input(PROJECTED_GRADIENT_INPUT, [zo.queries], torch.float32)
+        learning_rate = edit.add_input(LEARNING_RATE_INPUT, [1], torch.float32)
         update = updated_state(zo.queries, self.rule)
 
         def replay(state_S: Tensor, seed_1: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:

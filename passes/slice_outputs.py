@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler.analysis.narrowing import TokenCall, narrowable, token_call
+from mobizo_compiler.analysis.narrowing import NarrowCall, narrow_call, narrowable
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import slice_bounds
@@ -79,7 +79,7 @@ def outputs_read(node: fx.Node) -> set[int] | None:
 def _entry_by_entry(node: fx.Node, source: fx.Node) -> bool:
     """Whether a call makes every entry of the last axis of its result of the same entry of a value alone."""
     value = node.meta.get("val")
-    call = token_call(node, value.dim() - 1, None) if isinstance(value, Tensor) else None
+    call = narrow_call(node, value.dim() - 1, None) if isinstance(value, Tensor) else None
     return call is not None and call.axes.get(source) == _last(source)
 
 
@@ -103,16 +103,16 @@ def _filled(rows: list[int], width: int) -> list[int]:
     return rows + list(itertools.islice(others, -len(rows) % MULTIPLE))
 
 
-def _call(edit: Editor, node: fx.Node, axis: int) -> TokenCall | None:
+def _call(edit: Editor, node: fx.Node, axis: int) -> NarrowCall | None:
     """How to make a call for some entries of an axis of its result, or None. A layer's are rows of its weight."""
     if axis == _last(node) and node.target is aten.linear.default:
         parameters = [inner for inner in node.args[1:] if isinstance(inner, fx.Node)]
         known = all(edit.tensor(inner) is not None for inner in parameters)
-        return TokenCall(dict.fromkeys(parameters, 0)) if known else None
-    return token_call(node, axis, None)
+        return NarrowCall(dict.fromkeys(parameters, 0)) if known else None
+    return narrow_call(node, axis, None)
 
 
-def _narrow(edit: Editor, calls: dict[fx.Node, TokenCall], slices: dict[fx.Node, range], rows: list[int]) -> None:
+def _narrow(edit: Editor, calls: dict[fx.Node, NarrowCall], slices: dict[fx.Node, range], rows: list[int]) -> None:
     value, few = next(iter(calls)), dict[fx.Node, fx.Node]()
 
     def source(node: fx.Node, axis: int, rank: int) -> fx.Node:

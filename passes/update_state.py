@@ -23,7 +23,7 @@ from torch import Tensor
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.graph.program import EPS, LEARNING_RATE
+from mobizo_compiler.graph.program import EPS_INPUT, LEARNING_RATE_INPUT
 from mobizo_compiler.step.rules import PLAIN, UpdateRule, updated
 
 
@@ -52,7 +52,7 @@ class UpdateState(Pass):
     def rewrite(self, edit: Editor) -> None:
         """Append the update and mark the state as changed."""
         noise, gradient = edit.values["noise"], edit.outputs["projected_gradient"]
-        learning_rate = edit.add_input(LEARNING_RATE, [1], torch.float32, before=edit.inputs[EPS])
+        learning_rate = edit.add_input(LEARNING_RATE_INPUT, [1], torch.float32, before=edit.inputs[EPS_INPUT])
         update = updated_state(noise.meta["val"].shape[0], self.rule)
         with edit.graph.inserting_before(edit.graph.output_node()):
             edit.mutate_state(edit.inline(update, edit.state, noise, gradient, learning_rate))

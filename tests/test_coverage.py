@@ -80,7 +80,7 @@ def default_targets(case: Case) -> tuple[str, ...]:
     """The layers that are adapted if the user names none."""
     model = case.model()
     example = bind_example(model, case.inputs(), case.options.get("row_axes"))
-    front = [passes.AttachLoss(case.loss), passes.Canonicalize(), passes.FreeRows(), passes.SliceLabels()]
+    front = [passes.AttachLoss(case.loss), passes.Canonicalize(), passes.FreeRows(), passes.HoistPicks()]
     for symbolic in (True, False):
         try:
             captured = passes.capture(model, example, symbolic=symbolic)

@@ -33,7 +33,7 @@ def adapted(layers: int, last: int) -> GraphProgram:
         [
             passes.AttachLoss(CausalLMLoss(max_labels=1)),
             passes.Canonicalize(),
-            passes.SliceLabels(),
+            passes.HoistPicks(),
             passes.InsertMPLoRA(lora),
         ]
     ).run(passes.capture(TinyCausalLM(layers=layers).eval(), bind_example(None, inputs)))

@@ -210,8 +210,8 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], Any]]
         in_place_of(replay, "noise_values", lambda made: lambda seed, *a: made(seed + 1, *a)),
         decoder,
     ),
-    "another position is picked": (of_pass(passes.SliceLabels, other_position), decoder),
-    "picking loses the mask": (of_pass(passes.SliceLabels, mask_lost), decoder),
+    "another position is picked": (of_pass(passes.HoistPicks, other_position), decoder),
+    "picking loses the mask": (of_pass(passes.HoistPicks, mask_lost), decoder),
     "canonical form drops a bias": (of_pass(passes.Canonicalize, bias_dropped), encoder),
     "attention is scaled 1 % too much": (
         of_pass(DecomposeAttention, scaled_result(aten.bmm.default, 1.01)),

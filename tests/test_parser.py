@@ -97,7 +97,7 @@ def test_programs_of_all_stages() -> None:
     zo = ZOConfig(queries=1)
     lora = LoraConfig(r=2, target_modules=("q_proj", "v_proj"))
     parts: list[list[Pass]] = [
-        [passes.AttachLoss(CausalLMLoss(max_labels=1)), passes.Canonicalize(), passes.SliceLabels()],
+        [passes.AttachLoss(CausalLMLoss(max_labels=1)), passes.Canonicalize(), passes.HoistPicks()],
         [passes.InsertMPLoRA(lora), passes.DuplicateLanes(2), passes.Perturb(zo), passes.DifferenceLosses(zo)],
         [passes.UpdateState(), passes.Specialize(3), passes.Quantize(QuantizationConfig("8da8w")), SpellOut()],
     ]

@@ -169,8 +169,8 @@ CASES: dict[str, Case] = {
         return output_0 = %view_1
         """,
     ),
-    "slice_labels": of(
-        passes.SliceLabels(), DECODER, passes.AttachLoss(CausalLMLoss(max_labels=2)), passes.Canonicalize()
+    "hoist_picks": of(
+        passes.HoistPicks(), DECODER, passes.AttachLoss(CausalLMLoss(max_labels=2)), passes.Canonicalize()
     ),
     "slice_outputs": of(
         passes.SliceOutputs(),
@@ -526,7 +526,7 @@ def test_golden_texts_can_be_read(name: str) -> None:
 
 # -- more of single passes ---------------------------------------------------------------------------------------------
 
-MORE = ("adapter_on_few_outputs", "capture", "late_duplication", "slice_labels_attention", "slice_labels_first_token")
+MORE = ("adapter_on_few_outputs", "capture", "late_duplication", "hoist_picks_attention", "hoist_picks_first_token")
 
 
 def test_capture(golden: Callable[[str, str], None]) -> None:
@@ -544,15 +544,15 @@ def with_labels(layers: int = 1) -> GraphProgram:
     return Pipeline([passes.AttachLoss(CausalLMLoss(max_labels=1)), passes.Canonicalize()]).run(program)
 
 
-def test_slice_labels_into_the_last_attention(golden: Callable[[str, str], None]) -> None:
-    lines = program_text(passes.SliceLabels()(with_labels())).splitlines()
+def test_hoist_picks_into_the_last_attention(golden: Callable[[str, str], None]) -> None:
+    lines = program_text(passes.HoistPicks()(with_labels())).splitlines()
     shown = ("gather(", "= linear(", "topk(", "scaled_dot_product_attention(", "softmax")
-    golden("slice_labels_attention.txt", "\n".join(line for line in lines if any(s in line for s in shown)) + "\n")
+    golden("hoist_picks_attention.txt", "\n".join(line for line in lines if any(s in line for s in shown)) + "\n")
 
 
-def test_slice_labels_moves_a_selection_of_the_first_token(request: pytest.FixtureRequest) -> None:
+def test_hoist_picks_moves_a_selection_of_the_first_token(request: pytest.FixtureRequest) -> None:
     check_pass(
-        passes.SliceLabels(),
+        passes.HoistPicks(),
         """
         tensor %p_up_weight: f32[10, 6]
         tensor %p_norm_weight: f32[10]
@@ -565,7 +565,7 @@ def test_slice_labels_moves_a_selection_of_the_first_token(request: pytest.Fixtu
           %linear_1 = linear(%select, %p_head_weight)
         return output_0 = %linear_1
         """,
-        golden=GOLDEN / "slice_labels_first_token.txt",
+        golden=GOLDEN / "hoist_picks_first_token.txt",
         accept=request.config.getoption("--accept"),
     )
 
@@ -606,6 +606,6 @@ def test_outputs_that_are_read_whole_are_made_whole() -> None:
 
 def test_late_duplication(golden: Callable[[str, str], None]) -> None:
     lora = LoraConfig(r=4, lora_alpha=6, target_modules=("q_proj", "v_proj"), layers_to_transform=(1,))
-    before = Pipeline([passes.SliceLabels(), passes.InsertMPLoRA(lora)]).run(with_labels(layers=2))
+    before = Pipeline([passes.HoistPicks(), passes.InsertMPLoRA(lora)]).run(with_labels(layers=2))
     lines = program_text(passes.DuplicateLanes(4)(before)).splitlines()
     golden("late_duplication.txt", "\n".join(line for line in lines if "repeat(" in line or "= linear(" in line) + "\n")

@@ -106,7 +106,7 @@ def test_passes_leave_their_input_alone(captured: GraphProgram) -> None:
         passes.Canonicalize(),
         passes.AttachLoss(CausalLMLoss()),
         passes.Canonicalize(),
-        passes.SliceLabels(),
+        passes.HoistPicks(),
         passes.InsertMPLoRA(lora),
         passes.DuplicateLanes(4),
         passes.Perturb(ZOConfig(queries=2)),
@@ -254,7 +254,7 @@ def test_the_work_on_a_graph_grows_with_its_size(captured: GraphProgram) -> None
 
         profile = cProfile.Profile()
         profile.enable()
-        Pipeline([Constants(), passes.Canonicalize(), passes.SliceLabels()]).run(program)
+        Pipeline([Constants(), passes.Canonicalize(), passes.HoistPicks()]).run(program)
         profile.disable()
         return sum(entry.callcount for entry in profile.getstats())
 

@@ -27,10 +27,10 @@ def early(rewrite: Callable[[passes.DuplicateLanes, Editor], None], self: passes
     rewrite(passes.DuplicateLanes(self.lanes, late=False), edit)
 
 
-QUICK = {("slice_labels", "llama"), ("late_duplication", "t5"), ("merge_siblings", "bert")}
+QUICK = {("hoist_picks", "llama"), ("late_duplication", "t5"), ("merge_siblings", "bert")}
 CELLS = [
     pytest.param(off, name, marks=() if (off, name) in QUICK else pytest.mark.slow)
-    for off in ("slice_labels", "late_duplication", "merge_siblings")
+    for off in ("hoist_picks", "late_duplication", "merge_siblings")
     for name in ("llama", "bert", "t5")
 ]
 
@@ -41,7 +41,7 @@ def test_without_one_rewrite(off: str, name: str, monkeypatch: pytest.MonkeyPatc
         rewrite = functools.partial(early, passes.DuplicateLanes.rewrite)
         monkeypatch.setattr(passes.DuplicateLanes, "rewrite", lambda self, edit: rewrite(self, edit))
     else:
-        step = {"slice_labels": passes.SliceLabels, "merge_siblings": passes.MergeSiblings}[off]
+        step = {"hoist_picks": passes.HoistPicks, "merge_siblings": passes.MergeSiblings}[off]
         monkeypatch.setattr(step, "rewrite", nothing)
     run(name, "eager")
 

@@ -28,7 +28,7 @@ from torch.export import ExportedProgram
 from mobizo_compiler.backends.vulkan.known_faults import check_delegates, numbers_of
 from mobizo_compiler.backends.vulkan.operators import PRODUCTS, name_of
 from mobizo_compiler.graph.nodes import ancestors
-from mobizo_compiler.graph.program import SEED, STATE, STATE_INPUT
+from mobizo_compiler.graph.program import SEED_INPUT, STATE, STATE_INPUT
 
 _OUTSIDE = "mobizo_outside"  # name of a module that no model has
 _MODULES = "nn_module_stack"
@@ -121,7 +121,7 @@ def _noise_and_update(
             made_of[node] = {by_name.get(node.name, node.name)} - numbers
         else:
             made_of[node] = set().union(*(made_of[inner] for inner in node.all_input_nodes))
-    noise = ancestors(node for node in calls if made_of[node] == {SEED})
+    noise = ancestors(node for node in calls if made_of[node] == {SEED_INPUT})
     results = zip(outputs, signature.user_outputs, strict=True)
     network = ancestors(nodes[str(result)] for name, result in results if name != STATE_INPUT)
     return {node for node in calls if node in noise or node not in network}

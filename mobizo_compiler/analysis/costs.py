@@ -60,10 +60,10 @@ def product_multiply_adds(operator: str, shapes: Sequence[Any], result: Sequence
     return 0
 
 
-def short(number: float) -> str:
+def si(number: float) -> str:
     """A number in steps of a thousand.
 
-    >>> short(1_250_000), short(16)
+    >>> si(1_250_000), si(16)
     ('1.25 M', '16 ')
     """
     steps = ["", "k", "M", "G", "T"]

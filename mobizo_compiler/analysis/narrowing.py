@@ -1,4 +1,4 @@
-"""Which calls can be made for some positions of an axis alone, and how: the rules behind `passes/slice_labels.py`.
+"""Which calls can be made for some positions of an axis alone, and how: the rules behind `passes/hoist_picks.py`.
 
 A rule answers backwards: for the positions of this axis of my result, I need the same positions of those axes of my
 arguments, and all of the other arguments. Where there is no rule, the positions are picked from the whole result.
@@ -59,7 +59,7 @@ _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin"})
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenCall:
+class NarrowCall:
     """A call that can be made for picked positions.
 
     Args:
@@ -100,7 +100,7 @@ class TokenCall:
         return call
 
 
-def token_call(node: fx.Node, axis: int, rows: Any) -> TokenCall | None:
+def narrow_call(node: fx.Node, axis: int, rows: Any) -> NarrowCall | None:
     """How to make a call for some positions of an axis of its result, or None.
 
     Args:
@@ -133,8 +133,8 @@ def narrowable(
     graph: fx.Graph,
     picks: Container[fx.Node],
     picked_axis: Callable[[fx.Node, fx.Node], int | None],
-    how: Callable[[fx.Node, int], TokenCall | None],
-) -> dict[fx.Node, TokenCall]:
+    how: Callable[[fx.Node, int], NarrowCall | None],
+) -> dict[fx.Node, NarrowCall]:
     """The calls that can be made for picked positions alone, because nobody reads their others; the last comes first.
 
     Args:
@@ -143,7 +143,7 @@ def narrowable(
         picked_axis: The axis of a value along which a pick reads the positions alone; None if it reads others too.
         how: How to make a call for some positions of an axis of its result, or None.
     """
-    calls: dict[fx.Node, TokenCall] = {}
+    calls: dict[fx.Node, NarrowCall] = {}
     for node in reversed(graph.nodes):
         axes = {
             picked_axis(node, user) if user in picks else calls[user].axes.get(node) if user in calls else None
@@ -155,7 +155,7 @@ def narrowable(
     return calls
 
 
-def _rule(node: fx.Node, axis: int, args: Any) -> TokenCall | None:
+def _rule(node: fx.Node, axis: int, args: Any) -> NarrowCall | None:
     name, shape = operator_name(node), node.meta["val"].shape
     rank = len(shape)
     if name in _POINTWISE:
@@ -165,33 +165,33 @@ def _rule(node: fx.Node, axis: int, args: Any) -> TokenCall | None:
     source = args[0]
     if name == "cat":
         along = int(args[1]) % rank if len(args) > 1 else 0
-        return TokenCall(dict.fromkeys(node.all_input_nodes, axis)) if axis != along else None
+        return NarrowCall(dict.fromkeys(node.all_input_nodes, axis)) if axis != along else None
     if not isinstance(source, fx.Node) or not isinstance(source.meta["val"], Tensor):
         return None
     before = source.meta["val"].shape
     if name == "linear":
-        return TokenCall({source: axis}) if axis != rank - 1 else None
+        return NarrowCall({source: axis}) if axis != rank - 1 else None
     if name in ("matmul", "bmm"):
         left = axis == rank - 2 and source is not args[1] and len(before) == rank
-        return TokenCall({source: axis}) if left else None
+        return NarrowCall({source: axis}) if left else None
     if name in _LAST_AXES:
-        return TokenCall({source: axis}) if axis < rank - len(args[1]) else None
+        return NarrowCall({source: axis}) if axis < rank - len(args[1]) else None
     if name in _ALONG:
-        return TokenCall({source: axis}) if axis != int(args[1]) % rank else None
+        return NarrowCall({source: axis}) if axis != int(args[1]) % rank else None
     if name in _REDUCTIONS:
         return _reduction(args, source, axis)
     if name in ("reshape", "view"):
         inner = _same_axis(shape, axis, before)
-        return None if inner is None else TokenCall({source: inner}, size=axis)
+        return None if inner is None else NarrowCall({source: inner}, size=axis)
     if name == "expand":
         inner = axis - (rank - len(before))
         same = inner >= 0 and equal_sizes(before[inner], shape[axis])
-        return TokenCall({source: inner}, size=axis) if same and not equal_sizes(shape[axis], 1) else None
+        return NarrowCall({source: inner}, size=axis) if same and not equal_sizes(shape[axis], 1) else None
     inner = _moved(args, name, axis, len(before))
-    return None if inner is None else TokenCall({source: inner})
+    return None if inner is None else NarrowCall({source: inner})
 
 
-def _pointwise(node: fx.Node, axis: int) -> TokenCall | None:
+def _pointwise(node: fx.Node, axis: int) -> NarrowCall | None:
     shape, axes = node.meta["val"].shape, {}
     for inner in node.all_input_nodes:
         value = inner.meta["val"]
@@ -200,17 +200,17 @@ def _pointwise(node: fx.Node, axis: int) -> TokenCall | None:
         own = axis - (len(shape) - value.dim())
         if own >= 0 and equal_sizes(value.shape[own], shape[axis]):
             axes[inner] = own
-    return TokenCall(axes) if axes else None
+    return NarrowCall(axes) if axes else None
 
 
-def _attention(node: fx.Node, axis: int) -> TokenCall | None:
+def _attention(node: fx.Node, axis: int) -> NarrowCall | None:
     query, key, value = (operand(node, position) for position in range(3))
     rank = node.meta["val"].dim()
     if axis != rank - 2 or query in (key, value):
         return None
     mask = node.args[3] if len(node.args) > 3 else None
     if len(node.args) > 5 and node.args[5]:
-        return TokenCall({query: axis}, causal=True) if mask is None else None
+        return NarrowCall({query: axis}, causal=True) if mask is None else None
     axes = {query: axis}
     if isinstance(mask, fx.Node):
         own = mask.meta["val"].dim() - 2
@@ -218,17 +218,17 @@ def _attention(node: fx.Node, axis: int) -> TokenCall | None:
             return None
         if equal_sizes(mask.meta["val"].shape[own], node.meta["val"].shape[axis]):
             axes[mask] = own
-    return TokenCall(axes)
+    return NarrowCall(axes)
 
 
-def _reduction(args: Any, source: fx.Node, axis: int) -> TokenCall | None:
+def _reduction(args: Any, source: fx.Node, axis: int) -> NarrowCall | None:
     rank = source.meta["val"].dim()
     if len(args) < 2 or not isinstance(args[1], (list, tuple)):
         return None
     reduced = {int(a) % rank for a in args[1]}
     kept = len(args) > 2 and bool(args[2])
     left = list(range(rank)) if kept else [a for a in range(rank) if a not in reduced]
-    return TokenCall({source: left[axis]}) if left[axis] not in reduced else None
+    return NarrowCall({source: left[axis]}) if left[axis] not in reduced else None
 
 
 def _moved(args: Any, name: str, axis: int, rank: int) -> int | None:

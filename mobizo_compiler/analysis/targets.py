@@ -28,7 +28,7 @@ _MAX_STEPS = 400
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class LayerCall:
     """One call of a layer: a linear layer, a product with a parameter, or a convolution in one group.
 
     Args:
@@ -64,13 +64,13 @@ class Target:
         return operand(operand(node)) if rounded else node
 
 
-def find_targets(edit: Editor) -> dict[str, list[Target]]:
+def find_targets(edit: Editor) -> dict[str, list[LayerCall]]:
     """All calls that can carry an adapter, by path, in order of first call.
 
     A layer that is called several times is one site with one B. Two modules that share a weight are two sites.
     """
     constants = _without_inputs(edit)
-    found: dict[str, list[Target]] = {}
+    found: dict[str, list[LayerCall]] = {}
     for node in edit.graph.nodes:
         if node.op == "call_function" and (target := _target(edit, node, constants)):
             found.setdefault(target.fqn, []).append(target)
@@ -91,7 +91,7 @@ def resolve_targets(program: GraphProgram, lora: LoraConfig) -> LoraConfig:
     return dataclasses.replace(lora, target_modules=short_names(chosen, every))
 
 
-def default_targets(edit: Editor, targets: dict[str, list[Target]]) -> list[str]:
+def default_targets(edit: Editor, targets: dict[str, list[LayerCall]]) -> list[str]:
     """The layers that make the queries and the values of attention; where there is none, all but the output layer."""
     calls = {target.call: fqn for fqn, several in targets.items() for target in several}
     sources: list[fx.Node] = []
@@ -109,7 +109,7 @@ def default_targets(edit: Editor, targets: dict[str, list[Target]]) -> list[str]
     return [fqn for fqn in targets if fqn in chosen]
 
 
-def all_targets(edit: Editor, targets: dict[str, list[Target]]) -> set[str]:
+def all_targets(edit: Editor, targets: dict[str, list[LayerCall]]) -> set[str]:
     """Every layer but those whose result is an output of the model with nothing but adjustments in between."""
     calls = {target.call: fqn for fqn, several in targets.items() for target in several}
     last: set[str] = set()
@@ -118,14 +118,14 @@ def all_targets(edit: Editor, targets: dict[str, list[Target]]) -> set[str]:
     return set(targets) - last or set(targets)
 
 
-def heads(program: GraphProgram) -> tuple[str, ...]:
+def output_layers(program: GraphProgram) -> tuple[str, ...]:
     """The layers that `all_targets` leaves out: those whose result is an output of the model."""
     edit = Editor(program)
     every = find_targets(edit)
     return tuple(sorted(set(every) - all_targets(edit, every)))
 
 
-def linear_weight(edit: Editor, target: Target) -> tuple[str, Tensor] | None:
+def linear_weight(edit: Editor, target: LayerCall) -> tuple[str, Tensor] | None:
     """Path and value [out_features, in_features] of the float32 parameter that a product multiplies by."""
     node = target.call
     if node.target not in _PLAIN_PRODUCTS:
@@ -174,7 +174,7 @@ def _reach(
     return found
 
 
-def _target(edit: Editor, node: fx.Node, constants: set[fx.Node]) -> Target | None:
+def _target(edit: Editor, node: fx.Node, constants: set[fx.Node]) -> LayerCall | None:
     if node.target is aten.linear.default or node.target in _CONVOLUTIONS:
         position, turned = 0, False
     elif node.target is aten.addmm.default:
@@ -195,14 +195,14 @@ def _target(edit: Editor, node: fx.Node, constants: set[fx.Node]) -> Target | No
     if node.target in _CONVOLUTIONS:
         if _groups(node) != 1 or source.meta["val"].dim() != len(shape):
             return None
-        return Target(
+        return LayerCall(
             _path(node, names[0]), node, position, int(shape[1]), int(shape[0]), node, tuple(map(int, shape[2:]))
         )
     out_features, in_features = (shape[1], shape[0]) if turned else shape
     result = _scaling(node, constants) if _is_integer(weight) else node
     if result is None:
         return None
-    return Target(_path(node, names[0]), node, position, int(in_features), int(out_features), result)
+    return LayerCall(_path(node, names[0]), node, position, int(in_features), int(out_features), result)
 
 
 def _is_integer(weight: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mobizo_compiler.analysis.costs import short
+from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, app, megabytes, print_json
 from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.options import ConfigFile
@@ -93,8 +93,8 @@ def _show_blocks(console: Console, outline: list[dict[str, Any]]) -> None:
         table.add_row(
             Text(block.name + (f" x {block.count}" if block.count > 1 else "")),
             block.kind,
-            f"{short(block.parameter_bytes)}B" if block.parameter_bytes else "",
-            short(block.multiply_adds) if block.multiply_adds else "",
+            f"{si(block.parameter_bytes)}B" if block.parameter_bytes else "",
+            si(block.multiply_adds) if block.multiply_adds else "",
             lanes,
             ", ".join(block.adapter_names),
         )

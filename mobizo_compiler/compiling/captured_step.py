@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from mobizo_compiler.analysis.targets import Target, find_targets
+from mobizo_compiler.analysis.targets import LayerCall, find_targets
 from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.eager import EagerRunner
@@ -55,7 +55,7 @@ class AddAdapters(Pass):
                 edit.replace(target.result, total, keep=total)
 
 
-def _delta(edit: Editor, target: Target, a: fx.Node, b: fx.Node) -> fx.Node:
+def _delta(edit: Editor, target: LayerCall, a: fx.Node, b: fx.Node) -> fx.Node:
     if not target.kernel:
         return edit.call(aten.linear.default, edit.call(aten.linear.default, target.source, a), b)
     layer = target.call

@@ -20,7 +20,7 @@ from mobizo_compiler.format.checksum import of_values
 from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.format.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.graph.example import Example
-from mobizo_compiler.graph.program import LABELS, PREFIX, STATE_INPUT, GraphProgram
+from mobizo_compiler.graph.program import LABELS_INPUT, PREFIX, STATE_INPUT, GraphProgram
 from mobizo_compiler.quantization.weights import default_eps, described
 from mobizo_compiler.step.losses import LOSSES
 from mobizo_compiler.step.rules import RULES, UpdateRule, initial_memory
@@ -75,7 +75,7 @@ def described_program(
         sizes=tuple(dynamic.values()),
         labels=tensor_spec(
             "labels",
-            train_step.inputs[LABELS],
+            train_step.inputs[LABELS_INPUT],
             dynamic,
             low=labels.low,
             high=labels.high,

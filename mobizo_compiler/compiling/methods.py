@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from mobizo_compiler import passes
 from mobizo_compiler.analysis.ranges import check_lookups
-from mobizo_compiler.analysis.targets import heads
+from mobizo_compiler.analysis.targets import output_layers
 from mobizo_compiler.backends import Backend
 from mobizo_compiler.compiling import pipelines
 from mobizo_compiler.compiling.options import Options
@@ -131,11 +131,11 @@ def _quantize_passes(captured: GraphProgram, quantization: Any, example: Example
     """What quantizes the base weights, if anything."""
     if quantization is None:
         return ()
-    output_layers = heads(captured)
+    outputs = output_layers(captured)
     smoothing: dict[str, Tensor] = {}
     if isinstance(quantization, QuantizationConfig):
-        smoothing = smoothing_of(captured, example.tensors, quantization, output_layers)
-    return (passes.Quantize(quantization, output_layers, smoothing),)
+        smoothing = smoothing_of(captured, example.tensors, quantization, outputs)
+    return (passes.Quantize(quantization, outputs, smoothing),)
 
 
 def _observer(dump_dir: str | PathLike[str] | None, method: str) -> Observer | None:

@@ -41,7 +41,7 @@ class Options:
         ConfigError: A field is out of range.
 
     >>> options = Options(rule="momentum", quantization="8da4w")
-    >>> options.rule, options.quantization.rows
+    >>> options.rule, options.quantization.table_recipe
     (Momentum(weight_decay=0.0, beta=0.9), 'int8')
     >>> Options.from_json(options.to_json()) == options
     True

@@ -56,7 +56,7 @@ def evaluate(options: Options, parts: Parts = Parts()) -> list[Pass]:
     """From the captured graph to what the model returns, with the adapter on."""
     adapted: list[Pass] = [
         passes.Canonicalize(),
-        passes.SliceLabels(),
+        passes.HoistPicks(),
         passes.InsertMPLoRA(options.lora, parts.sites, parts.given, options.rule),
         passes.MergeSiblings(),
     ]
@@ -89,7 +89,7 @@ def _lanes(options: Options, parts: Parts) -> list[Pass]:
         passes.AttachLoss(options.loss),
         passes.Canonicalize(),
         passes.FreeRows(),
-        passes.SliceLabels(),
+        passes.HoistPicks(),
         passes.InsertMPLoRA(options.lora, given=parts.given, rule=options.rule),
         passes.MergeSiblings(),
         *few,

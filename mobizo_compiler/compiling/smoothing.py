@@ -29,7 +29,7 @@ Readers = dict[str, tuple[Tensor, str, str]]  # weight, recipe and layer by the 
 
 
 def smoothing_of(
-    captured: GraphProgram, inputs: list[Tensor], config: QuantizationConfig, heads: tuple[str, ...]
+    captured: GraphProgram, inputs: list[Tensor], config: QuantizationConfig, output_layers: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """What the inputs of each layer are multiplied by, 1/s, measured on example inputs.
 
@@ -39,7 +39,7 @@ def smoothing_of(
         captured: The model's own graph.
         inputs: Its inputs; texts like those that the program will see.
         config: What is quantized, and how strongly it is smoothed.
-        heads: Paths of the output layers.
+        output_layers: Paths of the output layers.
 
     Returns:
         By the path of the weight: float32 [in_features], with a geometric mean of 1. Inputs that are best left alone
@@ -50,8 +50,8 @@ def smoothing_of(
     for fqn, calls in find_targets(edit).items():
         for target in calls:
             found = linear_weight(edit, target)
-            if found is not None and config.smooths(fqn, fqn in heads):
-                layer = found[1], config.recipe_of(fqn, fqn in heads), fqn
+            if found is not None and config.smooths(fqn, fqn in output_layers):
+                layer = found[1], config.recipe_of(fqn, fqn in output_layers), fqn
                 readers.setdefault(operand(target.call, target.position), {})[found[0]] = layer
     strengths = STRENGTHS if config.smoothing == "auto" else (float(config.smoothing),)
     smoothing: dict[str, Tensor] = {}

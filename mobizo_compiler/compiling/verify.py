@@ -23,7 +23,7 @@ from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Program, Runner
 from mobizo_compiler.graph.eager import EagerArtifact
 from mobizo_compiler.graph.example import Example
-from mobizo_compiler.graph.program import LABELS, STATE_INPUT
+from mobizo_compiler.graph.program import LABELS_INPUT, STATE_INPUT
 from mobizo_compiler.passes.update_state import updated_state
 from mobizo_compiler.step.estimators import get_estimator, scaled
 from mobizo_compiler.step.noise import noise
@@ -266,7 +266,7 @@ class _Check:
         """Arguments of `train_step`, whose inputs are the model's, then labels, seed, learning rate and eps."""
         arguments = [*inputs, self.labels, *scalars]
         names = [name for name in self.program.methods["train_step"].inputs if name != STATE_INPUT]
-        assert names.index(LABELS) == len(inputs) and len(names) == len(arguments), names
+        assert names.index(LABELS_INPUT) == len(inputs) and len(names) == len(arguments), names
         return arguments
 
 

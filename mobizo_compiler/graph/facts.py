@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mobizo_compiler.graph.nodes import source_line
-from mobizo_compiler.graph.program import LABELS, STATE, STATE_INPUT, GraphProgram
+from mobizo_compiler.graph.program import LABELS_INPUT, STATE, STATE_INPUT, GraphProgram
 from mobizo_compiler.upstream import OpOverload
 
 FUNCTIONAL = "functional"
@@ -57,8 +57,8 @@ def _outputs(*names: str) -> Callable[[GraphProgram], Iterator[str]]:
 
 
 def _loss(program: GraphProgram) -> Iterator[str]:
-    if LABELS not in program.inputs:
-        yield f"there is no input {LABELS!r}"
+    if LABELS_INPUT not in program.inputs:
+        yield f"there is no input {LABELS_INPUT!r}"
     if program.outputs == ("row_loss", "row_weight"):
         shapes = [tuple(map(str, node.meta["val"].shape)) for node in program.output_nodes.values()]
         if shapes[0] != shapes[1] or len(shapes[0]) != 1:

@@ -19,8 +19,13 @@ from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
 STATE = "mobizo_lora_b"
-LABELS, SEED, LEARNING_RATE, EPS = "mobizo_labels", "mobizo_seed", "mobizo_learning_rate", "mobizo_eps"
-PROJECTED_GRADIENT = "mobizo_projected_gradient"
+LABELS_INPUT, SEED_INPUT, LEARNING_RATE_INPUT, EPS_INPUT = (
+    "mobizo_labels",
+    "mobizo_seed",
+    "mobizo_learning_rate",
+    "mobizo_eps",
+)
+PROJECTED_GRADIENT_INPUT = "mobizo_projected_gradient"
 PREFIX = "mobizo_prefix_"  # inputs of a step that starts after the part that no adapter reaches
 ROWS = "__rows_"  # after the path of a weight: some rows of it
 STATE_INPUT = "mobizo_state"  # name of the state as the last input, and of what it becomes as the last output

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mobizo_compiler.analysis.costs import short
+from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.drawing import BLUE, GREEN, GREY, INK, MINT, ORANGE, PALE, SAND, check_format, pyplot, write_figure
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.extensions import spelled
@@ -163,8 +163,8 @@ def _named(block: Block) -> str:
 
 def _described(block: Block) -> str:
     parts = [block.kind, f"{block.calls} operator{'s' * (block.calls != 1)}"]
-    parts += [f"{short(block.parameter_bytes)}B"] * bool(block.parameter_bytes)
-    parts += [f"{short(block.multiply_adds)} multiply-adds"] * bool(block.multiply_adds)
+    parts += [f"{si(block.parameter_bytes)}B"] * bool(block.parameter_bytes)
+    parts += [f"{si(block.multiply_adds)} multiply-adds"] * bool(block.multiply_adds)
     return ", ".join(part for part in parts if part)
 
 

@@ -22,8 +22,8 @@ Recipe = Literal["fp16", "8da8w", "8da4w", "int8", "int4", "nf4"]
 RECIPES: tuple[Recipe, ...] = ("fp16", "8da8w", "8da4w", "int8", "int4", "nf4")
 GROUP_SUMS = "group_sums"  # the part of a stored weight that sums inputs in groups; it depends on the shape alone
 ROUND_ACTIVATIONS = ("8da8w", "8da4w")
-ROW_RECIPES = ("fp16", "int8", "int4")
-_ROWS_OF = {"fp16": "fp16", "8da8w": "int8", "8da4w": "int8", "int8": "int8", "int4": "int8", "nf4": "int8"}
+TABLE_RECIPES = ("fp16", "int8", "int4")
+_TABLE_OF = {"fp16": "fp16", "8da8w": "int8", "8da4w": "int8", "int8": "int8", "int4": "int8", "nf4": "int8"}
 _HEAD_OF = {"8da4w": "8da8w"}
 # A larger step drowns less in rounding and sees more curvature; chosen by benchmarks/quantization.py, see
 # docs/quantization.md.
@@ -54,7 +54,7 @@ class QuantizationConfig(JsonConfig):
     Raises:
         ConfigError: A field is out of range.
 
-    >>> QuantizationConfig("8da4w").rows
+    >>> QuantizationConfig("8da4w").table_recipe
     'int8'
     >>> QuantizationConfig.from_json(QuantizationConfig("int8").to_json()) == QuantizationConfig("int8")
     True
@@ -70,7 +70,7 @@ class QuantizationConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         _one_of("recipe", self.recipe, RECIPES)
-        _one_of("embedding", self.embedding, ("auto", "none", *ROW_RECIPES))
+        _one_of("embedding", self.embedding, ("auto", "none", *TABLE_RECIPES))
         _one_of("head", self.head, ("auto", "none", *RECIPES))
         if isinstance(self.group_size, bool) or self.group_size not in (16, 32, 64, 128, 256):
             raise ConfigError(
@@ -88,9 +88,9 @@ class QuantizationConfig(JsonConfig):
             )
 
     @property
-    def rows(self) -> str:
+    def table_recipe(self) -> str:
         """Storage of embedding tables, with "auto" resolved."""
-        return _ROWS_OF[self.recipe] if self.embedding == "auto" else self.embedding
+        return _TABLE_OF[self.recipe] if self.embedding == "auto" else self.embedding
 
     def smooths(self, fqn: str, is_head: bool) -> bool:
         """Whether the inputs of the layer at a path are smoothed."""

@@ -14,10 +14,16 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from mobizo_compiler.graph.program import EPS, LEARNING_RATE, PROJECTED_GRADIENT, SEED, STATE_INPUT
+from mobizo_compiler.graph.program import (
+    EPS_INPUT,
+    LEARNING_RATE_INPUT,
+    PROJECTED_GRADIENT_INPUT,
+    SEED_INPUT,
+    STATE_INPUT,
+)
 from mobizo_openvino.preprocess import DEVICE, OpenvinoBackend
 
-_NOT_OF_THE_MODEL = (SEED, EPS, LEARNING_RATE, PROJECTED_GRADIENT, STATE_INPUT)
+_NOT_OF_THE_MODEL = (SEED_INPUT, EPS_INPUT, LEARNING_RATE_INPUT, PROJECTED_GRADIENT_INPUT, STATE_INPUT)
 _WHOLE = torch.ops.aten.linear.default  # else its weight would be transposed outside of the delegate, in every call
 _SUPPORTED = {name.removeprefix("torch.ops.") for name in OperatorSupport({})._support_dict} | {"aten.linear.default"}
 
@@ -65,7 +71,7 @@ class NetworkPartitioner(Partitioner):  # type: ignore[misc]
         nodes = {node.name: node for node in exported.graph.nodes}
         given = {n: nodes[arg] for n, arg in zip(self.inputs, exported.graph_signature.user_inputs, strict=True)}
         of_the_model = _reach((node for name, node in given.items() if name not in _NOT_OF_THE_MODEL), _users)
-        update = _reach((node for name, node in given.items() if name == LEARNING_RATE), _users)
+        update = _reach((node for name, node in given.items() if name == LEARNING_RATE_INPUT), _users)
         results = (node for node in exported.graph.output_node().all_input_nodes if node not in update)
         return of_the_model & _reach(results, _operands)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mobizo_compiler.analysis.narrowing import TokenCall, equal_sizes, narrowable, token_call
+from mobizo_compiler.analysis.narrowing import NarrowCall, equal_sizes, narrow_call, narrowable
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors, operand, slice_bounds
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
-class SliceLabels(Pass):
+class HoistPicks(Pass):
     """Move gathers, slices and selections along an axis up to where values for other positions are wanted too."""
 
     needs = frozenset({facts.CANONICAL})
@@ -137,7 +137,7 @@ def _move_up(edit: Editor, picks: Mapping[fx.Node, _Pick]) -> None:
         edit.graph,
         picks,
         lambda node, user: _picked_axis(node, user, picks[user]),
-        lambda node, axis: token_call(node, axis, rows if pick.by_row else None),
+        lambda node, axis: narrow_call(node, axis, rows if pick.by_row else None),
     )
     if not calls or (pick.by_row and not _move_before(edit, pick.by_row, calls)):
         return
@@ -164,7 +164,7 @@ def _move_up(edit: Editor, picks: Mapping[fx.Node, _Pick]) -> None:
             edit.replace(node, value)
 
 
-def _move_before(edit: Editor, position: fx.Node, calls: Mapping[fx.Node, TokenCall]) -> bool:
+def _move_before(edit: Editor, position: fx.Node, calls: Mapping[fx.Node, NarrowCall]) -> bool:
     """Compute the positions before the calls that they are for; False if they depend on one of them."""
     order = list(edit.graph.nodes)
     needed = ancestors([position])
