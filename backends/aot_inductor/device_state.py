@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mobizo_compiler.upstream import storage_use_count
+
 
 class DeviceState:
     """The state on a device. It stays there: between the device and main memory it travels only if somebody looks.
@@ -55,4 +57,4 @@ class DeviceState:
 
 def _holders(tensor: Tensor) -> int:
     """How many tensors, and arrays through them, share the memory of one."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+    return int(storage_use_count(tensor.untyped_storage()._cdata))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.api import compile
 from mobizo_compiler.backends import get_backend
@@ -31,6 +30,7 @@ from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.step.losses import CausalLMLoss, Loss, MSELoss, SequenceClassificationLoss
 from mobizo_compiler.testing.models import TinyCausalLM, TinyEncoder, TokenWise, tiny_batch
 from mobizo_compiler.testing.require import require
+from mobizo_compiler.upstream import pytree
 
 
 def check_backend(backend: str | Backend) -> None:

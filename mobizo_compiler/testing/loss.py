@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.step.losses import LOSSES, LabelSpec, Loss
 from mobizo_compiler.testing.oracle import FLOAT32_ROUNDING, ROUNDING_FACTOR
 from mobizo_compiler.testing.require import pure, require, suite, traceable
+from mobizo_compiler.upstream import FakeTensorMode, pytree
 
 SMALL = 1e-4  # a move of the outputs that float32 resolves and half precision does not
 

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from mobizo_compiler.errors import ConfigError, ContractError
 from mobizo_compiler.extensions import DataclassRegistry
 from mobizo_compiler.options import JsonConfig
+from mobizo_compiler.upstream import pytree
 
 J = TypeVar("J", bound=JsonConfig)
 
