@@ -254,6 +254,7 @@ class Manifest:
             )
             sizes = tuple(DynamicSize(**item) for item in values.pop("sizes"))
             labels = _spec(values.pop("labels"))
+            values["memory_start"] = tuple((int(n), float(v)) for n, v in values.pop("memory_start", ()))
             lora, zo = LoraConfig.from_json(values.pop("lora")), _zo(values.pop("zo"), values["lanes"])
             history = {name: tuple(steps) for name, steps in values.pop("history", {}).items()}
             answers = values.pop("answers", None)
