@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mobizo_compiler.errors import AdapterError
 from mobizo_compiler.format.peft import WEIGHTS
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.step.losses import Loss
+
+pytestmark = pytest.mark.xdist_group("few_outputs")  # one process, so that its programs are made once
 
 CHOICES, WORDS = (31, 7), 50
 OTHERS = [word for word in range(WORDS) if word not in CHOICES]
@@ -40,6 +43,7 @@ def labels() -> torch.Tensor:
     return found
 
 
+@functools.cache
 def made(
     backend: str = "eager", train_a: bool = True, loss: Loss | None = None, tied: bool = True, **options: Any
 ) -> mobizo.Program:
@@ -135,7 +139,7 @@ def test_an_adapter_of_all_words_is_not_cut(tmp_path: Path) -> None:
 
 
 def test_a_saved_program_knows_its_outputs(tmp_path: Path) -> None:
-    session = trained(made("portable"))
+    session = trained(made("portable", True, split_prefix=True))
     session.program.save(tmp_path / "program.pte")
     loaded = mobizo.load(tmp_path / "program.pte")
     assert loaded.sites == session.program.sites

@@ -92,8 +92,12 @@ def misses(outputs: Any, labels: Tensor) -> Tensor:
     return (outputs["logits"] > right).sum(1) + outputs["nested"]["value"] * 0
 
 
-@pytest.mark.parametrize("backend", ["eager", "portable"])
-@pytest.mark.parametrize("function", [cross_entropy_per_row, squared_error, misses, share_of_the_batch])
+FUNCTIONS = (cross_entropy_per_row, squared_error, misses, share_of_the_batch)
+ENGINES = [(function, "eager") for function in FUNCTIONS] + [(misses, "portable")]
+ENGINES += [pytest.param(f, "portable", marks=pytest.mark.slow) for f in FUNCTIONS if f is not misses]
+
+
+@pytest.mark.parametrize(("function", "backend"), ENGINES)
 def test_any_function_of_outputs_and_labels(function: Any, backend: str) -> None:
     torch.manual_seed(0)
     model, labels = Pooled().eval(), torch.tensor([3, 9, 0])
@@ -161,7 +165,7 @@ def test_labels_of_whole_rows_are_checked() -> None:
         session.train_step(TOKENS, torch.tensor([0, 1]), **step)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("backend", ["eager", "portable"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("portable", marks=pytest.mark.slow)])
 def test_lanes_that_a_host_runs_are_the_lanes_of_a_step(backend: str) -> None:
     torch.manual_seed(0)
     inputs, labels = tiny_batch()
