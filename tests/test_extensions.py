@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mobizo_compiler import CausalLMLoss, LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends import BACKENDS, get_backend
 from mobizo_compiler.errors import ConfigError, ExtensionUnavailableError, UnknownBackendError, UnknownExtensionError
 from mobizo_compiler.extensions import Registry
+from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.step.estimators import ESTIMATORS, TwoSided, get_estimator, register_estimator
 from mobizo_compiler.step.losses import LOSSES, get_loss
@@ -176,6 +178,14 @@ def test_the_reference_is_made_from_the_manifest(tmp_path: Path, monkeypatch: py
     # Losses near 1 carry 1e-6 of rounding, g that over eps, and the state 0.1 * 0.5 * 6 times that of g.
     torch.testing.assert_close(session.state(), reference.state, rtol=0, atol=1e-5)
     assert not torch.equal(reference.state, start)
+
+
+def test_the_manifest_comes_back_from_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch)
+    zo = ZOConfig(queries=2, estimator="wide")
+    manifest = compiled(zo=zo, rule="adam", loss="hinge", backend="eager").manifest
+    again = Manifest.from_json(manifest.to_json(), "memory")
+    assert {f.name for f in dataclasses.fields(again) if getattr(again, f.name) != getattr(manifest, f.name)} == set()
 
 
 def test_a_loss_that_is_a_function_is_not_in_the_file() -> None:

@@ -45,7 +45,18 @@ def test_estimators(estimator: Any) -> None:
     assert ESTIMATORS.names() == names, "one without a name is lent one"
 
 
-@pytest.mark.parametrize("rule", [*RULES_OF_OURS, Momentum(beta=0.0, weight_decay=0.3)], ids=str)
+class FromOnes(Momentum):
+    """A mean that begins elsewhere than at zero."""
+
+    def init(self, parameters: int) -> dict[str, Tensor]:
+        return {"mean": torch.ones(parameters), "unused": torch.tensor([2.0, 3.0])}
+
+    def update(self, direction_P: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        step_P, mean = super().update(direction_P, memory)
+        return step_P, {**memory, **mean}
+
+
+@pytest.mark.parametrize("rule", [*RULES_OF_OURS, Momentum(beta=0.0, weight_decay=0.3), FromOnes()], ids=str)
 def test_rules(rule: Any) -> None:
     check_rule(rule)
 
@@ -153,7 +164,10 @@ BROKEN_RULES = {
         momentum(update=lambda self, direction, memory: (direction / direction.norm(), memory)),
         "not finite",
     ),
-    "a start that is not zero": (momentum(init=lambda self, count: {"mean": torch.ones(count)}), "begins with zeros"),
+    "a start that is not finite": (
+        momentum(init=lambda self, count: {"mean": torch.full((count,), float("nan"))}),
+        "which is not finite",
+    ),
     "a matrix": (momentum(init=lambda self, count: {"mean": torch.zeros(1, count)}), "float32 of one axis"),
     "grows": (
         momentum(update=lambda self, direction, memory: (direction, {"mean": torch.cat([memory["mean"], direction])})),
