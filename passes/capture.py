@@ -57,7 +57,8 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
             f"cannot compile a {type(model).__name__}", hint="pass an nn.Module or a torch.export.ExportedProgram"
         )
     for node in exported.graph.nodes:
-        if node.target is torch.ops.aten.dropout.default and node.args[2] and node.args[1]:
+        dropout = node.target in (torch.ops.aten.dropout.default, torch.ops.aten.native_dropout.default)
+        if dropout and node.args[1] and node.args[2] is not False:
             raise CaptureError(
                 "the program was exported in training mode: it has dropout in it",
                 where=source_line(node),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, Session, ZOConfig, backends
+from mobizo_compiler import LoraConfig, Session, ZOConfig, backends, extensions
 from mobizo_compiler.backends import assert_backend_contract, backend_names, get_backend
 from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.compiling.cache import content_key
@@ -144,8 +143,8 @@ def test_unknown_backend_lists_what_there_is() -> None:
 
 def _with_points(monkeypatch: pytest.MonkeyPatch, **points: str) -> None:
     group = backends.ENTRY_POINT_GROUP
-    found = [importlib.metadata.EntryPoint(name, value, group) for name, value in points.items()]
-    monkeypatch.setattr(backends, "entry_points", lambda group: found)
+    found = {name: (extensions.Origin(value, "a package 1.0"),) for name, value in points.items()}
+    monkeypatch.setattr(extensions, "_entry_points", lambda asked: found if asked == group else {})
 
 
 def test_plugins_are_found_listed_lazily_and_isolated(monkeypatch: pytest.MonkeyPatch) -> None:

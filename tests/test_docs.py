@@ -28,9 +28,13 @@ import yaml
 import examples.minilm
 from docs.blocks import Block, blocks, indented_code, prose
 from docs.blocks import pages as block_pages
-from mobizo_compiler import backends, noise
+from mobizo_compiler import noise
+from mobizo_compiler.backends import BACKENDS
 from mobizo_compiler.cli import app
 from mobizo_compiler.errors import MobizoError, raised_errors
+from mobizo_compiler.step.estimators import ESTIMATORS
+from mobizo_compiler.step.losses import LOSSES
+from mobizo_compiler.step.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 MASK = 0xFFFFFFFF
@@ -198,7 +202,8 @@ def test_excerpts_are_in_the_files_that_they_name() -> None:
 def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool = False) -> dict[str, object]:
     """Run the Python of a page from top to bottom, in an empty folder."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(backends.BACKENDS, "_registered", {})
+    for registry in (BACKENDS, ESTIMATORS, LOSSES, RULES):  # what a page registers ends with it
+        monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if not run_here(block) or ("slow" in block.notes and not slow):

@@ -126,10 +126,10 @@ class LeaveOneOut(Estimator):
 
 
 def test_an_estimator_of_ones_own() -> None:
-    register_estimator("leave-one-out", LeaveOneOut())
+    register_estimator("leave-one-out-of-ours", LeaveOneOut())
     with pytest.raises(ConfigError, match="already"):
         register_estimator("two-sided", TwoSided())
-    zo = ZOConfig(queries=5, estimator="leave-one-out")
+    zo = ZOConfig(queries=5, estimator="leave-one-out-of-ours")
     program, session, reference = pair(zo, SGD(), "eager")
     assert session.train_step(*batch(), seed=0, learning_rate=0.0, eps=0.05).lane_losses.shape == (5,)
     steps(session, reference, 3)
