@@ -442,7 +442,7 @@ def call(self, method, inputs):
 Runner.call = call
         """,
         False,
-        "learning rate 0 changed the state",
+        "learning rate 0 changed the state|change of the state",
     ),
     "inputs taken for constants": (
         """
