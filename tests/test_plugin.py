@@ -453,7 +453,7 @@ def call(self, method, inputs):
 Runner.call = call
         """,
         False,
-        "evaluate differs",
+        "evaluate differs|of evaluate differ",
     ),
     "results in buffers that are used again": (
         """

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from mobizo_compiler.backends import Artifact
 from mobizo_compiler.backends.executorch import ExecuTorchBackend, lower_to_executorch
 from mobizo_compiler.format.manifest import Manifest
-from mobizo_compiler.graph import GraphProgram, Pass
+from mobizo_compiler.graph import GraphProgram, Pass, operator_name, source_line
 from mobizo_openvino.attention import AttentionAsProducts
 
 _DELEGATE = "OpenvinoBackend"  # its name in the registry of ExecuTorch's runtime
@@ -35,8 +35,15 @@ class MobizoOpenvino(ExecuTorchBackend):
         return None
 
     def unsupported(self, program: GraphProgram) -> list[str]:
-        """The delegate takes tensors of fixed shapes alone."""
-        return [f"size {size.name!r} is dynamic, and shapes are fixed in OpenVINO" for size in program.dynamic.values()]
+        """The delegate takes fixed shapes alone, and layers that torchao quantized have no kernels outside of it."""
+        quantized = [
+            f"{source_line(node)}: quantized layers cannot be lowered here"
+            for node in program.graph.nodes
+            if operator_name(node).startswith("torchao::")
+        ]
+        return quantized + [
+            f"size {size.name!r} is dynamic, and shapes are fixed in OpenVINO" for size in program.dynamic.values()
+        ]
 
     def passes(self) -> Sequence[Pass]:
         """Attention without operators on truth values, which would cut the network into pieces."""
