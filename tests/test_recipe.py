@@ -33,8 +33,9 @@ from mobizo_compiler.errors import ConfigError, NotSupportedYetError, UnknownBac
 from mobizo_compiler.export_recipe import MobizoRecipeProvider, MobizoRecipeType
 from mobizo_compiler.testing import TokenWise
 
+# Of so high a rank that a second copy of the state would be more than what files differ by in padding and history.
 OPTIONS: dict[str, Any] = {
-    "lora": LoraConfig(r=3, lora_alpha=5, target_modules=("up", "head")),
+    "lora": LoraConfig(r=48, lora_alpha=5, target_modules=("up", "head")),
     "zo": ZOConfig(queries=2),
 }
 SMALL: dict[str, Any] = {**OPTIONS, "lora": LoraConfig(r=3, lora_alpha=5, target_modules=("up",))}
