@@ -49,7 +49,7 @@ class FromOnes(Momentum):
     """A mean that begins elsewhere than at zero."""
 
     def init(self, parameters: int) -> dict[str, Tensor]:
-        return {"mean": torch.ones(parameters), "unused": torch.tensor([2.0, 3.0])}
+        return {"mean": torch.ones(parameters), "unused": torch.full((2,), 2.0)}
 
     def update(self, direction_P: Tensor, memory: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         step_P, mean = super().update(direction_P, memory)

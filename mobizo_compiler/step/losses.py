@@ -130,7 +130,7 @@ class SequenceClassificationLoss(Loss):
         ignore_index: Label of rows that do not count.
 
     >>> SequenceClassificationLoss()(torch.zeros(2, 4), torch.tensor([3, -100]))
-    (tensor([1.3863, 0.0000]), tensor([1., 0.]))
+    (tensor([1.3863, -0.0000]), tensor([1., 0.]))
     """
 
     ignore_index: int = -100
