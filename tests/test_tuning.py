@@ -42,7 +42,7 @@ def test_what_is_found_trains_better_than_the_ends(program: mobizo.Program) -> N
 
     rates = [trial.value for trial in found.rate_trials]
     results = {rate: after(rate) for rate in rates}
-    # Trials are short, so the rate that leads then need not lead later; on some processors it is not among the two best.
+    # Trials are short: the rate that leads then need not lead later, and on some processors is not among the two best.
     gained, most = (results[rates[0]] - loss for loss in (results[found.learning_rate], min(results.values())))
     assert gained >= most / 2, f"{found.learning_rate} of {results}"
     assert results[found.learning_rate] < results[rates[0]]
