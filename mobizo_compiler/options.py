@@ -39,6 +39,15 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def shown(value: object) -> str:
+    """What was given in the place of something else, for a message.
+
+    >>> shown(3), shown(JsonConfig)
+    ('3 (int)', 'the class JsonConfig')
+    """
+    return f"the class {value.__name__}" if isinstance(value, type) else f"{value!r} ({type(value).__name__})"
+
+
 def in_float32(value: float) -> float:
     """A number as the float32 that a program computes with: infinite or 0 where that cannot hold it.
 

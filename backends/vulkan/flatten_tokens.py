@@ -32,7 +32,6 @@ from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
 _ALONG_LAST = frozenset(("softmax", "_softmax", "log_softmax", "_log_softmax"))
-_BY_TOKEN = frozenset(("choose_qparams_affine", "quantize_affine", "dequantize_affine"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,6 @@ from mobizo_compiler.quantization.weights import default_eps, described
 from mobizo_compiler.step.losses import LOSSES
 from mobizo_compiler.step.rules import RULES, UpdateRule, initial_memory
 
-aten = torch.ops.aten
 TESTED_SET = ("torch", "executorch", "torchao", "transformers", "networkx")
 HISTORY_WIDTH = 200
 MOST_RUNS = 1000
@@ -135,34 +134,6 @@ def _digest(captured: GraphProgram) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()
-
-
-# Operators whose result has the values of their first argument, in another form.
-_SAME_VALUES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten._to_copy.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-    aten._unsafe_view.default,
-    aten.unflatten.int,
-}
 
 
 def _weights(captured: GraphProgram) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 from mobizo_compiler.errors import ConfigError, MobizoError
 from mobizo_compiler.extensions import Registry
 from mobizo_compiler.graph.pipeline import Insertion
+from mobizo_compiler.options import shown
 
 
 class _Insertions(Registry[Insertion]):
@@ -34,9 +35,8 @@ def get_insertion(value: str | Insertion) -> Insertion:
         return found
     if isinstance(value, Insertion):
         return value
-    shown = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r} ({type(value).__name__})"
     raise ConfigError(
-        f"passes has {shown}, which has no place among the others",
+        f"passes has {shown(value)}, which has no place among the others",
         hint='mobizo_compiler.graph.Insertion(step, after="attach_loss") gives it one',
     )
 

@@ -15,6 +15,7 @@ from mobizo_compiler.compiling.insertions import get_insertion, name_of
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.graph.pipeline import Insertion
+from mobizo_compiler.options import shown
 from mobizo_compiler.quantization.weights import RECIPES, QuantizationConfig, Recipe, described
 from mobizo_compiler.step.losses import LOSSES, CallableLoss, CausalLMLoss, Loss, get_loss
 from mobizo_compiler.step.rules import PLAIN, RULES, UpdateRule, get_rule
@@ -59,7 +60,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, kind in (("lora", LoraConfig), ("zo", ZOConfig)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} must be a {kind.__name__}, not {_shown(getattr(self, name))}")
+                raise ConfigError(f"{name} must be a {kind.__name__}, not {shown(getattr(self, name))}")
         object.__setattr__(self, "loss", get_loss(self.loss))
         object.__setattr__(self, "rule", get_rule(self.rule))
         object.__setattr__(self, "quantization", _quantization(self.quantization))
@@ -107,10 +108,6 @@ class Options:
         return cls(**found)
 
 
-def _shown(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"{value!r} ({type(value).__name__})"
-
-
 def _quantization(value: Any) -> Any:
     """None, a `QuantizationConfig`, or a configuration of torchao."""
     if value is None or isinstance(value, QuantizationConfig):
@@ -127,6 +124,6 @@ def _quantization(value: Any) -> Any:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"quantization is {value!r}: {error}") from None
     raise ConfigError(
-        f"quantization is {_shown(value)}",
+        f"quantization is {shown(value)}",
         hint=f"use None, one of {', '.join(RECIPES)}, a QuantizationConfig, or a configuration of torchao",
     )

@@ -148,12 +148,6 @@ class Sample:
     where: str
 
 
-def check_columns(rows: Sequence[Row], config: PromptConfig) -> None:
-    """Raise `DataError` unless the first row has the columns that are asked for."""
-    for column in (*config.columns, config.answer_column) if rows else ():
-        rows[0].cell(column, "--template, --prompt-column and --answer-column choose")
-
-
 def samples(rows: Sequence[Row], config: PromptConfig) -> list[Sample]:
     """The samples of rows.
 
