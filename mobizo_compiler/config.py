@@ -120,12 +120,14 @@ class ZOConfig(JsonConfig):
     Args:
         queries: Number q of random directions z per step (the outer loop).
         estimator: "two-sided", 2q lanes: (L(B + eps z) - L(B - eps z)) / (2 eps) for each direction; "one-sided", q + 1
-            lanes: (L(B + eps z) - L(B)) / eps; or the name of an installed estimator, or an `Estimator` with its
-            options. One without options is kept as its name.
+            lanes: (L(B + eps z) - L(B)) / eps; "exact", one lane and the gradient itself, which takes the memory of what
+            is kept for it (then `queries` is 1, and `noise` is not used); or the name of an installed estimator, or an
+            `Estimator` with its options. One without options is kept as its name.
         noise: Distribution of z, "gaussian" or "rademacher".
         normalize: Divide the projected gradient by the standard deviation of the lane losses over eps (FZOO), so that
             a learning rate means the same whatever the size of the loss.
-        clip: Largest size of an entry of the projected gradient; None for no limit.
+        clip: Largest size of an entry of the projected gradient, or, of an exact one, largest length of the gradient;
+            None for no limit.
 
     Raises:
         ConfigError: A field is out of range.
@@ -145,6 +147,13 @@ class ZOConfig(JsonConfig):
         estimator = get_estimator(self.estimator)
         name = self.estimator if isinstance(self.estimator, str) else ESTIMATORS.name_of(type(estimator))
         object.__setattr__(self, "estimator", estimator if dataclasses.fields(estimator) else name)
+        if estimator.differentiates:
+            object.__setattr__(self, "queries", 1)
+            if self.normalize:
+                raise ConfigError(
+                    f"ZOConfig.normalize has no meaning for the {name} estimator: there is no spread of losses",
+                    hint='leave it out; rule="adam" makes steps independent of the size of the loss',
+                )
         if self.noise not in ("gaussian", "rademacher"):
             raise ConfigError(f"ZOConfig.noise is {self.noise!r}", hint='use "gaussian" or "rademacher"')
         if not isinstance(self.normalize, bool):
@@ -168,3 +177,8 @@ class ZOConfig(JsonConfig):
     def lanes(self) -> int:
         """Number of perturbed copies of every row."""
         return get_estimator(self.estimator).lanes(self.queries)
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the program has the gradient itself, so that its steps cannot be replayed from scalars."""
+        return get_estimator(self.estimator).differentiates

@@ -3,7 +3,9 @@
 from mobizo_compiler.passes.attach_loss import AttachLoss
 from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.passes.capture import capture, empty_program, outputs_of
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.passes.difference_losses import DifferenceLosses
+from mobizo_compiler.passes.differentiate import Differentiate
 from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
 from mobizo_compiler.passes.free_rows import FreeRows
 from mobizo_compiler.passes.hoist_picks import HoistPicks
@@ -16,13 +18,16 @@ from mobizo_compiler.passes.quantize import Quantize
 from mobizo_compiler.passes.replay import Replay
 from mobizo_compiler.passes.slice_outputs import SliceOutputs
 from mobizo_compiler.passes.specialize import Specialize
+from mobizo_compiler.passes.tidy import Tidy
 from mobizo_compiler.passes.update_state import UpdateState
 
 __all__ = [
     "AfterPrefix",
     "AttachLoss",
     "Canonicalize",
+    "DecomposeAttention",
     "DifferenceLosses",
+    "Differentiate",
     "DuplicateLanes",
     "FreeRows",
     "HoistPicks",
@@ -35,6 +40,7 @@ __all__ = [
     "Replay",
     "SliceOutputs",
     "Specialize",
+    "Tidy",
     "UpdateState",
     "capture",
     "empty_program",

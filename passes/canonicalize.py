@@ -4,7 +4,7 @@ Given:    %a = alias(%x)   %v = view(%a, [2, 3]) of a [2, 3]   %l = linear(%v, %
 Result:   %l = linear(%x, %w)
 Numbers: exact.
 
-Removed: aliases, clones of contiguous values, conversions to the type a value has, views and expansions to the shape a
+Removed: aliases, clones of contiguous values, conversions to the type a value has, views expansions and repetitions to the shape a
 value has, slices of everything, multiplications by 1 and additions of 0 that change no type, metadata assertions,
 dropout. Views become `reshape`: strides are a matter of the engine, and a rewrite above may change them.
 """
@@ -78,6 +78,7 @@ _RULES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.contiguous.default: _same_type,
     aten.reshape.default: _same_type,
     aten.expand.default: _same_type,
+    aten.repeat.default: lambda node: node.meta["val"].shape == operand(node).meta["val"].shape,
     aten.slice.Tensor: _same_type,
     aten.mul.Tensor: _neutral(1),
     aten.add.Tensor: _neutral(0),

@@ -48,7 +48,9 @@ class DuplicateLanes(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """Repeat the inputs, then replace the values at the cut by repeated copies, and recompute all shapes."""
-        points = self._points(edit) if self.late else {}
+        points = self._points(edit) if self.late or self.lanes == 1 else {}
+        if self.lanes == 1:
+            return self._mark(edit, points)
         first_call = next(node for node in edit.graph.nodes if node.op != "placeholder")
         originals: dict[fx.Node, fx.Node] = {}
         with edit.graph.inserting_before(first_call):
@@ -76,11 +78,21 @@ class DuplicateLanes(Pass):
         shapes = numbered_shapes([node.meta["val"].shape for node in (*old.values(), *new.values())])
         for name, was, now in zip(old, shapes, shapes[len(old) :], strict=False):
             grown = [axis for axis in range(len(was)) if was[axis] != now[axis]] if len(was) == len(now) else []
+            if self.lanes == 1 and len(was) == len(now) and not grown:
+                continue
             if len(grown) != 1 or now[grown[0]] != self.lanes * was[grown[0]]:
                 raise PassContractError(
                     f"duplicate_lanes made output {name!r} {list(new[name].meta['val'].shape)} of "
                     f"{list(old[name].meta['val'].shape)} for {self.lanes} lanes"
                 )
+
+    def _mark(self, edit: Editor, points: dict[fx.Node, int]) -> None:
+        """One lane is what there is; that it could begin at these values is written down, for a step that does."""
+        for node, axis in points.items():
+            if node.op == "call_function":
+                with edit.graph.inserting_after(node):
+                    copy = self._repeat(edit, node, axis)
+                edit.replace(node, copy, keep=copy)
 
     def _points(self, edit: Editor) -> dict[fx.Node, int]:
         perturbed = perturbed_by(edit.values["lanes"])
@@ -90,7 +102,7 @@ class DuplicateLanes(Pass):
     def _repeat(self, edit: Editor, node: fx.Node, axis: int) -> fx.Node:
         sizes = [self.lanes if a == axis else 1 for a in range(node.meta["val"].dim())]
         repeated = edit.call(aten.repeat.default, node, sizes)
-        edit.values[f"{REPEATED}{len(edit.values)}"] = repeated
+        edit.values[f"{REPEATED}{len(edit.values)}_axis_{axis}"] = repeated
         return repeated
 
 

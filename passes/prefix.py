@@ -39,7 +39,7 @@ class AfterPrefix(Pass):
         copies = _copies(edit)
         for index, value in enumerate(values):
             repeated = [copy for copy in copies if operand(copy) is value]
-            axis = _row_axis(repeated[0]) if repeated else edit.rows.get(value.name)
+            axis = copies[repeated[0]] if repeated else edit.rows.get(value.name)
             shape, dtype = value.meta["val"].shape, value.meta["val"].dtype
             given = edit.add_input(f"{PREFIX}{index}", shape, dtype, before=edit.inputs[LABELS_INPUT], row_axis=axis)
             for copy in repeated:
@@ -88,13 +88,8 @@ def cut(edit: Editor) -> list[fx.Node]:
     return values + shared
 
 
-def _copies(edit: Editor) -> list[fx.Node]:
-    """The calls that repeat rows for the lanes, of those that the losses need."""
+def _copies(edit: Editor) -> dict[fx.Node, int]:
+    """The calls that repeat rows for the lanes, of those that the losses need, each with the axis of the rows."""
     alive = ancestors(edit.outputs.values())
-    return [node for name, node in edit.values.items() if name.startswith(REPEATED) and node in alive]
-
-
-def _row_axis(copy: fx.Node) -> int:
-    sizes = copy.args[1]
-    assert isinstance(sizes, (list, tuple))
-    return next(axis for axis, size in enumerate(sizes) if size != 1)
+    named = {node: name for name, node in edit.values.items() if name.startswith(REPEATED)}
+    return {node: int(name.rpartition("_axis_")[2]) for node, name in named.items() if node in alive}

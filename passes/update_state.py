@@ -8,6 +8,9 @@ Result:   input %mobizo_learning_rate: f32[1]
 Numbers: exact; with learning rate 0 the state keeps its bits, and so it does where that or a projected gradient is not
 finite.
 
+Where the program has the gradient itself, as %gradient : f32[P], that is the direction; the check for finite numbers
+takes its length, which is the projected gradient then.
+
 Other rules (`mobizo_compiler.step.rules`) make another step of the mean, and keep what they remember behind B in the
 state. `replay.py` builds the same update as a program of its own.
 """
@@ -40,6 +43,18 @@ def updated_state(queries: int, rule: UpdateRule) -> Callable[[Tensor, Tensor, T
     return update
 
 
+def updated_by_gradient(rule: UpdateRule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The update as a function of state [S], gradient [P], its length [1] and learning rate [1]."""
+
+    def update(state_S: Tensor, gradient_P: Tensor, norm_1: Tensor, learning_rate_1: Tensor) -> Tensor:
+        finite_1 = (norm_1 + learning_rate_1) * 0.0 == 0.0
+        direction_P = torch.where(finite_1, gradient_P, torch.zeros_like(gradient_P))
+        rate_1 = torch.where(finite_1, learning_rate_1, torch.zeros_like(learning_rate_1))
+        return updated(rule, int(gradient_P.shape[0]), state_S, direction_P, rate_1)
+
+    return update
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateState(Pass):
     """Move the state as the rule says."""
@@ -51,8 +66,12 @@ class UpdateState(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """Append the update and mark the state as changed."""
-        noise, gradient = edit.values["noise"], edit.outputs["projected_gradient"]
+        slopes = edit.outputs["projected_gradient"]
         learning_rate = edit.add_input(LEARNING_RATE_INPUT, [1], torch.float32, before=edit.inputs[EPS_INPUT])
-        update = updated_state(noise.meta["val"].shape[0], self.rule)
+        if "gradient" in edit.values:
+            update, direction = updated_by_gradient(self.rule), edit.values["gradient"]
+        else:
+            direction = edit.values["noise"]
+            update = updated_state(direction.meta["val"].shape[0], self.rule)
         with edit.graph.inserting_before(edit.graph.output_node()):
-            edit.mutate_state(edit.inline(update, edit.state, noise, gradient, learning_rate))
+            edit.mutate_state(edit.inline(update, edit.state, direction, slopes, learning_rate))

@@ -18,8 +18,8 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import CausalLMLoss, LoraConfig, SequenceClassificationLoss, ZOConfig, passes
 from mobizo_compiler.backends import get_backend
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.backends.shared_passes import decompose_attention
-from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
+from mobizo_compiler.passes import decompose_attention
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.vulkan.spell_out import SpellOut
 from mobizo_compiler.backends.xnnpack import spell_out_gelu
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear

@@ -20,7 +20,7 @@ from mobizo_compiler.backends.aot_inductor.noise_in_parts import NoiseInParts
 from mobizo_compiler.backends.aot_inductor.round_products import RoundProducts
 from mobizo_compiler.backends.aot_inductor.sums_in_order import SumsInOrder
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
-from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.backends.vulkan.at_most_four_axes import AtMostFourAxes
 from mobizo_compiler.backends.vulkan.flatten_tokens import FlattenTokens

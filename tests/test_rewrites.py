@@ -9,7 +9,7 @@ import pytest
 
 from mobizo_compiler import LoraConfig, passes
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
-from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.graph.editor import Editor

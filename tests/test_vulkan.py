@@ -20,7 +20,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.vulkan import VulkanBackend, load_runtime
 from mobizo_compiler.backends.vulkan.known_faults import RULES, check_delegates, violations
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError

@@ -12,7 +12,7 @@ have no rule here are left to it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,15 +34,27 @@ class CoreAten(Pass):
     numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
-        """Every call on its own."""
-        for node in list(edit.graph.nodes):
-            rule = _RULES.get(node.target) if node.op == "call_function" else None
-            if rule is None:
-                continue
-            with edit.graph.inserting_before(node):
-                replacement = rule(edit, *node.args, **node.kwargs)
-            if replacement is not None:
-                edit.replace(node, replacement)
+        """Every call on its own; then what is copied for a view, until the strides of nothing change any more."""
+        _replace(edit, {target: rule for target, rule in _RULES.items() if target is not aten.reshape.default})
+        edit.refresh()
+        while _replace(edit, {aten.reshape.default: _reshape}):
+            edit.refresh()
+
+
+def _replace(edit: Editor, rules: Mapping[Any, Rule]) -> bool:
+    """Apply the rules once to every call, and say whether one changed anything."""
+    changed = False
+    for node in list(edit.graph.nodes):
+        rule = rules.get(node.target) if node.op == "call_function" else None
+        if rule is None:
+            continue
+        with edit.graph.inserting_before(node):
+            replacement = rule(edit, *node.args, **node.kwargs)
+        if replacement is not None:
+            edit.replace(node, replacement)
+            edit.graph.erase_node(node)
+            changed = True
+    return changed
 
 
 def _transpose(edit: Editor, x: fx.Node, first: int = 0, second: int = 1) -> fx.Node:

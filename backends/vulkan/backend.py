@@ -15,7 +15,7 @@ from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
 from mobizo_compiler.backends.executorch.lower import lower_to_executorch
 from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
-from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.vulkan.at_most_four_axes import AtMostFourAxes
 from mobizo_compiler.backends.vulkan.flatten_tokens import FlattenTokens
 from mobizo_compiler.backends.vulkan.float32_scales import Float32Scales

@@ -11,7 +11,7 @@ from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
 from mobizo_compiler.backends.executorch.lower import lower_to_executorch
 from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
-from mobizo_compiler.backends.shared_passes.decompose_attention import DecomposeAttention
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.backends.xnnpack.decoded_weights import DecodedWeights
 from mobizo_compiler.backends.xnnpack.float_exit import FloatExit

@@ -111,6 +111,15 @@ class CapturedStep:
         """As `evaluate`, in float64."""
         return _InFloat64(self.program).outputs([*inputs, *self._adapters(trained)])
 
+    def gradient(self, inputs: Sequence[Tensor], labels: Tensor, trained: Tensor) -> Tensor:
+        """The gradient of the loss with respect to the trained numbers, by PyTorch, [P]; through rounding as it stands."""
+        leaf = trained.clone().requires_grad_(True)
+        outputs = _StraightThrough(self.program).outputs([*inputs, *self._adapters(leaf)])
+        with torch.enable_grad():
+            loss = self.loss_of(outputs, labels)
+        (found,) = torch.autograd.grad(loss, leaf)
+        return found
+
     def lane(self, index: int, trained: Tensor, seed: int, eps: float) -> Tensor:
         """The trained numbers of one lane of a step, [P]."""
         directions = noise(seed, self.zo.queries, trained.numel(), self.zo.noise)
@@ -134,8 +143,8 @@ class CapturedStep:
         return given
 
 
-class _InFloat64(fx.Interpreter):
-    """Runs a program with every float32 number in float64, one weight at a time."""
+class _Interpreter(fx.Interpreter):
+    """Runs a program on its own tensors."""
 
     def __init__(self, program: GraphProgram) -> None:
         super().__init__(program.exported.graph_module)
@@ -147,8 +156,32 @@ class _InFloat64(fx.Interpreter):
         given = iter(inputs)
         placeholders = [node for node in self._program.graph.nodes if node.op == "placeholder"]
         arguments = [known[node.name] if node.name in known else next(given) for node in placeholders]
-        with torch.no_grad():
-            return list(self.run(*arguments))
+        return list(self.run(*arguments))
+
+
+class _StraightThrough(_Interpreter):
+    """Runs a program that can be differentiated afterwards, where rounding has the derivative 1."""
+
+    @torch.enable_grad()
+    def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What the program returns for these inputs."""
+        return super().outputs(inputs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value, source = super().run_node(n), _unrounded(n)
+        if source is None:
+            return value
+        before = self.env[source]
+        return before + (value - before).detach()
+
+
+class _InFloat64(_Interpreter):
+    """Runs a program with every float32 number in float64, one weight at a time."""
+
+    @torch.no_grad()
+    def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What the program returns for these inputs."""
+        return super().outputs(inputs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_aggregate((args, kwargs), _wide)

@@ -120,8 +120,10 @@ def rewritten(
     methods = {
         "train_step": train_step,
         "evaluate": Pipeline(pipelines.evaluate(options, parts), observer("evaluate")).run(captured),
-        "replay": Pipeline(pipelines.replay(options, parts), observer("replay")).run(passes.empty_program()),
     }
+    if not options.zo.differentiates:
+        alone = pipelines.replay(options, parts)
+        methods["replay"] = Pipeline(alone, observer("replay")).run(passes.empty_program())
     if after:
         methods["prefix"] = Pipeline(after[alike:], observer("prefix")).run(with_lanes)
     return methods

@@ -38,11 +38,17 @@ class Parts:
 def train_step(options: Options, parts: Parts = Parts()) -> list[Pass]:
     """From the captured graph to one training step."""
     split: list[Pass] = [passes.AfterPrefix()] if options.split_prefix else []
-    step: list[Pass] = [
-        passes.Perturb(options.zo),
-        passes.DifferenceLosses(options.zo),
-        passes.UpdateState(options.rule),
-    ]
+    step: list[Pass] = [passes.Perturb(options.zo), passes.DifferenceLosses(options.zo)]
+    if options.zo.differentiates:
+        step = [
+            passes.Specialize(parts.rows),
+            passes.Canonicalize(),
+            passes.DecomposeAttention(),
+            passes.Differentiate(options.zo),
+            passes.Tidy(),
+            passes.Canonicalize(),
+        ]
+    step.append(passes.UpdateState(options.rule))
     return _with_own("train_step", [*_lanes(options, parts), *split, *step, *_finish(options, parts)], options)
 
 
@@ -79,7 +85,8 @@ METHODS: Mapping[str, Callable[[Options, Parts], list[Pass]]] = {
 
 def methods_of(options: Options) -> tuple[str, ...]:
     """The methods that a program with these options has."""
-    return tuple(name for name in METHODS if name != "prefix" or options.split_prefix)
+    left_out = {"prefix": not options.split_prefix, "replay": options.zo.differentiates}
+    return tuple(name for name in METHODS if not left_out.get(name, False))
 
 
 def _lanes(options: Options, parts: Parts) -> list[Pass]:

@@ -4,6 +4,7 @@ What is compared with what, each in float32 and on the rows of the example:
 
     evaluate, adapters at zero                      the outputs of the model itself
     train_step, adapters at random, other rows      losses of lanes that ran alone on the captured graph
+    a gradient that the program has itself          that of PyTorch on the captured graph
     the projected gradient                          that of the losses that were found
     the state after a step, and after replay        the update rule in PyTorch, with the gradient that was found
     evaluate, adapters at random, other rows        the captured graph
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from mobizo_compiler.format.program import Program, Runner
 from mobizo_compiler.graph.eager import EagerArtifact
 from mobizo_compiler.graph.example import Example
 from mobizo_compiler.graph.program import LABELS_INPUT, STATE_INPUT
-from mobizo_compiler.passes.update_state import updated_state
+from mobizo_compiler.passes.update_state import updated_by_gradient, updated_state
 from mobizo_compiler.step.estimators import get_estimator, scaled
 from mobizo_compiler.step.noise import noise
 from mobizo_compiler.step.rules import get_rule
@@ -39,6 +41,7 @@ CLOSE, FACTOR = 2e-5, 32.0
 # bits of the noise, as a share of its norm, and a rule that takes signs may turn a few of them.
 ARITHMETIC = 1e-5
 UPDATE_TOLERANCE = 1e-2
+GRADIENT_TOLERANCE = 1e-3  # of an exact gradient, as a share of its norm
 LANE_TOLERANCE = 1e-5  # one engine, other batch sizes
 MOST_LANES = 8  # that are run alone; of more, as many from the first to the last
 # Where activations are rounded to integers, a value in the last place decides now and then which integer it is, and two
@@ -79,6 +82,15 @@ def check_program(program: Program, captured: CapturedStep, example: Example, at
         check.compare(graphs.runner(), "the graphs that were lowered compute other numbers than the model")
         raise
     return None
+
+
+class _ExactUpdate(NamedTuple):
+    """Length of the gradient, the state after a step, the learning rate of it, and what may differ, as a share."""
+
+    norm: Tensor
+    state: Tensor
+    rate: Tensor
+    tolerance: float
 
 
 class _Check:
@@ -172,6 +184,8 @@ class _Check:
             self._compare_outputs(compare, "evaluate", f"output {position} without adapters", position, found, wanted)
 
         starts = runner.call("prefix", [*self.second, self.labels]) if self.manifest.prefix else self.second
+        exact = self._exact_update() if zo.differentiates else None
+        rate = rate if exact is None else exact.rate
         (_, losses, gradient), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
         size = max(1.0, float(self.losses.abs().max()))
         allowed = self._allowed(_largest(losses[self.lanes], self.losses), CLOSE * size, LOSS_TOLERANCE * size, None)
@@ -180,6 +194,12 @@ class _Check:
         except LoweringError:
             self._check_rows_apart(allowed)
             raise
+        if exact is not None:
+            compare("train_step", "length of the gradient", gradient, exact.norm, exact.tolerance * float(exact.norm))
+            self._compare_updates(
+                compare, "train_step", "change of the state", after, exact.state, self.start, exact.tolerance
+            )
+            return self._compare_evaluate(compare, run)
         wanted = scaled(get_estimator(zo.estimator).projected_gradient(losses, eps), losses, eps, zo.normalize, zo.clip)
         largest = float(wanted.nan_to_num(posinf=0, neginf=0).abs().max())
         last_place = 2.0**-22 * float(losses.nan_to_num(posinf=0, neginf=0).abs().max())
@@ -199,6 +219,26 @@ class _Check:
             what = "second change of the state"
             self._compare_updates(compare, "replay", what, again, moved(after, SEED + 1), after)
 
+        self._compare_evaluate(compare, run)
+
+    def _exact_update(self) -> _ExactUpdate:
+        """What a step with the gradient itself does, by PyTorch on the captured graph."""
+        trained, clip = self.start[: self.program.parameters], self.manifest.zo.clip
+        found = self.captured.gradient(self.second, self.labels, trained)
+        tolerance = GRADIENT_TOLERANCE
+        if self.rounded is not None:
+            smooth = self.captured.without_rounding().gradient(self.second, self.labels, trained)
+            tolerance += ROUNDING * float((smooth - found).norm() / found.norm())
+        norm, rule = found.norm().reshape(1), get_rule(self.manifest.rule)
+        clipped = found if clip is None else found * (clip / norm.clamp(min=clip))
+        # As large as the state, so that the last bits of the state do not hide the gradient; a rule that remembers makes
+        # steps of a size of its own.
+        rate = torch.tensor([LEARNING_RATE]) if self.manifest.memory else trained.norm() / clipped.norm().reshape(1)
+        if self.manifest.memory:
+            tolerance += UPDATE_TOLERANCE
+        return _ExactUpdate(norm, updated_by_gradient(rule)(self.start, clipped, norm, rate), rate, tolerance)
+
+    def _compare_evaluate(self, compare: Callable[..., None], run: Callable[..., tuple[list[Tensor], Tensor]]) -> None:
         state = self.start.clone()
         state[: self.program.parameters] = self._lane(0)
         outputs, kept = run("evaluate", self.second, state)
@@ -207,12 +247,19 @@ class _Check:
         compare("evaluate", "state", kept, state, 0.0)
 
     def _compare_updates(
-        self, compare: Callable[..., None], method: str, what: str, found: Tensor, wanted: Tensor, start: Tensor
+        self,
+        compare: Callable[..., None],
+        method: str,
+        what: str,
+        found: Tensor,
+        wanted: Tensor,
+        start: Tensor,
+        share: float = UPDATE_TOLERANCE,
     ) -> None:
         """The state after an update, by norm: a rule may make much of a small difference in a few numbers."""
         if torch.equal(found, start) and not torch.equal(wanted, start):
             raise LoweringError(f"{method} does not change the state", where=f"backend {self.manifest.backend!r}")
-        moved = UPDATE_TOLERANCE * float((wanted - start).norm())
+        moved = share * float((wanted - start).norm())
         compare(method, what, (found - wanted).norm(), torch.zeros(()), moved)
 
     def _compare_outputs(

@@ -209,7 +209,8 @@ class Manifest:
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that a session calls."""
-        return ("train_step", "evaluate", "replay", *(["prefix"] if self.prefix else []))
+        replay = [] if self.zo.differentiates else ["replay"]
+        return ("train_step", "evaluate", *replay, *(["prefix"] if self.prefix else []))
 
     def initial_memory(self) -> Tensor:
         """What the rule remembers before the first step, float32 [memory]."""
@@ -288,6 +289,11 @@ class _Foreign(ZOConfig):
     def lanes(self) -> int:
         """As the manifest has it."""
         return int(self.__dict__["_lanes"])
+
+    @property
+    def differentiates(self) -> bool:
+        """Where there is one lane, nothing can be compared."""
+        return self.lanes == 1
 
 
 def _zo(values: Mapping[str, Any], lanes: int) -> ZOConfig:

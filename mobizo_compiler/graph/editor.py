@@ -202,35 +202,49 @@ class Editor:
         shape = node.meta["val"].shape
         return [s if isinstance(s, int) else self.call(aten.sym_size.int, node, axis) for axis, s in enumerate(shape)]
 
-    def inline(self, function: Callable[..., Any], *args: fx.Node) -> Any:
+    def inline(
+        self,
+        function: Callable[..., Any],
+        *args: fx.Node,
+        decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+        known: Mapping[int, fx.Node] | None = None,
+    ) -> Any:
         """Trace a function of tensors and insert its operators at the insertion point.
 
         Args:
             function: Takes one tensor per node; returns a tensor or a tuple or dict of tensors. It must not create
                 tensors from Python data (`torch.tensor`), which would become hidden constants.
             args: Its arguments.
+            decompositions: If given, the function is traced below autograd, so that it may differentiate, with these in
+                place of operators.
+            known: Results that the program has already, by their position: they are not computed again.
 
         Returns:
             What the function returns, with nodes for tensors.
         """
+        above: dict[str, Any] = {"pre_dispatch": True} if decompositions is None else {}
         with self.mode, torch.no_grad():
-            traced = make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_fake_constant=True)(
-                *(node.meta["val"] for node in args)
-            )
+            traced = make_fx(
+                function, tracing_mode="real", _allow_fake_constant=True, decomposition_table=decompositions, **above
+            )(*(node.meta["val"] for node in args))
         environment: dict[fx.Node, fx.Node] = {}
+        results = traced.graph.output_node().args[0]
+        if known:
+            environment = {results[position]: node for position, node in known.items()}
+        needed = _made_of(results, environment)
         given = iter(args)
         for node in traced.graph.nodes:
             if node.op == "placeholder":
-                environment[node] = next(given)
+                environment.setdefault(node, next(given))
             elif node.op == "call_function":
+                if node in environment or node not in needed:
+                    continue
                 copy = self.graph.node_copy(node, lambda inner: environment[inner])
                 copy.meta = {"val": node.meta["val"]} if "val" in node.meta else {"val": self._compute(copy)}
                 environment[node] = copy
-            elif node.op == "output":
-                return pytree.tree_map_only(fx.Node, lambda inner: environment[inner], node.args[0])
-            else:
+            elif node.op != "output" and node in needed:
                 raise PassContractError(f"{function} made a hidden constant {node.target!r}")
-        raise PassContractError(f"{function} has no output")
+        return pytree.tree_map_only(fx.Node, lambda inner: environment[inner], results)
 
     def set_outputs(self, outputs: Mapping[str, fx.Node]) -> None:
         """Replace the user outputs."""
@@ -354,6 +368,19 @@ class Editor:
                 f"torch cannot say what shape {node.target} returns for symbolic sizes: {error}",
                 where=source_line(node),
             ) from error
+
+
+def _made_of(results: Any, known: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
+    """The nodes that have to be there for some results, without those behind what is known."""
+    pending = [node for node in pytree.tree_leaves(results) if isinstance(node, fx.Node)]
+    found = set(pending)
+    while pending:
+        node = pending.pop()
+        for inner in node.all_input_nodes if node not in known else []:
+            if inner not in found:
+                found.add(inner)
+                pending.append(inner)
+    return found
 
 
 def _is_symbolic(value: Any) -> bool:

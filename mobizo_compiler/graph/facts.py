@@ -90,8 +90,14 @@ def _sites(program: GraphProgram) -> Iterator[str]:
 def _lanes(program: GraphProgram) -> Iterator[str]:
     nodes = {node.name: node for node in program.graph.nodes}
     lanes = nodes[program.values["lanes"]].meta["val"]
-    if lanes.shape[0] < 2:
-        yield f"there is nothing to compare {lanes.shape[0]} lane with"
+    if lanes.dim() != 2:
+        yield f"'lanes' is {tuple(lanes.shape)}, not [lanes, parameters]"
+
+
+def _perturbed(program: GraphProgram) -> Iterator[str]:
+    nodes = {node.name: node for node in program.graph.nodes}
+    if (count := nodes[program.values["lanes"]].meta["val"].shape[0]) < 2:
+        yield f"there is nothing to compare {count} lane with"
 
 
 def _updated(program: GraphProgram) -> Iterator[str]:
@@ -124,7 +130,7 @@ CHECKS: dict[str, Callable[[GraphProgram], Iterator[str]]] = {
     LOSS: _loss,
     SITES: _sites,
     LANES: _lanes,
-    PERTURBED: _lanes,
+    PERTURBED: _perturbed,
     DIFFERENCED: _outputs("loss", "lane_losses", "projected_gradient"),
     UPDATED: _updated,
     STATIC: _static,

@@ -1,4 +1,4 @@
-"""Estimators: where the lanes are, and what their losses say about the gradient.
+"""Estimators: where the lanes are, and what their losses say about the gradient; or that it is had exactly.
 
 Shape suffixes: Q queries, G lanes, P parameters.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,12 @@ class Estimator(JsonConfig, abc.ABC):
     """How lanes are perturbed and compared. An entry point or `register_estimator` gives it a name.
 
     The functions may use whatever runs on every engine: arithmetic, slices, `cat`, sums.
+
+    `differentiates`: the program has the gradient itself, as operators, and one direction: its own. A step is then no
+    function of its seed and projected gradient: it cannot be replayed, and its journal cannot be merged.
     """
+
+    differentiates: ClassVar[bool] = False
 
     @abc.abstractmethod
     def lanes(self, queries: int) -> int:
@@ -100,11 +105,38 @@ class OneSided(Estimator):
         return 2 if normalized else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Exact(Estimator):
+    """The gradient itself, written into the program as operators of inference (`mobizo_compiler.passes.differentiate`).
+
+    One lane that is not perturbed; the seed and the size of the perturbation change nothing. Its projected gradient is
+    one number, the slope along the gradient's own direction, which is the gradient's length.
+    """
+
+    differentiates: ClassVar[bool] = True
+
+    def lanes(self, queries: int) -> int:
+        """1."""
+        return 1
+
+    def perturbed(self, trained_P: Tensor, step_QP: Tensor) -> Tensor:
+        """What is trained, as it is."""
+        return trained_P.reshape(1, -1)
+
+    def projected_gradient(self, loss_G: Tensor, eps_1: Tensor) -> Tensor:
+        """A `ConfigError`: one loss says nothing about a slope."""
+        raise ConfigError("the exact estimator takes its slope from the gradient, not from losses")
+
+
 ESTIMATORS = DataclassRegistry(
     "estimator",
     "mobizo_compiler.estimators",
     Estimator,  # type: ignore[type-abstract]
-    {"one-sided": "mobizo_compiler.step.estimators:OneSided", "two-sided": "mobizo_compiler.step.estimators:TwoSided"},
+    {
+        "exact": "mobizo_compiler.step.estimators:Exact",
+        "one-sided": "mobizo_compiler.step.estimators:OneSided",
+        "two-sided": "mobizo_compiler.step.estimators:TwoSided",
+    },
 )
 
 

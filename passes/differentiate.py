@@ -1,0 +1,292 @@
+"""Append the gradient of the loss with respect to the adapters, as operators of inference (reverse mode).
+
+Given:    %h = linear(%x, %b_mobizo_lora_a_0)   %b = reshape(slice(%lanes, 1, 0, 160), [1, 8, 20])   %d = bmm(%h, %b)
+          %y = add(linear(%x, %p_w), %d)        return row_loss = f(%y) : f32[rows]      return row_weight : f32[rows]
+Result:   %loss = sum(row_loss) / sum(row_weight)                                        : f32[1]
+          %gy = ... of f                        %gb = bmm(permute(%h, [0, 2, 1]), %gy)
+          %gx = bmm(reshape(%gy, [1, -1, 20]), unsqueeze(%p_w, 0)) + ...
+          %gradient = cat([reshape(%gb, [160]), ...])                                    : f32[P]
+          return loss, lane_losses = loss, projected_gradient = %norm                    : f32[1] each
+Numbers: exact for what the program computed before; the gradient is that of PyTorch up to rounding.
+
+Every call between an adapter and the loss gets the product of the vector behind it with its derivative, which PyTorch
+writes: `torch.func.vjp` of the call is traced, and what it computes again of the call itself is the call. What lies
+before the first adapter has no derivative. The numbers of a site are a value of their own, so that no gradient is
+scattered into the whole; slices of one value are put together again by one `cat`. Products become `bmm`, of which a
+factor may be a stored weight: it is read where it is, not stored a second time in another order.
+
+The norm of the gradient is the slope along its own direction, and stands where the slopes along random directions
+stand in other programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mobizo_compiler.config import ZOConfig
+from mobizo_compiler.errors import MobizoError, NotSupportedYetError, UnsupportedGraphError
+from mobizo_compiler.graph import facts
+from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import ancestors, operand, slice_bounds, source_line
+from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import EPS_INPUT, SEED_INPUT
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Differentiate(Pass):
+    """Make the gradient of the mean loss a value of the program."""
+
+    zo: ZOConfig
+    needs = frozenset({facts.LOSS, facts.SITES, facts.STATIC})
+    gives = frozenset({facts.DIFFERENCED})
+    inputs = "added"
+    outputs = "changed"
+
+    def rewrite(self, edit: Editor) -> None:
+        """Name the gradient `gradient`; seed and eps are inputs as in every step, and change nothing."""
+        if edit.before.dynamic:
+            raise NotSupportedYetError(
+                "the exact gradient needs sizes that are numbers", hint="leave dynamic_shapes out, and pad"
+            )
+        edit.add_input(SEED_INPUT, [1], torch.int32)
+        edit.add_input(EPS_INPUT, [1], torch.float32)
+        rows = [edit.outputs["row_loss"], edit.outputs["row_weight"]]
+        pieces = [node for node in edit.values["lanes"].users if node.target is aten.slice.Tensor]
+        with edit.graph.inserting_before(edit.graph.output_node()):
+            loss = edit.inline(_mean, *rows)
+            flat = _in_order(edit, edit.before.parameters, gradients(edit, loss, pieces))
+            gradient, norm = edit.inline(lambda flat_P: _clipped(flat_P, self.zo.clip), flat)
+            edit.values["gradient"] = gradient
+            losses = edit.call(aten.clone.default, loss)
+            edit.set_outputs({"loss": loss, "lane_losses": losses, "projected_gradient": norm})
+        for node in edit.calls(aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # strides are a matter of the engine
+        edit.refresh()
+
+
+def _mean(row_loss_N: Tensor, row_weight_N: Tensor) -> Tensor:
+    return row_loss_N.sum(dim=0, keepdim=True) / row_weight_N.sum(dim=0, keepdim=True)
+
+
+def _clipped(gradient_P: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
+    """The gradient, no longer than `clip`, and its length before."""
+    norm_1 = torch.sqrt((gradient_P * gradient_P).sum(dim=0, keepdim=True))
+    if clip is None:
+        return gradient_P, norm_1
+    return gradient_P * (clip / torch.clamp(norm_1, min=clip)), norm_1
+
+
+def _in_order(edit: Editor, parameters: int, found: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The gradients of slices of the trained numbers as one, [P]."""
+    by_start: dict[tuple[int, int], fx.Node] = {}
+    for piece, gradient in found.items():
+        bounds = slice_bounds(piece)
+        assert bounds is not None and bounds[2] is not None
+        place = (bounds[1], bounds[2])
+        before = by_start.get(place)
+        by_start[place] = gradient if before is None else edit.call(aten.add.Tensor, before, gradient)
+    parts, end = [], 0
+    for start, stop in sorted(by_start):
+        if start > end:  # an adapter that the loss does not depend on
+            parts.append(edit.call(aten.full.default, [start - end], 0.0, dtype=torch.float32))
+        parts.append(edit.call(aten.reshape.default, by_start[start, stop], [stop - start]))
+        end = stop
+    if end < parameters:
+        parts.append(edit.call(aten.full.default, [parameters - end], 0.0, dtype=torch.float32))
+    return edit.call(aten.cat.default, parts)
+
+
+# -- reverse mode ------------------------------------------------------------------------------------------------------
+
+
+def gradients(edit: Editor, result: fx.Node, leaves: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The gradient of a value of one element with respect to other values, inserted at the insertion point.
+
+    Args:
+        edit: The program.
+        result: The value, float32 [1].
+        leaves: What to differentiate by; one is no part of another.
+
+    Returns:
+        The gradients of those that the value depends on.
+
+    Raises:
+        UnsupportedGraphError: A call in between has no derivative that an inference engine could run.
+    """
+    between = _between(edit, result, leaves)
+    behind: dict[fx.Node, list[tuple[fx.Node | None, fx.Node]]] = {node: [] for node in between}
+    with edit.mode:
+        one = edit.call(aten.full.default, list(result.meta["val"].shape), 1.0, dtype=result.meta["val"].dtype)
+    behind[result].append((None, one))
+    found: dict[fx.Node, fx.Node] = {}
+    for node in reversed(between):
+        if not behind[node]:
+            continue
+        if node.target is operator.getitem:
+            behind[operand(node)].append((node, _sum(edit, node, behind[node])))
+            continue
+        several = isinstance(node.meta["val"], (tuple, list))
+        vectors = _by_index(edit, behind[node]) if several else {0: _sum(edit, node, behind[node])}
+        if node in leaves:
+            found[node] = vectors[0]
+            continue
+        inner = [n for n in dict.fromkeys(node.all_input_nodes) if n in behind]
+        if node.target is aten.slice.Tensor:
+            behind[inner[0]].append((node, vectors[0]))  # slices of one value are put together there
+            continue
+        for source, gradient in zip(inner, _pullback(edit, node, inner, vectors), strict=True):
+            behind[source].append((None, gradient))
+    return found
+
+
+def _between(edit: Editor, result: fx.Node, leaves: Sequence[fx.Node]) -> list[fx.Node]:
+    """What depends on a leaf and what the result depends on, in order, of floating-point numbers."""
+    reached, needed = set(leaves), ancestors([result])
+    for node in edit.graph.nodes:
+        if node.op == "call_function" and _is_real(node.meta.get("val")):
+            if any(inner in reached for inner in node.all_input_nodes):
+                reached.add(node)
+    return [node for node in edit.graph.nodes if node in reached and node in needed]
+
+
+def _is_real(value: Any) -> bool:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(v, Tensor) and v.dtype.is_floating_point for v in values)
+
+
+def _by_index(edit: Editor, parts: list[tuple[fx.Node | None, fx.Node]]) -> dict[int, fx.Node]:
+    """The vectors behind the results of a call with several, each of which is read by one getitem or more."""
+    found: dict[int, fx.Node] = {}
+    for reader, vector in parts:
+        assert reader is not None
+        index = reader.args[1]
+        assert isinstance(index, int)
+        found[index] = edit.call(aten.add.Tensor, found[index], vector) if index in found else vector
+    return found
+
+
+def _sum(edit: Editor, node: fx.Node, parts: list[tuple[fx.Node | None, fx.Node]]) -> fx.Node:
+    """The vector behind a value: the sum over its users, of which slices are put in their places first."""
+    by_axis: dict[int, list[tuple[int, int, fx.Node]]] = {}
+    terms: list[fx.Node] = []
+    for reader, vector in parts:
+        if reader is None or reader.target is not aten.slice.Tensor:
+            terms.append(vector)
+            continue
+        bounds = slice_bounds(reader)
+        if bounds is None:
+            raise UnsupportedGraphError("a slice with a step has no gradient here", where=source_line(reader))
+        axis, size = bounds[0], int(node.meta["val"].shape[bounds[0]])
+        start, stop, _ = slice(bounds[1], bounds[2]).indices(size)
+        by_axis.setdefault(axis, []).append((start, stop, vector))
+    for axis, slices in by_axis.items():
+        for layer in _apart(sorted(slices, key=lambda item: item[:2])):
+            terms.append(_joined(edit, node, axis, layer))
+    total = terms[0]
+    for term in terms[1:]:
+        total = edit.call(aten.add.Tensor, total, term)
+    return total
+
+
+def _apart(slices: list[tuple[int, int, fx.Node]]) -> list[list[tuple[int, int, fx.Node]]]:
+    """Slices in groups whose members do not overlap, as few as there can be."""
+    groups: list[list[tuple[int, int, fx.Node]]] = []
+    for item in slices:
+        group = next((g for g in groups if g[-1][1] <= item[0]), None)
+        if group is None:
+            groups.append([item])
+        else:
+            group.append(item)
+    return groups
+
+
+def _joined(edit: Editor, node: fx.Node, axis: int, slices: list[tuple[int, int, fx.Node]]) -> fx.Node:
+    """The vector behind a value from those behind slices of it, with zeros in between."""
+    value = node.meta["val"]
+    parts, end = [], 0
+    for start, stop, vector in [*slices, (value.shape[axis], value.shape[axis], None)]:
+        if start > end:
+            sizes = [*value.shape[:axis], start - end, *value.shape[axis + 1 :]]
+            parts.append(edit.call(aten.full.default, sizes, 0.0, dtype=value.dtype))
+        if vector is not None:
+            parts.append(vector)
+        end = stop
+    return parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, axis)
+
+
+# -- the derivative of one call ----------------------------------------------------------------------------------------
+
+
+def _pullback(edit: Editor, node: fx.Node, inner: list[fx.Node], vectors: Mapping[int, fx.Node]) -> list[fx.Node]:
+    """The product of vectors, one for each result of a call, with the call's derivative by some of its arguments."""
+    arguments = list(dict.fromkeys(node.all_input_nodes))
+    results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+
+    def call(values: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta["val"]))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def pulled(*given: Any) -> list[Tensor]:
+        values = dict(zip(arguments, given, strict=False))
+        behind = dict(zip(vectors, given[len(arguments) :], strict=True))
+
+        def varied(*some: Tensor) -> tuple[Tensor, ...]:
+            found = call(values | dict(zip(inner, some, strict=True)))
+            return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+        found, pull = torch.func.vjp(varied, *(values[n] for n in inner))
+        full = tuple(
+            behind[index] if index in behind else torch.zeros_like(result) for index, result in enumerate(found)
+        )
+        return [*pull(full), *found]
+
+    known = {} if len(results) > 1 else {len(inner): node}
+    try:
+        made = edit.inline(pulled, *arguments, *vectors.values(), decompositions=_spelled_out(), known=known)
+    except MobizoError:
+        raise
+    except Exception as error:
+        raise UnsupportedGraphError(
+            f"the exact gradient cannot be had through this call: {type(error).__name__}: {error}",
+            where=source_line(node),
+            hint='estimator="two-sided" needs no derivative',
+        ) from error
+    return list(made[: len(inner)])
+
+
+def _spelled_out() -> dict[Any, Callable[..., Any]]:
+    """PyTorch's own derivatives in operators of inference, and products in the form that every engine takes."""
+    from torch._decomp import core_aten_decompositions
+
+    table = {op: rule for op, rule in core_aten_decompositions().items() if "backward" in str(op)}
+    return {
+        **table,
+        aten.mm.default: _mm,
+        aten.pow.Tensor_Scalar: _power,
+        aten.mul.Scalar: lambda x, number: aten.mul.Tensor(x, number),
+        aten.div.Scalar: lambda x, number: aten.mul.Tensor(x, 1.0 / number),
+        aten.rsub.Scalar: lambda x, number: aten.add.Tensor(aten.neg.default(x), number),
+    }
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """Small whole powers as products."""
+    if exponent == 1:
+        return x
+    if exponent in (2, 3):
+        square = aten.mul.Tensor(x, x)
+        return square if exponent == 2 else aten.mul.Tensor(square, x)
+    return NotImplemented
+
+
+def _mm(left_MK: Tensor, right_KN: Tensor) -> Tensor:
+    return torch.bmm(left_MK.unsqueeze(0), right_KN.unsqueeze(0)).squeeze(0)
