@@ -12,6 +12,7 @@ from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 
 
 class PortableBackend(ExecuTorchBackend):
@@ -27,8 +28,8 @@ class PortableBackend(ExecuTorchBackend):
         return []
 
     def passes(self) -> Sequence[Pass]:
-        """Quantized layers in plain operators."""
-        return (SpellOutQuantization(), Canonicalize())
+        """Attention as products, and quantized layers in plain operators."""
+        return (DecomposeAttention(), SpellOutQuantization(), Canonicalize())
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with no partitioner."""
