@@ -64,7 +64,7 @@ def content_key(kind: Kind, workload: Workload) -> str:
     here, compiler = Path(__file__).parent, Path(mobizo_compiler.__file__).parent
     sources = [here / "workload.py"]
     if kind == "stock":
-        sources.append(compiler / "plan.py")
+        sources.append(compiler / "inspection" / "plan.py")
         fields = {name: fields[name] for name in ("model", "layers", "tokens")} | {"lane_rows": workload.lane_rows}
     else:
         folders = (compiler, compiler / "passes", compiler / "backends")

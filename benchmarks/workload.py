@@ -64,7 +64,7 @@ class Workload:
     Args:
         model: SmolLM2-135M with its weights, or TinyLlama-1.1B or Llama2-7B with random weights; all in float32.
         layers: Keep the first so many decoder layers only; all if None.
-        queries: Number q of directions.
+        queries: Number q of directions; 1 for the exact estimator.
         rows: Number b of rows in a batch.
         tokens: Number T of tokens in a row; only the last one is labelled.
         rank: Rank of the adapters.
@@ -72,6 +72,7 @@ class Workload:
         last: Adapters in the last so many layers only; in all if None.
         quantization: Recipe of the frozen base weights; float32 if None.
         seed: Seed of the batch.
+        estimator: As `ZOConfig.estimator`; the peers that have lanes are for "two-sided".
     """
 
     model: Literal["smollm2", "tinyllama", "llama2-7b"] = "smollm2"
@@ -84,13 +85,14 @@ class Workload:
     last: int | None = None
     quantization: str | None = None
     seed: int = 0
+    estimator: str = "two-sided"
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """One option per field."""
         for field in dataclasses.fields(Workload):
             choices = {"model": tuple(LAYERS), "targets": ("all-linear", "qv")}.get(field.name)
-            kind = str if choices or field.name == "quantization" else int
+            kind = str if choices or field.name in ("quantization", "estimator") else int
             parser.add_argument(f"--{field.name}", type=kind, choices=choices, default=field.default)
 
     @classmethod
@@ -109,8 +111,15 @@ class Workload:
 
     @property
     def lane_rows(self) -> int:
-        """Rows of all lanes, 2qb."""
-        return 2 * self.queries * self.rows
+        """Rows of all lanes, 2qb for the two-sided estimator."""
+        return self.zo.lanes * self.rows
+
+    @property
+    def zo(self) -> mobizo.ZOConfig:
+        """The estimator."""
+        import mobizo_compiler as mobizo
+
+        return mobizo.ZOConfig(queries=self.queries, estimator=self.estimator)
 
     def adapted(self, model: nn.Module) -> list[str]:
         """Paths of the layers that `lora` adapts, for peers that do not ask the compiler."""
@@ -178,7 +187,7 @@ class Workload:
             "train_step": [*rows, labels, seed, rate, torch.tensor([1e-2])],
             "evaluate": rows,
             "replay": [seed, torch.ones(self.queries), rate],
-            "forward": [value.repeat(2 * self.queries, 1) for value in rows],
+            "forward": [value.repeat(self.zo.lanes, 1) for value in rows],
         }[method]
 
     def compile(self, backend: str = "xnnpack") -> tuple[mobizo.Program, dict[str, float]]:
@@ -190,7 +199,7 @@ class Workload:
                 self.load_model(),
                 self.batch()[0],
                 lora=self.lora,
-                zo=mobizo.ZOConfig(queries=self.queries),
+                zo=self.zo,
                 loss=mobizo.CausalLMLoss(max_labels=1),
                 quantization=self.quantization,
                 backend=backend,

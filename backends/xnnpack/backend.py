@@ -18,6 +18,7 @@ from mobizo_compiler.backends.xnnpack.float_exit import FloatExit
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.backends.xnnpack.round_group_scales import RoundGroupScales
+from mobizo_compiler.backends.xnnpack.separate_readers import SeparateReaders
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.nodes import ancestors, operand, source_line
@@ -55,6 +56,7 @@ class XnnpackBackend(ExecuTorchBackend):
             SpellOutQuantization(keep_dynamic=True),
             DecodedWeights(),
             FloatExit(),
+            SeparateReaders(),
             Canonicalize(),
             CoreAten(),
         )
