@@ -22,9 +22,9 @@ stand in other programs.
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,7 @@ def gradients(edit: Editor, result: fx.Node, leaves: Sequence[fx.Node]) -> dict[
         one = edit.call(aten.full.default, list(result.meta["val"].shape), 1.0, dtype=result.meta["val"].dtype)
     behind[result].append((None, one))
     found: dict[fx.Node, fx.Node] = {}
+    traced: dict[_Call, fx.GraphModule] = {}
     for node in reversed(between):
         if not behind[node]:
             continue
@@ -140,10 +141,10 @@ def gradients(edit: Editor, result: fx.Node, leaves: Sequence[fx.Node]) -> dict[
             found[node] = vectors[0]
             continue
         inner = [n for n in dict.fromkeys(node.all_input_nodes) if n in behind]
-        if node.target is aten.slice.Tensor:
+        if node.target is aten.slice.Tensor and slice_bounds(node) is not None:
             behind[inner[0]].append((node, vectors[0]))  # slices of one value are put together there
             continue
-        for source, gradient in zip(inner, _pullback(edit, node, inner, vectors), strict=True):
+        for source, gradient in zip(inner, _pullback(edit, node, inner, vectors, traced), strict=True):
             behind[source].append((None, gradient))
     return found
 
@@ -183,8 +184,7 @@ def _sum(edit: Editor, node: fx.Node, parts: list[tuple[fx.Node | None, fx.Node]
             terms.append(vector)
             continue
         bounds = slice_bounds(reader)
-        if bounds is None:
-            raise UnsupportedGraphError("a slice with a step has no gradient here", where=source_line(reader))
+        assert bounds is not None
         axis, size = bounds[0], int(node.meta["val"].shape[bounds[0]])
         start, stop, _ = slice(bounds[1], bounds[2]).indices(size)
         by_axis.setdefault(axis, []).append((start, stop, vector))
@@ -226,32 +226,58 @@ def _joined(edit: Editor, node: fx.Node, axis: int, slices: list[tuple[int, int,
 # -- the derivative of one call ----------------------------------------------------------------------------------------
 
 
-def _pullback(edit: Editor, node: fx.Node, inner: list[fx.Node], vectors: Mapping[int, fx.Node]) -> list[fx.Node]:
-    """The product of vectors, one for each result of a call, with the call's derivative by some of its arguments."""
-    arguments = list(dict.fromkeys(node.all_input_nodes))
-    results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call without its values: calls that are equal have one derivative."""
 
-    def call(values: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta["val"]))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+    node: fx.Node = dataclasses.field(compare=False)
+    target: Any
+    arguments: str
+    values: tuple[Any, ...]
+    inner: tuple[int, ...]
+    behind: tuple[int, ...]
 
-    def pulled(*given: Any) -> list[Tensor]:
-        values = dict(zip(arguments, given, strict=False))
-        behind = dict(zip(vectors, given[len(arguments) :], strict=True))
+    @classmethod
+    def of(cls, node: fx.Node, inner: list[fx.Node], behind: Iterable[int]) -> _Call:
+        """The call with those of its arguments that are differentiated by, and those results that a vector is behind."""
+        inputs = list(dict.fromkeys(node.all_input_nodes))
+        numbered = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{inputs.index(n)}")
+        values = tuple((tuple(v.shape), v.dtype, v.stride()) for v in (n.meta["val"] for n in inputs))
+        return cls(node, node.target, str(numbered), values, tuple(map(inputs.index, inner)), tuple(behind))
 
-        def varied(*some: Tensor) -> tuple[Tensor, ...]:
-            found = call(values | dict(zip(inner, some, strict=True)))
-            return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    def pullback(self, *given: Any) -> list[Tensor]:
+        """The products of the vectors with the derivative by the inner arguments, then the results of the call."""
+        inputs = list(dict.fromkeys(self.node.all_input_nodes))
+        values, vectors = given[: len(inputs)], dict(zip(self.behind, given[len(inputs) :], strict=True))
 
-        found, pull = torch.func.vjp(varied, *(values[n] for n in inner))
-        full = tuple(
-            behind[index] if index in behind else torch.zeros_like(result) for index, result in enumerate(found)
-        )
-        return [*pull(full), *found]
+        def results(*some: Tensor) -> dict[int, Tensor]:
+            now = dict(zip(inputs, values, strict=True)) | dict(zip((inputs[i] for i in self.inner), some, strict=True))
+            args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), now.__getitem__)
+            found = DIFFERENTIABLE.get(self.target, self.target)(*args, **kwargs)
+            several = found if isinstance(found, (tuple, list)) else (found,)
+            return {index: value for index, value in enumerate(several) if _is_real(value)}
 
-    known = {} if len(results) > 1 else {len(inner): node}
+        found, pull = torch.func.vjp(results, *(values[i] for i in self.inner))
+        behind = {i: vectors[i] if i in vectors else torch.zeros_like(result) for i, result in found.items()}
+        return [*pull(behind), *found.values()]
+
+
+def _pullback(
+    edit: Editor,
+    node: fx.Node,
+    inner: list[fx.Node],
+    vectors: Mapping[int, fx.Node],
+    traced: dict[_Call, fx.GraphModule],
+) -> list[fx.Node]:
+    """The products of vectors, one for each result of a call, with the call's derivative by some of its arguments."""
+    call = _Call.of(node, inner, vectors)
+    given = [*dict.fromkeys(node.all_input_nodes), *vectors.values()]
     try:
-        made = edit.inline(pulled, *arguments, *vectors.values(), decompositions=_spelled_out(), known=known)
+        if call not in traced:
+            traced[call] = edit.trace(call.pullback, *given, decompositions=_spelled_out())
+            _check_pure(traced[call])
+        several = isinstance(node.meta["val"], (tuple, list))
+        made = edit.insert(traced[call], *given, known={} if several else {len(inner): node})
     except MobizoError:
         raise
     except Exception as error:
@@ -263,6 +289,38 @@ def _pullback(edit: Editor, node: fx.Node, inner: list[fx.Node], vectors: Mappin
     return list(made[: len(inner)])
 
 
+def _check_pure(traced: fx.GraphModule) -> None:
+    """Raise an error if a derivative writes into a value, which a graph without side effects cannot show."""
+    for node in traced.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise RuntimeError(f"its derivative is made with {node.target}, in place")
+
+
+def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(x.dtype).expand(x.shape) * 1.0
+
+
+def _average(axes: list[int]) -> Callable[..., Tensor]:
+    def average(x: Tensor, size: Sequence[int]) -> Tensor:
+        if any(number != 1 for number in size):
+            return _ADAPTIVE[len(axes)](x, size)  # type: ignore[no-any-return]
+        return x.mean(axes, keepdim=True)
+
+    return average
+
+
+_ADAPTIVE: dict[int, Any] = {1: aten.adaptive_avg_pool1d.default, 2: aten.adaptive_avg_pool2d.default}
+# The same as an operator that autograd does not know, because it is for graphs without side effects, or whose
+# derivative is made of views and writes into them.
+DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    aten.copy.default: _copy,
+    aten.adaptive_avg_pool1d.default: _average([-1]),
+    aten.adaptive_avg_pool2d.default: _average([-2, -1]),
+}
+
+
+@functools.cache
 def _spelled_out() -> dict[Any, Callable[..., Any]]:
     """PyTorch's own derivatives in operators of inference, and products in the form that every engine takes."""
     from torch._decomp import core_aten_decompositions

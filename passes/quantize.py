@@ -5,10 +5,12 @@ Result:   %s = mul(%x, %smoothing)
           %d = dequantize_affine(quantize_affine(%s, choose_qparams_affine(%s)))
           %y = linear(%d, dequantize_affine(%p_w_qdata, %p_w_scale, ...), %p_bias)
           %e = embedding(%p_table_codes, %ids) * embedding(%p_table_scale, %ids)
+          %g = bmm(%gy, unsqueeze(dequantize_affine(%p_w_qdata, %p_w_scale, ...), 0))   for a gradient that reads %p_w
 Numbers: changes, because weights, and with 8da* the inputs of layers, are rounded.
 
 It runs after the rewriting, so adapters read the inputs before they are rounded, and A, noise, loss and state stay
-float32. Inputs that several layers share are rounded once. Rows of an embedding are decoded after they were looked up.
+float32. A gradient passes through the rounding of inputs as it stands (straight through; Bengio et al. 2013), and
+through a layer with the weights that the layer has then. Inputs that several layers share are rounded once. Rows of an embedding are decoded after they were looked up.
 """
 
 from __future__ import annotations
@@ -70,9 +72,12 @@ class Quantize(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """Replace each layer and table; what has no parameter of its own stays."""
+        used: dict[fx.Node, _Used] = {}
         for fqn, calls in find_targets(edit).items():
             for target in calls:
-                self._linear(edit, fqn, target)
+                self._linear(edit, fqn, target, used)
+        for weight, layer in used.items():
+            _decode_for_gradients(edit, weight, layer)
         for node in edit.calls(aten.embedding.default):
             self._embedding(edit, node)
         if not self.stored:
@@ -82,12 +87,13 @@ class Quantize(Pass):
             )
         _share_rounded_inputs(edit)
 
-    def _linear(self, edit: Editor, fqn: str, target: LayerCall) -> None:
+    def _linear(self, edit: Editor, fqn: str, target: LayerCall, used: dict[fx.Node, _Used]) -> None:
         node = target.call
         found = linear_weight(edit, target)
         if found is None:
             return
-        name, weight = found
+        placeholder, weight = found
+        name = str(edit.tensor_name(placeholder))
         recipe = self.config
         if isinstance(self.config, QuantizationConfig):
             recipe = self.config.recipe_of(fqn, fqn in self.output_layers)
@@ -114,6 +120,7 @@ class Quantize(Pass):
             else:
                 new = edit.inline(stored.linear, x, bias, *parts)
         edit.replace(node, new)
+        used[placeholder] = _Used(stored, parts, factor, turned=weight.shape != placeholder.meta["val"].shape)
 
     def _embedding(self, edit: Editor, node: fx.Node) -> None:
         table = edit.tensor(operand(node))
@@ -130,6 +137,33 @@ class Quantize(Pass):
         with edit.graph.inserting_before(node):
             new = edit.inline(stored.rows, operand(node, 1), *_placeholders(edit, key, stored))
         edit.replace(node, new)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Used:
+    """A stored weight with its placeholders, what the layer's input is multiplied by, and whether the parameter is
+    [in_features, out_features]."""
+
+    stored: StoredWeight
+    parts: list[fx.Node]
+    factor: Tensor | None
+    turned: bool
+
+
+def _decode_for_gradients(edit: Editor, weight: fx.Node, layer: _Used) -> None:
+    """Let those that read the parameter itself read what the layer multiplies its input by."""
+    readers = [user for user in weight.users if user.target is not aten.embedding.default]
+    if not readers:
+        return
+    assert layer.stored.decoded is not None
+    with edit.graph.inserting_before(min(readers)):
+        decoded = edit.inline(layer.stored.decoded, *layer.parts)
+        if layer.factor is not None:
+            decoded = edit.call(aten.mul.Tensor, decoded, edit.shared_constant(_name_of(layer.factor), layer.factor))
+        if layer.turned:
+            decoded = edit.call(aten.t.default, decoded)
+    for reader in readers:
+        reader.replace_input_with(weight, decoded)
 
 
 def _of_inputs(node: fx.Node) -> bool:

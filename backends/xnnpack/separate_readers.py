@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from mobizo_compiler.backends.shared_passes.spell_out_quantization import DEQUANTIZE
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
+from mobizo_compiler.graph.nodes import operator_name
 from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten
@@ -59,5 +61,7 @@ class SeparateReaders(Pass):
 
 
 def _packs(user: fx.Node, weight: fx.Node) -> bool:
+    if operator_name(user) == DEQUANTIZE:  # of a layer that rounds its input; others are spelled out
+        return True
     position = _PACKED.get(user.target)
     return position is not None and user.args[position] is weight

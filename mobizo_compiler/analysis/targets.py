@@ -125,8 +125,8 @@ def output_layers(program: GraphProgram) -> tuple[str, ...]:
     return tuple(sorted(set(every) - all_targets(edit, every)))
 
 
-def linear_weight(edit: Editor, target: LayerCall) -> tuple[str, Tensor] | None:
-    """Path and value [out_features, in_features] of the float32 parameter that a product multiplies by."""
+def linear_weight(edit: Editor, target: LayerCall) -> tuple[fx.Node, Tensor] | None:
+    """Placeholder and value [out_features, in_features] of the float32 parameter that a product multiplies by."""
     node = target.call
     if node.target not in _PLAIN_PRODUCTS:
         return None
@@ -137,7 +137,7 @@ def linear_weight(edit: Editor, target: LayerCall) -> tuple[str, Tensor] | None:
     weight = edit.tensor(placeholder)
     if weight is None or weight.dtype != torch.float32 or weight.dim() != 2:
         return None
-    return str(edit.tensor_name(placeholder)), weight.t() if turned else weight
+    return placeholder, weight.t() if turned else weight
 
 
 def short_names(chosen: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from mobizo_compiler.graph.nodes import operand, operator_name
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes import FreeRows, Specialize
+from mobizo_compiler.passes.differentiate import DIFFERENTIABLE
 from mobizo_compiler.step.estimators import get_estimator
 from mobizo_compiler.step.losses import Loss
 from mobizo_compiler.step.noise import noise
@@ -146,8 +147,10 @@ class CapturedStep:
 class _Interpreter(fx.Interpreter):
     """Runs a program on its own tensors."""
 
+    forgets = True
+
     def __init__(self, program: GraphProgram) -> None:
-        super().__init__(program.exported.graph_module)
+        super().__init__(program.exported.graph_module, garbage_collect_values=self.forgets)
         self._program = program
 
     def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -162,10 +165,15 @@ class _Interpreter(fx.Interpreter):
 class _StraightThrough(_Interpreter):
     """Runs a program that can be differentiated afterwards, where rounding has the derivative 1."""
 
+    forgets = False  # what is rounded is needed after it was
+
     @torch.enable_grad()
     def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What the program returns for these inputs."""
         return super().outputs(inputs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(DIFFERENTIABLE.get(target, target), args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value, source = super().run_node(n), _unrounded(n)

@@ -52,7 +52,7 @@ def smoothing_of(
             found = linear_weight(edit, target)
             if found is not None and config.smooths(fqn, fqn in output_layers):
                 layer = found[1], config.recipe_of(fqn, fqn in output_layers), fqn
-                readers.setdefault(operand(target.call, target.position), {})[found[0]] = layer
+                readers.setdefault(operand(target.call, target.position), {})[str(edit.tensor_name(found[0]))] = layer
     strengths = STRENGTHS if config.smoothing == "auto" else (float(config.smoothing),)
     smoothing: dict[str, Tensor] = {}
     for x, layers in zip(_values(captured, edit, list(readers), inputs), readers.values(), strict=True):

@@ -6,6 +6,10 @@
 
 A step runs, then its record is written and flushed, then the next step runs: whatever kills the process, at most the
 step in flight is lost, and the state comes back bit for bit.
+
+Steps with the gradient itself cannot be replayed from their records: those after the last saved state are made again,
+from the same batches, and each must have the loss and the length of the gradient that the journal has. A state is saved
+at least every `MOST_SECONDS_AGAIN` seconds, so that no more than that is done twice.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import struct
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -32,6 +38,7 @@ from mobizo_compiler.format.files import sync_folder, whole_file
 from mobizo_compiler.format.program import Program, StepResult
 from mobizo_compiler.options import MAX_SEED
 
+MOST_SECONDS_AGAIN = 60.0
 JOURNAL, START, SNAPSHOT = "journal", "start.safetensors", "snapshot.safetensors"
 Stop = Callable[[], bool]
 LearningRate = float | Callable[[int], float]
@@ -100,7 +107,7 @@ def finetune(
             from the session's state. Without a folder nothing is written, and a kill loses the run.
         seed: With the step's number, it gives the seed of the step.
         eps: As in `train_step`.
-        snapshot_every: Steps between saved states; more of them make a restart replay less.
+        snapshot_every: Most steps between saved states; more of them make a restart replay less.
         on_step: Called after a step is on the disk, with its number and result.
         stop: Asked before every step; where it returns True, the run stays as it is, to be taken up again.
 
@@ -110,6 +117,9 @@ def finetune(
         JournalError: The folder holds a run of another program, or a damaged one, or the disk is full.
 
     A step whose losses are not finite changes nothing; the summary names it.
+
+    With the exact estimator, the batches of steps that are made again after a kill must be those that they were: a
+    function of the step's number, or an order that is the same in every process. Else it is a `JournalError`.
     """
     batch = by_step(batches)
     steps, seed = whole("steps", steps, 0), whole("seed", seed, 0)
@@ -118,18 +128,23 @@ def finetune(
     if not callable(learning_rate):
         float32("learning_rate", learning_rate)
 
+    def made(step: int, drawn: int, rate: float, size: float) -> tuple[Record, StepResult]:
+        inputs, labels = batch(step)
+        result = session.train_step(inputs, labels, seed=drawn, learning_rate=rate, eps=size)
+        gradient, loss = tuple(result.projected_gradient.tolist()), result.loss
+        if not all(math.isfinite(g) for g in gradient):
+            gradient, loss = (0.0,) * len(gradient), math.nan if math.isfinite(loss) else loss
+        return Record(step, drawn, rate, size, loss, gradient), result
+
     def records(first: int) -> Iterator[tuple[Record, StepResult]]:
         for step in range(first, steps):
             if stop is not None and stop():
                 break
-            inputs, labels = batch(step)
             rate = float32("learning_rate", learning_rate(step) if callable(learning_rate) else learning_rate)
-            drawn = step_seed(seed, step)
-            result = session.train_step(inputs, labels, seed=drawn, learning_rate=rate, eps=size)
-            gradient, loss = tuple(result.projected_gradient.tolist()), result.loss
-            if not all(math.isfinite(g) for g in gradient):
-                gradient, loss = (0.0,) * len(gradient), math.nan if math.isfinite(loss) else loss
-            yield Record(step, drawn, rate, size, loss, gradient), result
+            yield made(step, step_seed(seed, step), rate, size)
+
+    def again(record: Record) -> Record:
+        return made(record.step, record.seed, record.learning_rate, record.eps)[0]
 
     tell = on_step or (lambda step, result: None)
     if run is None:
@@ -143,13 +158,15 @@ def finetune(
     with _open(folder, session.program) as journal:
         if not journal.records and not (folder / START).exists():
             write_state(folder / START, session, 0)
-        _restore(session, folder, journal.records)
-        resumed_at = len(journal.records)
+        _restore(session, folder, journal.records, again)
+        resumed_at, saved = len(journal.records), time.monotonic()
         for record, result in records(resumed_at):
             journal.append(record)
             done = record.step + 1
-            if done % snapshot_every == 0 and done < steps:
+            late = session.program.manifest.zo.differentiates and time.monotonic() - saved > MOST_SECONDS_AGAIN
+            if (done % snapshot_every == 0 or late) and done < steps:
                 write_state(folder / SNAPSHOT, session, done)
+                saved = time.monotonic()
             tell(record.step, result)
         if len(journal.records) > resumed_at:
             write_state(folder / SNAPSHOT, session, len(journal.records))
@@ -199,7 +216,8 @@ def restore(session: Trainee, run: str | PathLike[str]) -> int:
     """Set the state to the end of the run in a folder, bit for bit, and return how many steps it has.
 
     Raises:
-        JournalError: There is no run of this program, or it is damaged, or open elsewhere.
+        JournalError: There is no run of this program, or it is damaged, or open elsewhere; or it was killed, and its
+            last steps have to be made again, which `finetune` does with the batches.
     """
     folder = Path(run)
     if not (folder / JOURNAL).exists():
@@ -259,8 +277,13 @@ def read_state(path: Path, session: Trainee) -> tuple[Tensor, int]:
     return state, step
 
 
-def _restore(session: Trainee, folder: Path, records: list[Record]) -> None:
-    """The newest saved state that can be read and that the journal reaches, and the steps since then."""
+def _restore(
+    session: Trainee, folder: Path, records: list[Record], again: Callable[[Record], Record] | None = None
+) -> None:
+    """The newest saved state that can be read and that the journal reaches, and the steps since then.
+
+    Those are replayed; where that cannot be, `again` makes a step again, if there is one.
+    """
     if not records and not (folder / START).exists():
         return  # killed before anything was written
     problem: JournalError | None = None
@@ -281,7 +304,32 @@ def _restore(session: Trainee, folder: Path, records: list[Record]) -> None:
                 )
             continue
         session.load_state(state)
+        if session.program.manifest.zo.differentiates:
+            return _make_again(folder, records[step:], again)
         for seed, gradient, learning_rate in replayed(records[step:]):
             session.replay(seed, gradient, learning_rate)
         return
     raise problem or JournalError("the run has lost its saved states", where=str(folder / START))
+
+
+def _make_again(folder: Path, records: list[Record], again: Callable[[Record], Record] | None) -> None:
+    """Steps with the gradient itself, from their batches; each must come out as the journal has it."""
+    if again is None and records:
+        raise JournalError(
+            f"the last {len(records)} steps are not in a saved state, and cannot be replayed from the journal",
+            where=str(folder),
+            hint="finetune with the same batches makes them again, and goes on",
+        )
+    for record in records:
+        assert again is not None
+        if _bits(found := again(record)) != _bits(record):
+            raise JournalError(
+                f"step {record.step} has the loss {found.loss!r} when it is made again, the journal has {record.loss!r}",
+                where=str(folder),
+                hint="give the batches that the run had; another machine or engine may round in another way, too",
+            )
+
+
+def _bits(record: Record) -> bytes:
+    numbers = (record.loss, *record.projected_gradient)
+    return struct.pack(f"<{len(numbers)}f", *(number if math.isfinite(number) else math.nan for number in numbers))

@@ -174,7 +174,9 @@ class Session:
         Raises:
             InputError: A number is out of range.
             StateError: The update is too large for float32. The state is what it was.
+            ConfigError: The program's steps have the gradient itself, which no list of scalars holds.
         """
+        self._replays("replayed")
         gradient = torch.as_tensor(projected_gradient, dtype=torch.float32).contiguous()
         queries = self.program.manifest.zo.queries
         if tuple(gradient.shape) != (queries,) or not bool(gradient.isfinite().all()):
@@ -199,13 +201,15 @@ class Session:
             JournalError: A journal is damaged or of another program.
             InputError: Two journals hold the same steps, or a learning rate times the weight is no number of float32.
             StateError: A sum of steps is not finite.
-            ConfigError: The update rule remembers its steps, so that steps of others cannot be put between them.
+            ConfigError: The update rule remembers its steps, so that steps of others cannot be put between them; or
+                steps have the gradient itself, and cannot be replayed.
 
         After an error the state is what it was.
         """
         paths = [journals] if isinstance(journals, (str, PathLike)) else list(journals)
         if not paths:
             raise InputError("journals is empty")
+        self._replays("merged")
         if self.program.manifest.memory:
             raise ConfigError(
                 f"steps of several devices cannot be merged under the rule {self.program.manifest.rule['name']!r}, "
@@ -360,6 +364,14 @@ class Session:
         if self._prefix_cache is not None:
             self._prefix_cache.close()
             self._prefix_cache = None
+
+    def _replays(self, what: str) -> None:
+        if self.program.manifest.zo.differentiates:
+            raise ConfigError(
+                f"steps of the {self.program.manifest.zo.estimator} estimator cannot be {what}: a step is its gradient, "
+                "not a few scalars",
+                hint='exchange states or adapters (state, export_adapter), or compile with estimator="two-sided"',
+            )
 
     def _update(self, method: str, arguments: list[Tensor]) -> list[Tensor]:
         """Call a method that changes the state, and keep no state that is not finite: nothing leads back from one."""

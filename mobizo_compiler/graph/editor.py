@@ -222,11 +222,27 @@ class Editor:
         Returns:
             What the function returns, with nodes for tensors.
         """
+        return self.insert(self.trace(function, *args, decompositions=decompositions), *args, known=known)
+
+    def trace(
+        self,
+        function: Callable[..., Any],
+        *args: fx.Node,
+        decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    ) -> fx.GraphModule:
+        """The operators of a function of tensors, as `inline` takes it, to be inserted once or many times."""
         above: dict[str, Any] = {"pre_dispatch": True} if decompositions is None else {}
+        values = [node.meta["val"] for node in args]
         with self.mode, torch.no_grad():
-            traced = make_fx(
+            # One fake tensor may be the value of several nodes, which must be several arguments.
+            values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+            traced: fx.GraphModule = make_fx(
                 function, tracing_mode="real", _allow_fake_constant=True, decomposition_table=decompositions, **above
-            )(*(node.meta["val"] for node in args))
+            )(*values)
+        return traced
+
+    def insert(self, traced: fx.GraphModule, *args: fx.Node, known: Mapping[int, fx.Node] | None = None) -> Any:
+        """Insert what `trace` returned at the insertion point; see `inline`."""
         environment: dict[fx.Node, fx.Node] = {}
         results = traced.graph.output_node().args[0]
         if known:
@@ -243,7 +259,7 @@ class Editor:
                 copy.meta = {"val": node.meta["val"]} if "val" in node.meta else {"val": self._compute(copy)}
                 environment[node] = copy
             elif node.op != "output" and node in needed:
-                raise PassContractError(f"{function} made a hidden constant {node.target!r}")
+                raise PassContractError(f"a traced function made a hidden constant {node.target!r}")
         return pytree.tree_map_only(fx.Node, lambda inner: environment[inner], results)
 
     def set_outputs(self, outputs: Mapping[str, fx.Node]) -> None:

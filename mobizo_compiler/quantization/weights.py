@@ -162,11 +162,13 @@ class StoredWeight:
         parts: The tensors, by a short name each.
         linear: The layer, from input, bias (or None) and the tensors in order.
         rows: Rows of the weight by index, from indices and the tensors; None where a table cannot be stored so.
+        decoded: The weight, float32 [out_features, in_features], from the tensors; None for a table.
     """
 
     parts: dict[str, Tensor]
     linear: Callable[..., Tensor]
     rows: Callable[..., Tensor] | None = None
+    decoded: Callable[..., Tensor] | None = None
 
 
 def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmetric: bool = False) -> StoredWeight:
@@ -185,7 +187,11 @@ def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmet
     if recipe == "fp16":
         if float(weight.abs().max()) > torch.finfo(torch.float16).max:
             raise QuantizationError(f"layer {fqn} has weights that float16 cannot hold", hint="skip this layer")
-        return StoredWeight({"half": weight.half()}, lambda x, bias, w: F.linear(x, w.to(torch.float32), bias))
+        return StoredWeight(
+            {"half": weight.half()},
+            lambda x, bias, w: F.linear(x, w.to(torch.float32), bias),
+            decoded=lambda w: w.to(torch.float32),
+        )
     if recipe == "nf4":
         return _nf4(weight, fqn)
     config = torchao_config(recipe, group_size) if isinstance(recipe, str) else recipe
@@ -227,7 +233,14 @@ def _with_offsets(weight: Tensor, stored: StoredWeight, group_size: int) -> Stor
         *symmetric, offset, sums = tensors
         return stored.linear(x, bias, *symmetric) + F.linear(F.linear(x, sums), offset)
 
-    return StoredWeight(parts, linear)
+    def decoded(*tensors: Tensor) -> Tensor:
+        *symmetric, offset, sums = tensors
+        assert stored.decoded is not None
+        in_groups = (out_features, groups, group_size)
+        offsets = offset.to(torch.float32).unsqueeze(-1)
+        return (stored.decoded(*symmetric).reshape(in_groups) + offsets).reshape(out_features, in_features)
+
+    return StoredWeight(parts, linear, decoded=decoded)
 
 
 def _by_torchao(weight: Tensor, config: Any, fqn: str) -> StoredWeight:
@@ -249,7 +262,11 @@ def _by_torchao(weight: Tensor, config: Any, fqn: str) -> StoredWeight:
     parts, spec = _flatten(layer.weight)
     if spec is None and torch.equal(parts["weight"], weight):
         return StoredWeight({}, F.linear)  # the configuration leaves this layer alone
-    return StoredWeight(parts, lambda x, bias, *tensors: F.linear(x, _unflatten(list(tensors), spec), bias))
+    return StoredWeight(
+        parts,
+        lambda x, bias, *tensors: F.linear(x, _unflatten(list(tensors), spec), bias),
+        decoded=lambda *tensors: cast(Any, _unflatten(list(tensors), spec)).dequantize().to(torch.float32),
+    )
 
 
 def _flatten(weight: Tensor, name: str = "weight") -> tuple[dict[str, Tensor], Any]:
@@ -357,14 +374,12 @@ def _nf4(weight: Tensor, fqn: str) -> StoredWeight:
         "table": stored.nf4,
     }
 
-    def linear(
-        x: Tensor, bias: Tensor | None, codes: Tensor, scalers: Tensor, factor: Tensor, mean: Tensor, table: Tensor
-    ) -> Tensor:
+    def decoded(codes: Tensor, scalers: Tensor, factor: Tensor, mean: Tensor, table: Tensor) -> Tensor:
         # NF4Tensor.get_original_weight, with operators that have kernels. The first of two codes is in the high bits.
         scales = scalers.to(torch.float32).reshape(-1, block) / factor.reshape(-1, 1) + mean
         high, low = torch.bitwise_right_shift(codes, 4), torch.bitwise_and(codes, 15)
         both = torch.stack((high.to(torch.int32), low.to(torch.int32)), dim=-1).reshape(-1)
         values = torch.index_select(table, 0, both).reshape(-1, NF4_BLOCK) * scales.reshape(-1, 1)
-        return F.linear(x, values.reshape(out_features, in_features), bias)
+        return values.reshape(out_features, in_features)
 
-    return StoredWeight(parts, linear)
+    return StoredWeight(parts, lambda x, bias, *tensors: F.linear(x, decoded(*tensors), bias), decoded=decoded)

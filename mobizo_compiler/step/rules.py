@@ -155,6 +155,13 @@ class Adam(UpdateRule):
 
 
 @dataclasses.dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with the decay of `torch.optim.AdamW` (Loshchilov & Hutter 2019), and its default."""
+
+    weight_decay: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
 class ScalarAdam(Adam):
     """Adam with one second moment for all numbers: the mean square of the whole direction.
 
@@ -178,6 +185,7 @@ RULES = DataclassRegistry(
         "momentum": "mobizo_compiler.step.rules:Momentum",
         "sign": "mobizo_compiler.step.rules:Sign",
         "adam": "mobizo_compiler.step.rules:Adam",
+        "adamw": "mobizo_compiler.step.rules:AdamW",
         "scalar-adam": "mobizo_compiler.step.rules:ScalarAdam",
     },
 )

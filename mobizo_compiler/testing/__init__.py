@@ -6,7 +6,7 @@ models to try it on. Models of transformers need that package when they are buil
 
 from mobizo_compiler.testing.backend import check_backend
 from mobizo_compiler.testing.case import Case
-from mobizo_compiler.testing.check import Report, check_against_oracle
+from mobizo_compiler.testing.check import Report, check_against_oracle, check_gradient
 from mobizo_compiler.testing.estimator import check_estimator
 from mobizo_compiler.testing.loss import check_loss
 from mobizo_compiler.testing.models import TinyCausalLM, TinyEncoder, TokenWise, tiny_batch
@@ -23,6 +23,7 @@ __all__ = [
     "TinyEncoder",
     "TokenWise",
     "check_against_oracle",
+    "check_gradient",
     "check_backend",
     "check_estimator",
     "check_loss",

@@ -17,9 +17,10 @@ from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ContractError
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import bind_example
+from mobizo_compiler.step.estimators import Estimator
 from mobizo_compiler.step.losses import CausalLMLoss, Loss
 from mobizo_compiler.step.noise import noise
-from mobizo_compiler.testing.oracle import Oracle, rounding
+from mobizo_compiler.testing.oracle import FLOAT32_ROUNDING, ROUNDING_FACTOR, Oracle, rounding
 
 LARGEST_NORMAL = 6.0
 
@@ -122,6 +123,73 @@ def check_against_oracle(
         )
     _check_evaluate(session, exact, inputs, loss, labels, float(rounding(wanted, other)))
     return Report(program, worst[0], worst[1], worst[2], signal)
+
+
+def check_gradient(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    backend: str | Backend,
+    lora: LoraConfig | None = None,
+    loss: Loss | None = None,
+    b_scale: float = 0.3,
+    estimator: str | Estimator = "exact",
+    **options: Any,
+) -> Report:
+    """Compile with the exact estimator, and compare a step with autograd in float64; `ContractError` if they differ.
+
+    B is not zero, nor is A where it is trained. What may differ is derived, as in `check_against_oracle`: from how far
+    autograd in float32 is from that in float64. The check fails too if the gradient does not stand out from that.
+
+    Args:
+        model: In eval mode, float32.
+        inputs: As for `compile`.
+        backend: Name or backend.
+        lora: Adapters; rank 3 on the default layers if None.
+        loss: The loss; causal language modelling if None.
+        b_scale: Standard deviation of B.
+        estimator: One that has the gradient itself.
+        options: More options of `compile`.
+    """
+    loss, lora = loss or CausalLMLoss(), lora or LoraConfig(r=3, lora_alpha=5)
+    program = compile(model, inputs, lora, ZOConfig(estimator=estimator), loss, backend=backend, **options)
+    session = Session(program)
+    generator = torch.Generator().manual_seed(5)
+    state = session.state() + torch.randn(program.parameters, generator=generator) * b_scale
+    example = bind_example(model, inputs, options.get("row_axes"), options.get("dynamic_shapes"))
+    labels = random_labels(program.manifest, example.tensors, generator)
+    exact, single = (
+        Oracle(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo, loss=loss, dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    exact.state, single.state = state.double(), state.clone()
+    single_loss, single_gradient = single.gradient(inputs, labels)
+    try:
+        wanted_loss, wanted = exact.gradient(inputs, labels)
+    except RuntimeError:  # the model names float32 in its code
+        wanted_loss, wanted = single_loss.double(), single_gradient.double()
+    rate = float(state.norm() / wanted.norm())  # so that the state's last bits do not hide the gradient
+    session.load_state(state)
+    found = session.train_step(inputs, labels, seed=0, learning_rate=rate)
+    gradient = (state.double() - session.state().double()) / float(torch.tensor(rate))
+    size = float(wanted.abs().max())
+    shown = float((single_gradient.double() - wanted).abs().max())
+    tolerance = ROUNDING_FACTOR * max(shown, FLOAT32_ROUNDING * size) + 2.0**-23 * float(state.abs().max()) / rate
+    error = float((gradient - wanted).abs().max())
+    if not error <= tolerance:
+        raise ContractError(f"the gradient differs by {error:.3g} of {size:.3g}, rounding explains {tolerance:.3g}")
+    loss_tolerance = ROUNDING_FACTOR * max(
+        float((single_loss.double() - wanted_loss).abs()), FLOAT32_ROUNDING * max(1.0, float(wanted_loss.abs()))
+    )
+    loss_error = abs(found.loss - float(wanted_loss))
+    if not loss_error <= loss_tolerance:
+        raise ContractError(f"the loss differs by {loss_error:.3g}, rounding explains {loss_tolerance:.3g}")
+    if not size > 3 * tolerance:
+        raise ContractError(
+            f"the gradient is only {size / tolerance:.2g} times what rounding explains, which shows nothing",
+            hint="widen the weights, or b_scale",
+        )
+    return Report(program, loss_error / loss_tolerance, error / tolerance, error / tolerance, size / tolerance)
 
 
 def _check_evaluate(session: Session, exact: Oracle, inputs: Any, loss: Loss, labels: Any, tolerance: float) -> None:

@@ -77,12 +77,24 @@ class Oracle:
             weights[name] = weight + (delta_OI.T if inputs_first else delta_OI.reshape(weight.shape))
         return weights
 
+    def gradient(self, inputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient with respect to the trained numbers, [P], by PyTorch."""
+        labels = labels.to(self.dtype) if labels.is_floating_point() else labels
+        leaf = self.state.clone().requires_grad_(True)
+        row_loss, row_weight = self.loss(self._outputs(inputs, leaf), labels)
+        loss = row_loss.sum() / row_weight.sum()
+        (found,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), found
+
     @torch.no_grad()
     def evaluate(self, inputs: Any, state: Tensor | None = None) -> Any:
         """What the model returns with this state, or its own."""
+        return self._outputs(inputs, self.state if state is None else state)
+
+    def _outputs(self, inputs: Any, state: Tensor) -> Any:
         given = pytree.tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, inputs)
         args, kwargs = ((), given) if isinstance(given, Mapping) else (tuple(given), {})
-        merged = self.merged(self.state if state is None else state)
+        merged = self.merged(state)
         return torch.func.functional_call(self.model, merged, args, dict(kwargs), tie_weights=False)
 
     @torch.no_grad()
