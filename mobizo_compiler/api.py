@@ -37,7 +37,6 @@ from mobizo_compiler.step.sites import initial_state
 
 Progress = Callable[[str], None]
 LossFunction = Callable[[Any, Tensor], Tensor]
-COLLECTED_AFTER = (100_000, 50, 100)
 # What `Options` takes the place of, with the defaults of `compile`.
 _DEFAULTS: Mapping[str, Any] = {
     "lora": None,
@@ -51,31 +50,39 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
-class _SeldomCollected(contextlib.ContextDecorator):
-    """Let Python's garbage collector run seldom: a graph is many objects, and each collection visits them all.
+class _NotCollected(contextlib.ContextDecorator):
+    """Keep Python's garbage collector from running by itself; `between_phases` runs it.
 
-    The thresholds are the process's: they are raised for the first of several compilations at a time, and come back
-    with the last. Who runs the collector seldom or never already keeps that.
+    A graph is many objects, and each collection visits them all. And where the collector runs in the midst of torch's
+    tracing, it may leave a weak reference behind to the memory of a parameter, which crashes the process when the model
+    is freed (torch 2.13). The switch is the process's: the first of several compilations at a time turns it off, and
+    the last turns it on again.
     """
 
-    _lock, _inside, _before = threading.Lock(), 0, (0, 0, 0)
+    _lock, _inside, _enabled = threading.Lock(), 0, True
 
     def __enter__(self) -> None:
         with self._lock:
-            if not _SeldomCollected._inside:
-                _SeldomCollected._before = gc.get_threshold()
-                if 0 < gc.get_threshold()[0] < COLLECTED_AFTER[0]:
-                    gc.set_threshold(*COLLECTED_AFTER)
-            _SeldomCollected._inside += 1
+            if not _NotCollected._inside:
+                _NotCollected._enabled = gc.isenabled()
+                gc.disable()
+            _NotCollected._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
-            _SeldomCollected._inside -= 1
-            if not _SeldomCollected._inside:
-                gc.set_threshold(*_SeldomCollected._before)
+            _NotCollected._inside -= 1
+            if not _NotCollected._inside and _NotCollected._enabled:
+                gc.collect()
+                gc.enable()
+
+    @classmethod
+    def between_phases(cls) -> None:
+        """Collect, for a process that would have."""
+        if cls._enabled:
+            gc.collect()
 
 
-@_SeldomCollected()
+@_NotCollected()
 def compile(
     model: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs,
@@ -154,7 +161,11 @@ def compile(
     >>> program.sites
     (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=(), a_offset=None, outputs=()),)
     """
-    say = progress or (lambda line: None)
+    def say(line: str) -> None:
+        _NotCollected.between_phases()
+        if progress is not None:
+            progress(line)
+
     chosen = _options(
         options,
         example_labels,

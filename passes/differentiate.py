@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, fx
 
 from mobizo_compiler.config import ZOConfig
-from mobizo_compiler.errors import MobizoError, NotSupportedYetError, UnsupportedGraphError
+from mobizo_compiler.errors import NotSupportedYetError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors, operand, slice_bounds, source_line
@@ -275,11 +275,8 @@ def _pullback(
     try:
         if call not in traced:
             traced[call] = edit.trace(call.pullback, *given, decompositions=_spelled_out())
-            _check_pure(traced[call])
         several = isinstance(node.meta["val"], (tuple, list))
         made = edit.insert(traced[call], *given, known={} if several else {len(inner): node})
-    except MobizoError:
-        raise
     except Exception as error:
         raise UnsupportedGraphError(
             f"the exact gradient cannot be had through this call: {type(error).__name__}: {error}",
@@ -289,16 +286,18 @@ def _pullback(
     return list(made[: len(inner)])
 
 
-def _check_pure(traced: fx.GraphModule) -> None:
-    """Raise an error if a derivative writes into a value, which a graph without side effects cannot show."""
-    for node in traced.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            raise RuntimeError(f"its derivative is made with {node.target}, in place")
-
-
 def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand(x.shape) * 1.0
+
+
+def _conv1d(x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Tensor:
+    """As a convolution of pictures of one line, for whose derivative there are kernels."""
+
+    def two(value: Any, line: int) -> Any:
+        return value if isinstance(value, str) else [line, *(value if isinstance(value, (list, tuple)) else [value])]
+
+    options = (two(stride, 1), two(padding, 0), two(dilation, 1), groups)
+    return torch.nn.functional.conv2d(x.unsqueeze(-2), weight.unsqueeze(-2), bias, *options).squeeze(-2)
 
 
 def _average(axes: list[int]) -> Callable[..., Tensor]:
@@ -315,6 +314,8 @@ _ADAPTIVE: dict[int, Any] = {1: aten.adaptive_avg_pool1d.default, 2: aten.adapti
 # derivative is made of views and writes into them.
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     aten.copy.default: _copy,
+    aten.conv1d.default: _conv1d,
+    aten.conv1d.padding: _conv1d,
     aten.adaptive_avg_pool1d.default: _average([-1]),
     aten.adaptive_avg_pool2d.default: _average([-2, -1]),
 }

@@ -67,8 +67,14 @@ def _reshape(edit: Editor, x: fx.Node, sizes: list[Any]) -> fx.Node | None:
     """With a copy where a view cannot give the shape."""
     value = x.meta["val"]
     dynamic = any(isinstance(size, torch.SymInt) for size in value.shape) or any(isinstance(s, fx.Node) for s in sizes)
-    if dynamic or value.is_contiguous():
+    # Decompositions that come later may give a value of many axes other strides than it has here. A copy that is not
+    # needed is dropped after them.
+    merges = value.dim() > 3 and value.dim() > len(sizes) and x.target is not aten.clone.default
+    if dynamic or (value.is_contiguous() and not merges):
         return None
+    if merges:
+        copy = edit.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+        return edit.call(aten.reshape.default, copy, sizes)
     try:
         torch.empty_strided(value.shape, value.stride(), device="meta").view(sizes)
     except RuntimeError:

@@ -155,7 +155,7 @@ class _Interpreter(fx.Interpreter):
 
     def outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """What the program returns for these inputs."""
-        known = {name: tensor for name, (_, tensor) in self._program.tensors().items()}
+        known = {name: tensor.detach() for name, (_, tensor) in self._program.tensors().items()}
         given = iter(inputs)
         placeholders = [node for node in self._program.graph.nodes if node.op == "placeholder"]
         arguments = [known[node.name] if node.name in known else next(given) for node in placeholders]

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from mobizo_compiler.errors import PassContractError, UnsupportedGraphError
-from mobizo_compiler.graph.nodes import source_line
+from mobizo_compiler.graph.nodes import operand, source_line
 from mobizo_compiler.graph.program import ROWS, STATE, STATE_INPUT, GraphProgram, flat_call_graph
 from mobizo_compiler.upstream import FakeTensor, FakeTensorMode, pytree
 
@@ -235,7 +235,10 @@ class Editor:
         values = [node.meta["val"] for node in args]
         with self.mode, torch.no_grad():
             # One fake tensor may be the value of several nodes, which must be several arguments.
-            values = [value.detach() if isinstance(value, Tensor) else value for value in values]
+            values = [
+                torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if isinstance(value, Tensor) else value
+                for value in values
+            ]
             traced: fx.GraphModule = make_fx(
                 function, tracing_mode="real", _allow_fake_constant=True, decomposition_table=decompositions, **above
             )(*values)
@@ -248,6 +251,10 @@ class Editor:
         if known:
             environment = {results[position]: node for position, node in known.items()}
         needed = _made_of(results, environment)
+        for node in traced.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable and operand(node) in needed:
+                raise UnsupportedGraphError(f"a traced function writes into a value, with {node.target}")
         given = iter(args)
         for node in traced.graph.nodes:
             if node.op == "placeholder":

@@ -1,0 +1,257 @@
+"""The exact estimator: its gradient is autograd's, on every engine, and its runs survive without scalars to replay."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import LoraConfig, Session, ZOConfig
+from mobizo_compiler.device import run as runs
+from mobizo_compiler.device.journal import fingerprint
+from mobizo_compiler.device.run import SNAPSHOT
+from mobizo_compiler.errors import ConfigError, JournalError, NotSupportedYetError
+from mobizo_compiler.step.rules import Adam, AdamW
+from mobizo_compiler.testing import TinyCausalLM, check_gradient, tiny_batch, zoo
+
+EXACT = ZOConfig(estimator="exact")
+ALL = LoraConfig(r=3, target_modules="all-linear")
+ZOO = zoo()
+# One of each kind that is differentiated in another way; the rest of the core by `make test-all`.
+QUICK = {"gpt2", "mixtral", "lstm", "swin", "gptj"}
+CORE = (
+    *("llama", "qwen2", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "mixtral", "mamba", "gptj"),
+    *("deepseek_v3", "bert", "distilbert", "albert", "deberta_v2", "modernbert", "mpnet", "t5", "bart", "vit", "swin"),
+    *("convnext", "clip", "whisper", "wav2vec2", "attention_batch_second", "transformer_encoder", "lstm", "cnn"),
+)
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return TinyCausalLM().eval()
+
+
+@functools.cache
+def program(**options: Any) -> mobizo.Program:
+    """On the eager backend, adapters on every linear layer."""
+    zo, lora = options.pop("zo", EXACT), options.pop("lora", ALL)
+    return mobizo.compile(tiny(), tiny_batch()[0], lora, zo, backend="eager", **options)
+
+
+def session(**options: Any) -> Session:
+    """From a state that is not zero."""
+    made = Session(program(**options))
+    state = made.state()
+    state[: made.program.parameters] += torch.randn(made.program.parameters, generator=seeded()) * 0.1
+    made.load_state(state)
+    return made
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def step(trained: Session, number: int = 0, rate: float = 0.1) -> mobizo.StepResult:
+    inputs, labels = tiny_batch(seed=number)
+    return trained.train_step(inputs, labels, seed=number, learning_rate=rate)
+
+
+# -- the gradient ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=[] if backend == "eager" and name in QUICK else [pytest.mark.slow])
+        for backend in ("eager", "xnnpack")
+        for name in CORE
+    ],
+)
+@pytest.mark.parametrize("train_a", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_it_is_the_gradient(name: str, backend: str, train_a: bool) -> None:
+    case = ZOO[name]
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=case.target_modules, train_a=train_a and name != "cnn")
+    check_gradient(case.model(), case.inputs(), backend=backend, lora=lora, loss=case.loss, **case.options)
+
+
+@pytest.mark.parametrize(
+    "backend", ["xnnpack", pytest.param("portable", marks=pytest.mark.slow), pytest.param("aot_inductor", marks=pytest.mark.slow)]
+)
+def test_engines(backend: str, tmp_path: Path) -> None:
+    """From the file, with A trained; the file has every weight once."""
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", train_a=True)
+    report = check_gradient(tiny(), tiny_batch()[0], backend=backend, lora=lora)
+    assert report.program.manifest.methods == ("train_step", "evaluate")
+    suffix = ".pt2" if backend == "aot_inductor" else ".pte"
+    path = report.program.save(tmp_path / f"program{suffix}")
+    loaded = Session(mobizo.load(path))
+    assert math.isfinite(step(loaded).loss)
+
+
+def test_the_file_has_no_weight_twice(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(16, 256), nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 16)).eval()
+    tokens = torch.arange(10).reshape(2, 5)
+    sizes = {}
+    for estimator in ("exact", "two-sided"):
+        zo = ZOConfig(queries=1, estimator=estimator)
+        compiled = mobizo.compile(model, (tokens,), LoraConfig(r=2, target_modules="all-linear"), zo, backend="xnnpack")
+        sizes[estimator] = compiled.save(tmp_path / f"{estimator}.pte").stat().st_size
+    assert sizes["exact"] < 1.1 * sizes["two-sided"]
+
+
+def test_only_what_lies_behind_the_first_adapter_has_a_backward() -> None:
+    last = program(lora=LoraConfig(r=3, target_modules="all-linear", layers_to_transform=(1,)))
+    nodes = {name: len(p.methods["train_step"].graph.nodes) for name, p in (("all", program()), ("last", last))}
+    evaluate = len(last.methods["evaluate"].graph.nodes)
+    assert nodes["last"] - evaluate < 0.7 * (nodes["all"] - evaluate)
+
+
+def test_a_prefix_is_kept_for_it() -> None:
+    lora = LoraConfig(r=3, target_modules="all-linear", layers_to_transform=(1,))
+    whole, split = session(lora=lora), session(lora=lora, split_prefix=True)
+    results = [step(made) for made in (whole, split)]
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert torch.allclose(whole.state(), split.state(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("recipe", "cosine"), [("8da8w", 0.98), ("fp16", 0.9999)])
+def test_quantized_weights(recipe: str, cosine: float) -> None:
+    """Straight through the rounding of inputs, and with the weights as they are stored."""
+    gradients = []
+    for quantization in (None, recipe):
+        made = session(quantization=quantization)
+        before = made.state()
+        step(made, rate=1.0)
+        gradients.append(before - made.state())
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > cosine
+    weights = [name for name, _ in program(quantization=recipe).methods["train_step"].tensors().values()]
+    assert not any(name.endswith("proj.weight") for name in weights), "float32 weights are stored as well"
+
+
+# -- the configuration -------------------------------------------------------------------------------------------------
+
+
+def test_there_is_one_direction_and_the_seed_changes_nothing() -> None:
+    assert (EXACT.queries, EXACT.lanes) == (1, 1)
+    first, second = session(), session()
+    inputs, labels = tiny_batch()
+    a = first.train_step(inputs, labels, seed=1, learning_rate=0.1, eps=1e-2)
+    b = second.train_step(inputs, labels, seed=2, learning_rate=0.1, eps=0.5)
+    assert torch.equal(first.state(), second.state()) and a.loss == b.loss
+    assert a.lane_losses.tolist() == [a.loss]
+
+
+def test_its_projected_gradient_is_the_slope_along_the_gradient() -> None:
+    made = session()
+    before = made.state()
+    result = step(made, rate=1.0)
+    gradient = before - made.state()
+    assert result.projected_gradient.item() == pytest.approx(float(gradient.norm()), rel=1e-5)
+    rate, start = 1e-3, result.loss
+    made.load_state(before)
+    step(made, rate=rate)
+    assert start - step(made, rate=0.0).loss == pytest.approx(rate * float(gradient.norm()) ** 2, rel=0.02)
+
+
+def test_the_length_of_the_gradient_is_limited() -> None:
+    made = session(zo=ZOConfig(estimator="exact", clip=0.25))
+    before = made.state()
+    result = step(made, rate=1.0)
+    assert result.projected_gradient.item() > 0.25, "what was measured is said, not what is left of it"
+    assert float((before - made.state()).norm()) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_what_has_no_meaning_is_refused() -> None:
+    with pytest.raises(ConfigError, match="normalize has no meaning"):
+        ZOConfig(estimator="exact", normalize=True)
+    made = session()
+    for refused in (lambda: made.replay(1, [0.5], 0.1), lambda: made.merge(["journal"])):
+        with pytest.raises(ConfigError, match="a step is its gradient"):
+            refused()
+    dims = {"input_ids": {1: torch.export.Dim("tokens", max=32)}, "attention_mask": {1: torch.export.Dim("tokens", max=32)}}
+    with pytest.raises(NotSupportedYetError, match="sizes that are numbers"):
+        mobizo.compile(tiny(), tiny_batch()[0], ALL, EXACT, backend="eager", dynamic_shapes=dims)
+
+
+@pytest.mark.parametrize("rule", [AdamW(), AdamW(weight_decay=0.1, beta1=0.8), Adam()], ids=str)
+def test_adam_is_that_of_pytorch(rule: Adam) -> None:
+    """Bias correction, decoupled decay: five steps of `torch.optim.AdamW` on the same gradients."""
+    made = session(rule=rule)
+    reference = session()  # plain descent with rate 1 shows the gradient at a state
+    count = made.program.parameters
+    leaf = made.state()[:count].clone().requires_grad_()
+    options = {"betas": (rule.beta1, rule.beta2), "eps": rule.delta, "weight_decay": rule.weight_decay}
+    optimizer = torch.optim.AdamW([leaf], lr=0.01, **options)
+    for number in range(5):
+        reference.load_state(leaf.detach().clone())
+        step(reference, number, rate=1.0)
+        leaf.grad = leaf.detach() - reference.state()
+        optimizer.step()
+        step(made, number, rate=0.01)
+        assert torch.allclose(made.state()[:count], leaf.detach(), atol=3e-5), number
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def data(number: int) -> tuple[dict[str, Tensor], Tensor]:
+    return tiny_batch(seed=number)
+
+
+def trained(folder: Path | None, steps: int, **options: Any) -> Session:
+    made = Session(program(rule="adamw"))
+    made.finetune(options.pop("batches", data), steps=steps, learning_rate=0.01, run=folder, **options)
+    return made
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_after(number: int) -> Any:
+    def on_step(step: int, result: object) -> None:
+        if step == number:
+            raise Killed
+
+    return on_step
+
+
+@pytest.mark.parametrize("every", [2, 100])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, every: int) -> None:
+    whole = trained(None, 8)
+    for number in (0, 3, 4, 6):
+        with pytest.raises(Killed):
+            trained(tmp_path, 8, snapshot_every=every, on_step=killed_after(number))
+    resumed = trained(tmp_path, 8, snapshot_every=every)
+    assert torch.equal(resumed.state(), whole.state())
+    again = Session(program(rule="adamw"))
+    assert again.restore(tmp_path) == 8 and torch.equal(again.state(), whole.state())
+
+
+def test_steps_from_other_data_are_not_taken_for_the_same(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        trained(tmp_path, 8, on_step=killed_after(3))
+    with pytest.raises(JournalError, match="step 0 has the loss .* when it is made again"):
+        trained(tmp_path, 8, batches=lambda number: tiny_batch(seed=number + 1))
+    with pytest.raises(JournalError, match="the last 4 steps are not in a saved state"):
+        Session(program(rule="adamw")).restore(tmp_path)
+
+
+def test_no_more_than_a_minute_is_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(runs.time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(Killed):
+        trained(tmp_path, 8, on_step=killed_after(5))
+    saved, at = runs.read_state(tmp_path / SNAPSHOT, Session(program(rule="adamw")))
+    assert at >= 3 and bool(saved.any())
+
+
+def test_its_steps_are_not_those_of_another_estimator() -> None:
+    other = program(zo=ZOConfig(queries=1))
+    assert fingerprint(program()) != fingerprint(other)
