@@ -245,7 +245,7 @@ def test_a_program_exported_with_fixed_rows(rows: int) -> None:
 
 def test_a_transformer_exported_with_fixed_rows() -> None:
     torch.manual_seed(0)
-    model = TinyCausalLM().eval()
+    model = TinyCausalLM(layers=1).eval()
     inputs, labels = tiny_batch()
     found = []
     for source in (model, torch.export.export(model, (), inputs)):

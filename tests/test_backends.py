@@ -16,22 +16,29 @@ from mobizo_compiler.compiling.cache import content_key
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError, UnknownBackendError
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
+from mobizo_compiler.testing.backend import _check_members, _check_programs
 
 BACKENDS = ("eager", "portable", "xnnpack")
 SLOW_PORTABLE = pytest.param("portable", marks=pytest.mark.slow)
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
-@pytest.mark.parametrize("name", ["eager", SLOW_PORTABLE, "xnnpack"])
+@pytest.mark.parametrize("name", ["eager", *(pytest.param(n, marks=pytest.mark.slow) for n in ("portable", "xnnpack"))])
 def test_contract(name: str) -> None:
     assert_backend_contract(name)
+
+
+def test_contract_of_the_smallest_model() -> None:
+    """What of the contract is about runners, the state and files: the networks on XNNPACK are slow."""
+    _check_members(get_backend("xnnpack"), "xnnpack")
+    _check_programs(get_backend("xnnpack"), "xnnpack")
 
 
 @pytest.mark.parametrize("name", ["eager", SLOW_PORTABLE, "xnnpack"])
 def test_fifty_steps_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     """From a B that is not zero; through a file where the backend has one."""
     torch.manual_seed(2)
-    model = TinyCausalLM().eval()
+    model = TinyCausalLM(layers=1).eval()
     inputs, labels = tiny_batch()
     program = mobizo.compile(
         model, inputs, LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS), ZOConfig(queries=2), backend=name

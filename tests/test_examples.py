@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def test_the_demo_from_end_to_end(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """With fewer rows, directions and tokens than the demo has."""
+    setup = demo.SETUPS[adapters]
+    small = dataclasses.replace(setup, rows=4, zo=dataclasses.replace(setup.zo, queries=4))
+    monkeypatch.setitem(demo.SETUPS, adapters, small)
+    monkeypatch.setattr(demo, "TOKENS", 24)
     monkeypatch.setattr(demo, "load_smollm2", lambda: smollm2)
     monkeypatch.setattr(demo, "cache_folder", lambda: tmp_path / "cache")
     arguments = ["--steps", "3", "--rows", "16", "--adapters", adapters, "--output", str(tmp_path / "run")]
