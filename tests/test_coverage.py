@@ -35,7 +35,7 @@ CORE = (
 # One of each kind is tried in every run, the rest by `make test-all`. That plain modules are right on the eager backend
 # is shown by test_axes.py; Llama, BERT and T5 by test_rewrites.py, with one rewrite less each.
 QUICK = {
-    "eager": {"token_wise", "mixtral", "mamba", "swin", "convnext"},
+    "eager": {"token_wise", "mixtral", "mamba", "convnext"},
     "xnnpack": {"llama"},
 }
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.

@@ -22,6 +22,8 @@ from mobizo_compiler.backends.xnnpack import partition
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 from mobizo_compiler.upstream import read_header
 
+pytestmark = pytest.mark.xdist_group("memory")  # one process, so that its programs are made once
+
 TABLE_BYTES = 1501 * 24 * 4
 
 

@@ -33,6 +33,8 @@ from mobizo_compiler.errors import ConfigError, NotSupportedYetError, UnknownBac
 from mobizo_compiler.export_recipe import MobizoRecipeProvider, MobizoRecipeType
 from mobizo_compiler.testing import TokenWise
 
+pytestmark = pytest.mark.xdist_group("recipe")  # one process, so that its programs are made once
+
 # Of so high a rank that a second copy of the state would be more than what files differ by in padding and history.
 OPTIONS: dict[str, Any] = {
     "lora": LoraConfig(r=48, lora_alpha=5, target_modules=("up", "head")),
