@@ -19,6 +19,7 @@ from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
 from mobizo_compiler.compiling.captured_step import CapturedStep
 from mobizo_compiler.compiling.described import described_program
+from mobizo_compiler.compiling.less_again import LessAgain
 from mobizo_compiler.compiling.methods import captured_and_rewritten
 from mobizo_compiler.compiling.model_config import answer_names, padding_of, saved_weights
 from mobizo_compiler.compiling.options import Options
@@ -76,6 +77,7 @@ class _SeldomCollected(contextlib.ContextDecorator):
 
 
 @_SeldomCollected()
+@LessAgain()
 def compile(
     model: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -27,6 +26,7 @@ import typer
 import yaml
 
 import examples.minilm
+import examples.smollm2
 from docs.blocks import Block, blocks, indented_code, prose
 from docs.blocks import pages as block_pages
 from mobizo_compiler import noise
@@ -228,6 +228,16 @@ WHOLE = {"docs/errors.md": RUNNABLE["docs/errors.md"]} | {
 }
 
 
+def narrow_smollm2() -> tuple[Any, Any]:
+    """The tokenizer of SmolLM2, and a model as that is, of one narrow layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = examples.smollm2.load_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    return tokenizer, LlamaForCausalLM(config).eval()
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """The models of the pages are so small that a second thread only waits."""
@@ -244,16 +254,12 @@ SLOW += ("docs/tutorials/personalise_a_classifier.md",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in QUICK])
-def test_python_blocks_run(
-    name: str, one_thread: None, request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """On the first layers of the models that pages load."""
+def test_python_blocks_run(name: str, one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On models that are narrower or of fewer layers than those that pages load."""
     text = RUNNABLE[name].read_text()
     if "load_smollm2" in text:
-        tokenizer, model = request.getfixturevalue("smollm2")
-        model = copy.deepcopy(model)
-        model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
-        monkeypatch.setattr("examples.smollm2.load_smollm2", lambda: (tokenizer, model))
+        loaded = narrow_smollm2()
+        monkeypatch.setattr("examples.smollm2.load_smollm2", lambda: loaded)
     if "load_minilm" in text:
         load = examples.minilm.load_minilm
         monkeypatch.setattr(examples.minilm, "load_minilm", lambda layers: load(1))

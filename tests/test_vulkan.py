@@ -398,6 +398,7 @@ def test_every_rule_has_a_test() -> None:
     assert {rule.__name__ for rule in RULES} == {*BREAKING, "half_precision"}
 
 
+@pytest.mark.slow
 def test_what_is_right_is_let_through() -> None:
     assert not broken(_linear("4w"), torch.randn(5, 64))
     assert not broken(_linear("8da4w"), torch.randn(5, 64))
