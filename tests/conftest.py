@@ -104,6 +104,20 @@ def smollm2():
     return tokenizer, model
 
 
+@pytest.fixture(scope="session")
+def narrow_smollm2():
+    """The tokenizer of SmolLM2, and a model as that is, of one narrow layer with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from examples.smollm2 import load_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    return tokenizer, LlamaForCausalLM(config).eval()
+
+
 WORDS = ["<pad>", "</s>", "<unk>", "Message", ":", "Tone", "happy", "sad", "great", "good", "fine", "lovely"]
 WORDS += ["awful", "bad", "poor", "grim", "day", "food", "rain", "work", "the", "a"]
 

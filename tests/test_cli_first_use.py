@@ -247,6 +247,7 @@ def test_the_time_left_follows_the_last_steps_and_the_validations(capsys: pytest
     assert left.text(40) == "0:01:20" and left.validations_cost(10) == 2.0
 
 
+@pytest.mark.slow
 def test_label_words_of_a_program(tiny_model: Path, tmp_path: Path) -> None:
     options = (
         "--rows",

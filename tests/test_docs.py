@@ -26,7 +26,6 @@ import typer
 import yaml
 
 import examples.minilm
-import examples.smollm2
 from docs.blocks import Block, blocks, indented_code, prose
 from docs.blocks import pages as block_pages
 from mobizo_compiler import noise
@@ -228,16 +227,6 @@ WHOLE = {"docs/errors.md": RUNNABLE["docs/errors.md"]} | {
 }
 
 
-def narrow_smollm2() -> tuple[Any, Any]:
-    """The tokenizer of SmolLM2, and a model as that is, of one narrow layer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = examples.smollm2.load_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
-    return tokenizer, LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """The models of the pages are so small that a second thread only waits."""
@@ -248,17 +237,19 @@ def one_thread() -> Iterator[None]:
 
 
 # Pages of many programs. What they show is tested elsewhere: estimators and backends of others with the packages of
-# `examples/extensions`, runs with the command line, a classifier with `examples/federated.py`.
+# `examples/extensions`, runs with the command line, a classifier with `examples/minilm.py`.
 SLOW = ("docs/estimators.md", "docs/training_runs.md", "docs/writing_a_backend.md", "docs/writing_an_estimator.md")
 SLOW += ("docs/tutorials/personalise_a_classifier.md",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in QUICK])
-def test_python_blocks_run(name: str, one_thread: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_python_blocks_run(
+    name: str, one_thread: None, request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """On models that are narrower or of fewer layers than those that pages load."""
     text = RUNNABLE[name].read_text()
     if "load_smollm2" in text:
-        loaded = narrow_smollm2()
+        loaded = request.getfixturevalue("narrow_smollm2")
         monkeypatch.setattr("examples.smollm2.load_smollm2", lambda: loaded)
     if "load_minilm" in text:
         load = examples.minilm.load_minilm

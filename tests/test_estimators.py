@@ -290,17 +290,21 @@ def test_trained_a_with_the_oracle_that_merges_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "state"),
-    [("adam", "io"), *[pytest.param(r, "shared", marks=pytest.mark.slow) for r in RULES.built_in]],
+    ("rule", "state", "backend"),
+    [
+        ("adam", "io", "eager"),
+        pytest.param("adam", "io", "portable", marks=pytest.mark.slow),
+        *[pytest.param(r, "shared", "portable", marks=pytest.mark.slow) for r in RULES.built_in],
+    ],
 )
-def test_rate_zero_and_void_steps_leave_the_memory_alone(rule: str, state: str) -> None:
+def test_rate_zero_and_void_steps_leave_the_memory_alone(rule: str, state: str, backend: str) -> None:
     torch.manual_seed(0)
     program = mobizo.compile(
         TokenWise().eval(),
         batch()[0],
         LoraConfig(r=3, target_modules=TARGETS, train_a=True),
         ZOConfig(queries=2),
-        backend="portable",
+        backend=backend,
         rule=get_rule({"name": rule, "weight_decay": 0.2}),
         state=state,
     )

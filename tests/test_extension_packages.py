@@ -229,15 +229,13 @@ def run(*arguments: object) -> str:
 
 
 def test_the_command_line(installed: Path, tiny_model: Path, compile_options: tuple[str, ...], tmp_path: Path) -> None:
-    """Compiled in a process of its own for the backend with the pass; then looked at, and trained."""
+    """Compiled for the backend with the pass; then looked at, and trained."""
     listed = json.loads(run("passes", "--pass", "spell-out-silu", "--backend", "torch-file", "--json"))
     assert [step["name"] for step in listed["evaluate"]][-3:] == ["specialize", "mobizo_silu", "canonicalize"]
     assert "--pass spell-out-silu puts in a pass of mobizo_silu:insertion" in run("passes", "--backend", "eager")
     file, rows = tmp_path / "program.torch", tmp_path / "rows.csv"
-    line = [sys.executable, "-m", "mobizo_compiler", "compile", tiny_model, "-o", file, "--quiet", *compile_options]
-    line += ["--backend", "torch-file", "--pass", "spell-out-silu"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(EXTENSIONS.parents[1])])}
-    subprocess.run(line, env=environment, check=True)
+    options = (*compile_options, "--backend", "torch-file", "--pass", "spell-out-silu")
+    run("compile", tiny_model, "-o", file, "--quiet", *options)
     found = json.loads(run("inspect", file, "--json"))
     assert found["backend"] == "torch-file"
     assert "SpellOutSilu()" in found["history"]["train_step"]

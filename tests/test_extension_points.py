@@ -206,8 +206,8 @@ def test_numbers_that_float32_cannot_hold() -> None:
     [
         ("eager", "sgd"),
         ("eager", "adam"),
-        ("portable", "adam"),
         pytest.param("portable", "sgd", marks=pytest.mark.slow),
+        pytest.param("portable", "adam", marks=pytest.mark.slow),
     ],
 )
 def test_a_graph_keeps_its_state_from_rates_that_are_not_finite(backend: str, rule: str) -> None:

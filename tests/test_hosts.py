@@ -584,6 +584,7 @@ def test_data_files_go_back_and_forth(case: Case, tmp_path: Path) -> None:
     assert "does not say which program" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(given))
 
 
+@pytest.mark.slow
 def test_the_state_of_another_program_of_the_same_size(host: Path, case: Case, tmp_path: Path) -> None:
     """The host's own file: refused by the host and by Python where the other program has other weights."""
     torch.manual_seed(1)

@@ -263,7 +263,7 @@ def test_steps_where_logits_are_infinite_or_no_number(backend: str, max_labels: 
     mask = torch.ones(3, 5, dtype=torch.int64)
     mask[0, :2] = 0
     for model, inputs in ((NeverPads(), (tokens,)), (LeftPadded(), {"input_ids": tokens, "attention_mask": mask})):
-        if backend != "eager" and max_labels is None and isinstance(model, LeftPadded):
+        if backend != "eager" and (max_labels is None) == isinstance(model, LeftPadded):
             continue  # as the others, at the price of a lowering
         program = mobizo.compile(model.eval(), inputs, LORA, ZOConfig(queries=1), loss, backend=backend)
         session = Session(program)

@@ -103,6 +103,7 @@ def test_a_truncated_file_is_still_noticed(twice: Program, tmp_path: Path) -> No
         mobizo.load(path)
 
 
+@pytest.mark.slow
 def test_the_initial_state_is_in_the_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     for rank in (1, 401):

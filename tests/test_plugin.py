@@ -294,7 +294,8 @@ def assert_neighbours_work() -> None:
     assert get_backend("portable").name == "portable"
 
 
-@pytest.mark.parametrize("files", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [False, True])
 def test_a_sound_plugin_keeps_the_contract(files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the broken ones below are made from."""
     install(tmp_path, monkeypatch, SOUND + WITH_FILES * files)

@@ -14,7 +14,10 @@ from mobizo_compiler.graph.program import STATE, STATE_INPUT
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 
-@pytest.mark.parametrize("backend", ["eager", "portable", pytest.param("xnnpack", marks=pytest.mark.slow)])
+# On XNNPACK the contract of the backend (test_backends.py) shows it.
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(b, marks=pytest.mark.slow) for b in ("portable", "xnnpack"))]
+)
 def test_same_numbers_as_with_the_shared_buffer(backend: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = TokenWise().eval()

@@ -2,7 +2,7 @@
 
 Every node has a record of the nodes that it came from, which is copied whole for each node that is made from it; nobody
 changes one. And torch looks up every composite operator of the dispatcher whenever it decomposes a program, also where
-there are no others than the last time. Together that is a sixth of what it takes to lower a small program.
+there are no others than the last time. Together that is an eighth of what it takes to lower a small program.
 """
 
 from __future__ import annotations
