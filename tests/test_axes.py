@@ -238,7 +238,14 @@ def test_an_operator_without_a_rule_is_refused_until_one_is_registered() -> None
         del AXIS_RULES._registered["mobizo_tests.twist"]
 
 
-@pytest.mark.parametrize("case", plain_cases(), ids=lambda case: case.name)
+# Of recurrent networks and of convolutions one each; what a decoder computes is the matter of test_step.py.
+SLOW = {"gru_batch_second", "rnn", "cnn_1d", "tiny_causal_lm"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in SLOW else ()) for case in plain_cases()],
+)
 def test_modules_with_rows_anywhere(case: Any) -> None:
     lora = LoraConfig(r=3, lora_alpha=5, target_modules=case.target_modules)
     check_against_oracle(case.model(), case.inputs(), backend="eager", lora=lora, loss=case.loss, **case.options)

@@ -27,7 +27,7 @@ RECIPES: dict[str, Any] = {
 }
 
 
-SLOW = (("8da8w", "xnnpack"), ("8w", "xnnpack"))
+SLOW = (("8da8w", "xnnpack"), ("8w", "xnnpack"), ("4w", "xnnpack"))
 
 
 class Wide(nn.Module):
@@ -49,7 +49,7 @@ def quantized(recipe: str) -> tuple[nn.Module, Tensor]:
     return model, torch.randint(0, 11, (3, 5))
 
 
-# On XNNPACK one recipe that rounds activations, and one that does not.
+# On XNNPACK the recipe that it has kernels of its own for.
 CELLS = [
     pytest.param(recipe, backend, marks=pytest.mark.slow if (recipe, backend) in SLOW else ())
     for recipe in RECIPES
