@@ -236,8 +236,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# Pages of many programs. What they show is tested elsewhere: first steps with the README, estimators and backends of others
-# with the packages of `examples/extensions`, runs with the command line, a classifier with `examples/minilm.py`.
+# Pages of many programs. What they show is tested elsewhere: first steps with the README, estimators and backends of
+# others with the packages of `examples/extensions`, runs with the command line, a classifier with `examples/minilm.py`.
 SLOW = ("docs/estimators.md", "docs/training_runs.md", "docs/writing_a_backend.md", "docs/writing_an_estimator.md")
 SLOW += ("docs/tutorials/personalise_a_classifier.md", "docs/quickstart.md")
 
