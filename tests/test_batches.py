@@ -279,7 +279,7 @@ def test_a_journal_is_merged_once(program: mobizo.Program, tmp_path: Path) -> No
     assert session.merge([tmp_path / device / "journal" for device in ("a", "c")]) == 4
 
 
-@pytest.mark.parametrize("backend", ["eager", "portable"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("portable", marks=pytest.mark.slow)])
 def test_an_update_that_is_too_large_changes_nothing(backend: str, tmp_path: Path) -> None:
     """A learning rate that float32 has, and that destroys the state."""
     torch.manual_seed(0)
