@@ -52,7 +52,7 @@ def lowered() -> Iterator[tuple[mobizo.Program, CudaArtifact, dict[str, Any]]]:
     torch.manual_seed(0)
     inputs, _ = tiny_batch()
     program = mobizo.compile(
-        TinyCausalLM(layers=1).eval(), inputs, LoraConfig(r=3), ZOConfig(queries=2), backend="eager", state="io"
+        TinyCausalLM().eval(), inputs, LoraConfig(r=3), ZOConfig(queries=2), backend="eager", state="io"
     )
     manifest = dataclasses.replace(program.manifest, backend="cuda")
     steps = Pipeline(CudaBackend().passes())  # a replay is lowered as it is

@@ -18,9 +18,7 @@ from mobizo_compiler.text.tuning import EPS_CANDIDATES, Trial, tune
 @pytest.fixture(scope="module")
 def program() -> mobizo.Program:
     torch.manual_seed(0)
-    return mobizo.compile(
-        TinyCausalLM(layers=1).eval(), tiny_batch()[0], LoraConfig(r=4), ZOConfig(queries=6), backend="eager"
-    )
+    return mobizo.compile(TinyCausalLM().eval(), tiny_batch()[0], LoraConfig(r=4), ZOConfig(queries=6), backend="eager")
 
 
 def test_what_is_found_trains_better_than_the_ends(program: mobizo.Program) -> None:
