@@ -104,6 +104,7 @@ METHODS = {
     "last block, sign": _in_last_block(3e-4, _PLAIN_LAST, "sign"),
     "mezo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),
     "mobizo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),
+    "exact": Method(1e-3, mobizo.ZOConfig(estimator="exact"), "adamw", rows=16, setup=EVERYWHERE),
     "backpropagation": Method(1e-3, _NO_LANES, rows=16, setup=EVERYWHERE, pytorch=True),
     "backpropagation, last block": Method(3e-3, _NO_LANES, rows=16, setup=LAST, pytorch=True),
     "backpropagation, head": Method(3e-2, _NO_LANES, rows=16, pytorch=True),

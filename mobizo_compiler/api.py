@@ -161,6 +161,7 @@ def compile(
     >>> program.sites
     (Site(fqn='1', offset=0, r=2, in_features=12, out_features=11, scaling=8.0, kernel=(), a_offset=None, outputs=()),)
     """
+
     def say(line: str) -> None:
         _NotCollected.between_phases()
         if progress is not None:

@@ -120,9 +120,9 @@ class ZOConfig(JsonConfig):
     Args:
         queries: Number q of random directions z per step (the outer loop).
         estimator: "two-sided", 2q lanes: (L(B + eps z) - L(B - eps z)) / (2 eps) for each direction; "one-sided", q + 1
-            lanes: (L(B + eps z) - L(B)) / eps; "exact", one lane and the gradient itself, which takes the memory of what
-            is kept for it (then `queries` is 1, and `noise` is not used); or the name of an installed estimator, or an
-            `Estimator` with its options. One without options is kept as its name.
+            lanes: (L(B + eps z) - L(B)) / eps; "exact", one lane and the gradient itself, which takes the memory of
+            what is kept for it (then `queries` is 1, and `noise` is not used); or the name of an installed estimator,
+            or an `Estimator` with its options. One without options is kept as its name.
         noise: Distribution of z, "gaussian" or "rademacher".
         normalize: Divide the projected gradient by the standard deviation of the lane losses over eps (FZOO), so that
             a learning rate means the same whatever the size of the loss.

@@ -4,9 +4,9 @@ Given:    %a = alias(%x)   %v = view(%a, [2, 3]) of a [2, 3]   %l = linear(%v, %
 Result:   %l = linear(%x, %w)
 Numbers: exact.
 
-Removed: aliases, clones of contiguous values, conversions to the type a value has, views expansions and repetitions to the shape a
-value has, slices of everything, multiplications by 1 and additions of 0 that change no type, metadata assertions,
-dropout. Views become `reshape`: strides are a matter of the engine, and a rewrite above may change them.
+Removed: aliases, clones of contiguous values, conversions to the type a value has, views, expansions and repetitions to
+the shape a value has, slices of everything, multiplications by 1 and additions of 0 that change no type, metadata
+assertions, dropout. Views become `reshape`: strides are a matter of the engine, and a rewrite above may change them.
 """
 
 from __future__ import annotations

@@ -25,12 +25,11 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.errors import NotSupportedYetError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
@@ -45,7 +44,6 @@ aten = torch.ops.aten
 class Differentiate(Pass):
     """Make the gradient of the mean loss a value of the program."""
 
-    zo: ZOConfig
     needs = frozenset({facts.LOSS, facts.SITES, facts.STATIC})
     gives = frozenset({facts.DIFFERENCED})
     inputs = "added"
@@ -64,8 +62,7 @@ class Differentiate(Pass):
         with edit.graph.inserting_before(edit.graph.output_node()):
             loss = edit.inline(_mean, *rows)
             flat = _in_order(edit, edit.before.parameters, gradients(edit, loss, pieces))
-            gradient, norm = edit.inline(lambda flat_P: _clipped(flat_P, self.zo.clip), flat)
-            edit.values["gradient"] = gradient
+            edit.values["gradient"], norm = flat, edit.inline(_length, flat)
             losses = edit.call(aten.clone.default, loss)
             edit.set_outputs({"loss": loss, "lane_losses": losses, "projected_gradient": norm})
         for node in edit.calls(aten.view.default, aten._unsafe_view.default):
@@ -77,12 +74,8 @@ def _mean(row_loss_N: Tensor, row_weight_N: Tensor) -> Tensor:
     return row_loss_N.sum(dim=0, keepdim=True) / row_weight_N.sum(dim=0, keepdim=True)
 
 
-def _clipped(gradient_P: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """The gradient, no longer than `clip`, and its length before."""
-    norm_1 = torch.sqrt((gradient_P * gradient_P).sum(dim=0, keepdim=True))
-    if clip is None:
-        return gradient_P, norm_1
-    return gradient_P * (clip / torch.clamp(norm_1, min=clip)), norm_1
+def _length(gradient_P: Tensor) -> Tensor:
+    return torch.sqrt((gradient_P * gradient_P).sum(dim=0, keepdim=True))
 
 
 def _in_order(edit: Editor, parameters: int, found: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -153,9 +146,9 @@ def _between(edit: Editor, result: fx.Node, leaves: Sequence[fx.Node]) -> list[f
     """What depends on a leaf and what the result depends on, in order, of floating-point numbers."""
     reached, needed = set(leaves), ancestors([result])
     for node in edit.graph.nodes:
-        if node.op == "call_function" and _is_real(node.meta.get("val")):
-            if any(inner in reached for inner in node.all_input_nodes):
-                reached.add(node)
+        real = node.op == "call_function" and _is_real(node.meta.get("val"))
+        if real and any(inner in reached for inner in node.all_input_nodes):
+            reached.add(node)
     return [node for node in edit.graph.nodes if node in reached and node in needed]
 
 
@@ -239,7 +232,7 @@ class _Call:
 
     @classmethod
     def of(cls, node: fx.Node, inner: list[fx.Node], behind: Iterable[int]) -> _Call:
-        """The call with those of its arguments that are differentiated by, and those results that a vector is behind."""
+        """The call with the arguments that are differentiated by, and the results that a vector is behind."""
         inputs = list(dict.fromkeys(node.all_input_nodes))
         numbered = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{inputs.index(n)}")
         values = tuple((tuple(v.shape), v.dtype, v.stride()) for v in (n.meta["val"] for n in inputs))
@@ -257,7 +250,10 @@ class _Call:
             several = found if isinstance(found, (tuple, list)) else (found,)
             return {index: value for index, value in enumerate(several) if _is_real(value)}
 
-        found, pull = torch.func.vjp(results, *(values[i] for i in self.inner))
+        found, pull = cast(
+            tuple[dict[int, Tensor], Callable[[dict[int, Tensor]], tuple[Tensor, ...]]],
+            torch.func.vjp(results, *(values[i] for i in self.inner)),
+        )
         behind = {i: vectors[i] if i in vectors else torch.zeros_like(result) for i, result in found.items()}
         return [*pull(behind), *found.values()]
 
@@ -290,7 +286,9 @@ def _copy(x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(x.dtype).expand(x.shape) * 1.0
 
 
-def _conv1d(x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Tensor:
+def _conv1d(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor:
     """As a convolution of pictures of one line, for whose derivative there are kernels."""
 
     def two(value: Any, line: int) -> Any:
@@ -326,8 +324,9 @@ def _spelled_out() -> dict[Any, Callable[..., Any]]:
     """PyTorch's own derivatives in operators of inference, and products in the form that every engine takes."""
     from torch._decomp import core_aten_decompositions
 
-    table = {op: rule for op, rule in core_aten_decompositions().items() if "backward" in str(op)}
-    return {
+    known: dict[Any, Any] = dict(core_aten_decompositions())
+    table = {op: rule for op, rule in known.items() if "backward" in str(op)}
+    decompositions: dict[Any, Callable[..., Any]] = {
         **table,
         aten.mm.default: _mm,
         aten.pow.Tensor_Scalar: _power,
@@ -335,6 +334,7 @@ def _spelled_out() -> dict[Any, Callable[..., Any]]:
         aten.div.Scalar: lambda x, number: aten.mul.Tensor(x, 1.0 / number),
         aten.rsub.Scalar: lambda x, number: aten.add.Tensor(aten.neg.default(x), number),
     }
+    return decompositions
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
@@ -342,9 +342,9 @@ def _power(x: Tensor, exponent: float) -> Tensor:
     if exponent == 1:
         return x
     if exponent in (2, 3):
-        square = aten.mul.Tensor(x, x)
-        return square if exponent == 2 else aten.mul.Tensor(square, x)
-    return NotImplemented
+        square: Tensor = aten.mul.Tensor(x, x)
+        return square if exponent == 2 else torch.mul(square, x)
+    return cast(Tensor, NotImplemented)
 
 
 def _mm(left_MK: Tensor, right_KN: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ Result:   %s = mul(%x, %smoothing)
           %d = dequantize_affine(quantize_affine(%s, choose_qparams_affine(%s)))
           %y = linear(%d, dequantize_affine(%p_w_qdata, %p_w_scale, ...), %p_bias)
           %e = embedding(%p_table_codes, %ids) * embedding(%p_table_scale, %ids)
-          %g = bmm(%gy, unsqueeze(dequantize_affine(%p_w_qdata, %p_w_scale, ...), 0))   for a gradient that reads %p_w
+          %g = bmm(%gy, unsqueeze(dequantize_affine(%p_w_qdata, %p_w_scale, ...), 0))
 Numbers: changes, because weights, and with 8da* the inputs of layers, are rounded.
 
 It runs after the rewriting, so adapters read the inputs before they are rounded, and A, noise, loss and state stay
 float32. A gradient passes through the rounding of inputs as it stands (straight through; Bengio et al. 2013), and
-through a layer with the weights that the layer has then. Inputs that several layers share are rounded once. Rows of an embedding are decoded after they were looked up.
+through a layer with the weights that the layer has then. Inputs that several layers share are rounded once. Rows of an
+embedding are decoded after they were looked up.
 """
 
 from __future__ import annotations

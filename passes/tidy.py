@@ -77,10 +77,10 @@ def _without_zeros(edit: Editor, node: fx.Node) -> None:
         return
     for value, other in ((0, 1), (1, 0)):
         kept, zeros = node.args[value], node.args[other]
-        if isinstance(zeros, fx.Node) and zeros.target in _ZEROS and isinstance(kept, fx.Node):
-            if _alike(kept, node):
-                edit.replace(node, kept)
-                return
+        nothing = isinstance(zeros, fx.Node) and zeros.target in _ZEROS
+        if nothing and isinstance(kept, fx.Node) and _alike(kept, node):
+            edit.replace(node, kept)
+            return
 
 
 def _without_double_transpose(edit: Editor, node: fx.Node) -> None:

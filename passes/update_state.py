@@ -43,12 +43,17 @@ def updated_state(queries: int, rule: UpdateRule) -> Callable[[Tensor, Tensor, T
     return update
 
 
-def updated_by_gradient(rule: UpdateRule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The update as a function of state [S], gradient [P], its length [1] and learning rate [1]."""
+def updated_by_gradient(rule: UpdateRule, clip: float | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The update as a function of state [S], gradient [P], its length [1] and learning rate [1].
+
+    A gradient that is longer than `clip` is shortened to that.
+    """
 
     def update(state_S: Tensor, gradient_P: Tensor, norm_1: Tensor, learning_rate_1: Tensor) -> Tensor:
         finite_1 = (norm_1 + learning_rate_1) * 0.0 == 0.0
         direction_P = torch.where(finite_1, gradient_P, torch.zeros_like(gradient_P))
+        if clip is not None:
+            direction_P = direction_P * (clip / torch.clamp(norm_1, min=clip))
         rate_1 = torch.where(finite_1, learning_rate_1, torch.zeros_like(learning_rate_1))
         return updated(rule, int(gradient_P.shape[0]), state_S, direction_P, rate_1)
 
@@ -57,9 +62,15 @@ def updated_by_gradient(rule: UpdateRule) -> Callable[[Tensor, Tensor, Tensor, T
 
 @dataclasses.dataclass(frozen=True)
 class UpdateState(Pass):
-    """Move the state as the rule says."""
+    """Move the state as the rule says.
+
+    Args:
+        rule: The rule.
+        clip: Largest length of a gradient that the program has itself; None for no limit.
+    """
 
     rule: UpdateRule = PLAIN
+    clip: float | None = None
     needs = frozenset({facts.DIFFERENCED})
     gives = frozenset({facts.UPDATED})
     inputs = "added"
@@ -69,7 +80,7 @@ class UpdateState(Pass):
         slopes = edit.outputs["projected_gradient"]
         learning_rate = edit.add_input(LEARNING_RATE_INPUT, [1], torch.float32, before=edit.inputs[EPS_INPUT])
         if "gradient" in edit.values:
-            update, direction = updated_by_gradient(self.rule), edit.values["gradient"]
+            update, direction = updated_by_gradient(self.rule, self.clip), edit.values["gradient"]
         else:
             direction = edit.values["noise"]
             update = updated_state(direction.meta["val"].shape[0], self.rule)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,20 @@ def smollm2():
     return tokenizer, model
 
 
+@pytest.fixture(scope="session")
+def narrow_smollm2():
+    """The tokenizer of SmolLM2, and a model as that is, of one narrow layer with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from examples.smollm2 import load_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    return tokenizer, LlamaForCausalLM(config).eval()
+
+
 WORDS = ["<pad>", "</s>", "<unk>", "Message", ":", "Tone", "happy", "sad", "great", "good", "fine", "lovely"]
 WORDS += ["awful", "bad", "poor", "grim", "day", "food", "rain", "work", "the", "a"]
 
@@ -124,18 +140,32 @@ def words():
     return word_tokenizer()
 
 
+@contextlib.contextmanager
+def once_for_all_workers(path: Path) -> Iterator[bool]:
+    """Whether the file or folder is still to be made; no other worker looks for it or makes it in this block."""
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not path.exists()
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of one layer, with random weights, and the tokenizer of a few words."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    wide = {"initializer_range": 0.2}  # so that logits differ, and few steps can move them
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **ids, **wide)).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
+    # Each worker of pytest-xdist has a folder of its own, in one that all share.
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (base / "tiny").mkdir(exist_ok=True)
+    folder = base / "tiny" / "model"
+    with once_for_all_workers(folder) as missing:
+        if missing:
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+            ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+            wide = {"initializer_range": 0.2}  # so that logits differ, and few steps can move them
+            LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes, **ids, **wide)).save_pretrained(folder)
+            word_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -154,9 +184,12 @@ def command(*arguments: object, seed: int = 0, **options: object) -> subprocess.
 @pytest.fixture(scope="session")
 def tiny_program(tiny_model: Path) -> Path:
     """A program file of the tiny model that chooses between two answers, made by the command line."""
-    file = tiny_model.parent / "program.pte"
-    done = command("compile", tiny_model, "-o", file, *COMPILE, *CHOICE)
-    assert done.returncode == 0, done.stderr
+    file = tiny_model.parent.parent / "tiny-program" / "program.pte"
+    file.parent.mkdir(exist_ok=True)
+    with once_for_all_workers(file) as missing:
+        if missing:
+            done = command("compile", tiny_model, "-o", file, *COMPILE, *CHOICE)
+            assert done.returncode == 0, done.stderr
     return file
 
 

@@ -41,6 +41,7 @@ from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
 LORA = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", "v_proj", "down_proj"))
 IDS = torch.zeros(2, 5, dtype=torch.int64)
+TOKENS = (torch.arange(15).reshape(3, 5) * 7 % 11,)
 _SUMS = (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim)
 pytestmark = [
     pytest.mark.skipif(AotInductorBackend().unavailable() is not None, reason=str(AotInductorBackend().unavailable())),
@@ -50,7 +51,20 @@ pytestmark = [
 
 def model() -> TinyCausalLM:
     torch.manual_seed(2)
-    return TinyCausalLM().eval()
+    return TinyCausalLM(layers=1).eval()
+
+
+def even() -> nn.Module:
+    """Three layers of about the same number of outputs."""
+    torch.manual_seed(2)
+    layers = [nn.Embedding(11, 12), nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 13), nn.Tanh(), nn.Linear(13, 11)]
+    return nn.Sequential(*layers).eval()
+
+
+def token_wise() -> TokenWise:
+    """The model for what is about the flat state alone, or is compiled only for one test."""
+    torch.manual_seed(2)
+    return TokenWise().eval()
 
 
 @pytest.fixture(scope="module")
@@ -329,12 +343,18 @@ def test_kernels_stay_in_the_file_and_nothing_is_contracted() -> None:
     assert OPTIONS["emulate_precision_casts"] is True, "Triton would contract z * g + acc, not alike in two methods"
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adam", "scalar-adam"])
-@pytest.mark.parametrize("queries", [3, 16])
+@pytest.mark.parametrize(
+    ("queries", "rule"),
+    [
+        (3, "adam"),
+        (16, "sgd"),
+        (16, "scalar-adam"),
+        *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((3, "sgd"), (3, "scalar-adam"), (16, "adam"))),
+    ],
+)
 def test_the_update_has_no_sum_whose_order_an_engine_may_choose(queries: int, rule: str) -> None:
-    inputs, _ = tiny_batch()
-    lora = LoraConfig(r=3, target_modules=("q_proj",))
-    made = mobizo.compile(model(), inputs, lora, ZOConfig(queries=queries), backend="eager", rule=rule)
+    lora = LoraConfig(r=3, target_modules=("up",))
+    made = mobizo.compile(token_wise(), TOKENS, lora, ZOConfig(queries=queries), backend="eager", rule=rule)
     state = torch.randn(made.manifest.state_size) * 0.1
     state[made.parameters :].abs_()
     results = {}
@@ -363,10 +383,9 @@ def test_the_update_has_no_sum_whose_order_an_engine_may_choose(queries: int, ru
 @pytest.mark.parametrize("estimator", ["two-sided", "one-sided"])
 def test_noise_in_parts_is_the_same_noise(noise: str, rule: str, estimator: str) -> None:
     """Parts of odd sizes, cut where pairs of normal numbers are; the same bits as whole."""
-    inputs, labels = tiny_batch()
     zo = ZOConfig(queries=3, noise=noise, estimator=estimator)  # type: ignore[arg-type]
-    lora = LoraConfig(r=3, target_modules=("k_proj", "up_proj"))
-    made = mobizo.compile(model(), inputs, lora, zo, backend="eager", rule=rule)
+    lora = LoraConfig(r=7, target_modules=("1", "3", "5"))
+    made = mobizo.compile(even(), TOKENS, lora, zo, backend="eager", rule=rule)
     cut = {name: NoiseInParts(part_bytes=1000)(method) for name, method in made.methods.items()}
 
     def widest(program: GraphProgram) -> int:
@@ -383,7 +402,7 @@ def test_noise_in_parts_is_the_same_noise(noise: str, rule: str, estimator: str)
     found = []
     for runner in (whole, parts):
         runner.state().copy_(start)
-        results = runner.call("train_step", [*inputs.values(), labels, *scalars])
+        results = runner.call("train_step", [*TOKENS, TOKENS[0], *scalars])
         runner.call("replay", [scalars[0] + 1, results[2].clone(), scalars[1]])
         found.append([*results, runner.state().clone()])
     for one, other in zip(*found, strict=True):
@@ -391,27 +410,27 @@ def test_noise_in_parts_is_the_same_noise(noise: str, rule: str, estimator: str)
     assert not torch.equal(found[0][-1], start)
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16_cost_the_gradient_little(tmp_path: Path) -> None:
-    inputs, labels = tiny_batch()
     backend = AotInductorBackend(precision="bfloat16")
     lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear")
     zo = ZOConfig(queries=8)
-    rounded = mobizo.compile(model(), inputs, lora, zo, backend=backend)  # with the check of every compilation
-    exact = Session(mobizo.compile(model(), inputs, lora, zo, backend="eager"))
+    rounded = mobizo.compile(token_wise(), TOKENS, lora, zo, backend=backend)  # with the check of every compilation
+    exact = Session(mobizo.compile(token_wise(), TOKENS, lora, zo, backend="eager"))
     session = Session(rounded.save(tmp_path / "half.pt2"))
     assert session.program.artifact.target.precision == "bfloat16"  # type: ignore[attr-defined]
     start = torch.randn(exact.state().shape, generator=torch.Generator().manual_seed(3)) * 0.1
     gradients = []
     for each in (session, exact):
         each.load_state(start)
-        steps = [each.train_step(inputs, labels, seed=seed, learning_rate=0.0) for seed in range(4)]
+        steps = [each.train_step(TOKENS, TOKENS[0], seed=seed, learning_rate=0.0) for seed in range(4)]
         gradients.append(torch.cat([step.projected_gradient for step in steps]))
     assert not torch.equal(*gradients)
     assert float(F.cosine_similarity(*gradients, dim=0)) > 0.97
     assert session.state().dtype == torch.float32
     tensors = [tensor for method in rounded.methods.values() for _, tensor in method.tensors().values()]
     halves = {tuple(tensor.shape) for tensor in tensors if tensor.dtype == torch.bfloat16}
-    assert (23, 20) in halves, "the table and the head are stored in 16 bits"
+    assert {(11, 12), (11, 20)} <= halves, "the table and the head are stored in 16 bits"
     assert all(a.dtype == torch.float32 for a in rounded.lora_a_by_fqn.values())
 
 

@@ -31,7 +31,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[mobizo.Program, Pat
     torch.manual_seed(0)
     inputs, _ = tiny_batch()
     program = mobizo.compile(
-        TinyCausalLM().eval(), inputs, LoraConfig(r=3, lora_alpha=5), ZOConfig(queries=2), backend="portable"
+        TinyCausalLM(layers=1).eval(), inputs, LoraConfig(r=3, lora_alpha=5), ZOConfig(queries=2), backend="portable"
     )
     return program, program.save(tmp_path_factory.mktemp("saved") / "tiny.pte")
 

@@ -16,22 +16,29 @@ from mobizo_compiler.compiling.cache import content_key
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError, UnknownBackendError
 from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
+from mobizo_compiler.testing.backend import _check_members, _check_programs
 
 BACKENDS = ("eager", "portable", "xnnpack")
 SLOW_PORTABLE = pytest.param("portable", marks=pytest.mark.slow)
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
-@pytest.mark.parametrize("name", ["eager", SLOW_PORTABLE, "xnnpack"])
+@pytest.mark.parametrize("name", ["eager", *(pytest.param(n, marks=pytest.mark.slow) for n in ("portable", "xnnpack"))])
 def test_contract(name: str) -> None:
     assert_backend_contract(name)
+
+
+def test_contract_of_the_smallest_model() -> None:
+    """What of the contract is about runners, the state and files: the networks on XNNPACK are slow."""
+    _check_members(get_backend("xnnpack"), "xnnpack")
+    _check_programs(get_backend("xnnpack"), "xnnpack")
 
 
 @pytest.mark.parametrize("name", ["eager", SLOW_PORTABLE, "xnnpack"])
 def test_fifty_steps_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     """From a B that is not zero; through a file where the backend has one."""
     torch.manual_seed(2)
-    model = TinyCausalLM().eval()
+    model = TinyCausalLM(layers=1).eval()
     inputs, labels = tiny_batch()
     program = mobizo.compile(
         model, inputs, LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS), ZOConfig(queries=2), backend=name
@@ -171,20 +178,30 @@ def test_cache_is_by_content(tmp_path: Path) -> None:
     model = TokenWise().eval()
     tokens = (torch.zeros(2, 5, dtype=torch.int64),)
 
-    def phases() -> list[str]:
+    def phases(until: str = "") -> list[str]:
         seen: list[str] = []
+
+        def say(line: str) -> None:
+            seen.append(line.partition(":")[0])
+            if seen[-1] == until:
+                raise InterruptedError(until)
+
         lora, zo = LoraConfig(r=2, target_modules=("up",)), ZOConfig(queries=1)
-        program = mobizo.compile(model, tokens, lora, zo, backend="portable", cache_dir=tmp_path, progress=seen.append)
+        program = mobizo.compile(model, tokens, lora, zo, backend="portable", cache_dir=tmp_path, progress=say)
         assert Session(program).state().numel() == program.parameters
-        return [phase.partition(":")[0] for phase in seen]
+        return seen
 
     assert phases() == ["capture", "rewrite", "lower", "check"]
     assert phases() == ["capture", "rewrite", "cached"]
+    before = model.head.weight.detach().clone()
     with torch.no_grad():
         model.head.weight[0, 0] += 1
-    assert phases()[-1] == "check"
+    with pytest.raises(InterruptedError, match="lower"):  # there is none with these weights
+        phases(until="lower")
+    with torch.no_grad():
+        model.head.weight.copy_(before)
     assert phases()[-1] == "cached"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ConfigError, match="eager"):
         mobizo.compile(model, tokens, LoraConfig(target_modules=("up",)), backend="eager", cache_dir=tmp_path)
 

@@ -44,7 +44,7 @@ def pair(batch: BatchEncoding) -> tuple[dict[str, Tensor], Tensor]:
 
 def compiled(rows: int = ROWS, **options: Any) -> mobizo.Program:
     torch.manual_seed(0)
-    model, (inputs, _) = TinyCausalLM().eval(), pair(stacked([sample(i) for i in range(rows)]))
+    model, (inputs, _) = TinyCausalLM(layers=1).eval(), pair(stacked([sample(i) for i in range(rows)]))
     return mobizo.compile(model, inputs, LoraConfig(r=3), ZOConfig(queries=2), backend="eager", **options)
 
 
@@ -111,10 +111,17 @@ def test_scalars_of_numpy(kind: str, program: mobizo.Program, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "loss", [CausalLMLoss(), CausalLMLoss(max_labels=TOKENS - 2), mobizo.ChoiceLoss(tuple(range(23)), max_labels=7)]
+    ("given", "loss"),
+    [
+        (1, CausalLMLoss()),
+        (2, CausalLMLoss(max_labels=TOKENS - 2)),
+        (1, mobizo.ChoiceLoss(tuple(range(23)), max_labels=7)),
+        pytest.param(2, CausalLMLoss(), marks=pytest.mark.slow),
+        pytest.param(1, CausalLMLoss(max_labels=TOKENS - 2), marks=pytest.mark.slow),
+        pytest.param(2, mobizo.ChoiceLoss(tuple(range(23)), max_labels=7), marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("given", [1, 2])
-def test_rows_that_are_missing_do_not_count(loss: Any, given: int) -> None:
+def test_rows_that_are_missing_do_not_count(given: int, loss: Any) -> None:
     """The step is that of a program for as many rows as there are."""
     batch = stacked([sample(i) for i in range(given)])
     batch["labels"] = batch["labels"].clone()
@@ -272,7 +279,7 @@ def test_a_journal_is_merged_once(program: mobizo.Program, tmp_path: Path) -> No
     assert session.merge([tmp_path / device / "journal" for device in ("a", "c")]) == 4
 
 
-@pytest.mark.parametrize("backend", ["eager", "portable"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("portable", marks=pytest.mark.slow)])
 def test_an_update_that_is_too_large_changes_nothing(backend: str, tmp_path: Path) -> None:
     """A learning rate that float32 has, and that destroys the state."""
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("columns", [60, *(pytest.param(width, marks=pytest.mark.slow) for width in (80, 120))])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_whole_names_and_the_common_options(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -247,6 +247,7 @@ def test_the_time_left_follows_the_last_steps_and_the_validations(capsys: pytest
     assert left.text(40) == "0:01:20" and left.validations_cost(10) == 2.0
 
 
+@pytest.mark.slow
 def test_label_words_of_a_program(tiny_model: Path, tmp_path: Path) -> None:
     options = (
         "--rows",
@@ -315,7 +316,7 @@ def test_what_is_no_line_of_the_engine_passes() -> None:
     assert done.stderr == "[other.cpp:1] stays\n[also stays, and so does this"
 
 
-@pytest.mark.parametrize("seconds", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("seconds", [1.0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.1, 3.0))])
 def test_an_interrupt_in_the_first_seconds_is_no_traceback(seconds: float, tiny_program: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # What Python does before it runs any code of ours is not ours to handle.

@@ -16,6 +16,8 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig, cli
 from mobizo_compiler.inspection import machine as inspection
 
+pytestmark = pytest.mark.xdist_group("cli_program")  # one process, so that its programs are made once
+
 COLUMNS = {"COLUMNS": "100"}
 
 

@@ -28,6 +28,7 @@ from mobizo_compiler.testing import TokenWise
 pytestmark = pytest.mark.xdist_group("concurrency")  # one process, so that its programs are made once
 
 ROOT = Path(__file__).parent.parent
+BACKENDS = ("xnnpack", pytest.param("portable", marks=pytest.mark.slow))
 TRAINING: dict[str, Any] = {"learning_rate": 0.1, "eps": 0.02}
 STEPS = 6
 
@@ -39,15 +40,23 @@ def compiled(folder: Path, backend: str, seed: int) -> Path:
     return program.save(folder / f"{backend}{seed}.pte")
 
 
+class Files(dict[str, Path]):
+    """Two programs of XNNPACK with other weights, and one of portable kernels, made when they are asked for."""
+
+    PROGRAMS = {"xnnpack": ("xnnpack", 0), "other": ("xnnpack", 1), "portable": ("portable", 0)}
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = compiled(self.folder, *self.PROGRAMS[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two programs of XNNPACK with other weights, and one of portable kernels."""
-    folder = tmp_path_factory.mktemp("concurrency")
-    return {
-        "xnnpack": compiled(folder, "xnnpack", 0),
-        "other": compiled(folder, "xnnpack", 1),
-        "portable": compiled(folder, "portable", 0),
-    }
+    return Files(tmp_path_factory.mktemp("concurrency"))
 
 
 def batch(number: int) -> tuple[tuple[Tensor], Tensor]:
@@ -77,7 +86,7 @@ def same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sessions_in_turns(files: dict[str, Path], backend: str) -> None:
     """Two of one file, and one of another model between them; one of them ends before the others."""
     wanted = [alone(files[backend], 0), alone(files[backend], 100), alone(files["other"], 0)]
@@ -95,7 +104,7 @@ def test_sessions_in_turns(files: dict[str, Path], backend: str) -> None:
     assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sessions_in_threads(files: dict[str, Path], backend: str) -> None:
     """Each thread loads, trains and drops sessions of its own."""
     firsts = (0, 100)
@@ -154,7 +163,7 @@ def test_one_session_is_for_one_thread_at_a_time(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    session = Session(files["portable"])
+    session = Session(files["xnnpack"])
     found: dict[str, BaseException | None] = {}
 
     def from_another_thread() -> None:

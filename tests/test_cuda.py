@@ -26,6 +26,8 @@ from mobizo_compiler.graph.pipeline import Pipeline
 from mobizo_compiler.graph.program import STATE_INPUT
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
+pytestmark = pytest.mark.xdist_group("cuda")  # one process, so that its programs are made once
+
 IDS = torch.zeros(2, 5, dtype=torch.int64)
 
 

@@ -236,14 +236,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", QUICK)
+# Pages of many programs. What they show is tested elsewhere: first steps with the README, estimators and backends of
+# others with the packages of `examples/extensions`, runs with the command line, a classifier with `examples/minilm.py`.
+SLOW = ("docs/estimators.md", "docs/training_runs.md", "docs/writing_a_backend.md", "docs/writing_an_estimator.md")
+SLOW += ("docs/tutorials/personalise_a_classifier.md", "docs/quickstart.md")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in QUICK])
 def test_python_blocks_run(
     name: str, one_thread: None, request: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On the first layers of the models that pages load."""
+    """On models that are narrower or of fewer layers than those that pages load."""
     text = RUNNABLE[name].read_text()
     if "load_smollm2" in text:
-        loaded = request.getfixturevalue("smollm2")  # two of 30 layers
+        loaded = request.getfixturevalue("narrow_smollm2")
         monkeypatch.setattr("examples.smollm2.load_smollm2", lambda: loaded)
     if "load_minilm" in text:
         load = examples.minilm.load_minilm

@@ -58,7 +58,7 @@ def test_the_prefix_runs_once() -> None:
     assert late[False] + late[True] / LANES == pytest.approx(single)
 
 
-@pytest.mark.parametrize(("layers", "last"), [(1, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("layers", "last"), [(1, 0), (2, 1), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_late_and_early_duplication_compute_the_same(layers: int, last: int) -> None:
     before = adapted(layers, last)
     rest = [passes.Perturb(ZO), passes.DifferenceLosses(ZO), passes.UpdateState(), passes.Specialize(3)]

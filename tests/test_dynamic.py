@@ -21,7 +21,7 @@ LENGTHS = {"input_ids": {1: LENGTH}, "attention_mask": {1: LENGTH}}
 
 def model() -> TinyCausalLM:
     torch.manual_seed(1)
-    return TinyCausalLM().eval()
+    return TinyCausalLM(layers=1).eval()
 
 
 def batch(rows: int, tokens: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -231,20 +231,30 @@ CELLS = [
 ]
 
 
-def _quick(estimator: str, rule: str, normalize: bool) -> bool:
-    """Every rule and every estimator once; the rest of the table is slow."""
+def _once(estimator: str, rule: str, normalize: bool) -> bool:
+    """Every rule and every estimator once."""
     return (estimator == "one-sided") == (rule in ("momentum", "adam")) and normalize == (rule in ("sgd", "adam"))
 
 
+def _quick(backend: str, estimator: str, rule: str, normalize: bool) -> bool:
+    """Every rule and every estimator once on the eager backend, Adam in the runtime; the rest of the table is slow."""
+    return _once(estimator, rule, normalize) and (backend == "eager" or rule == "adam")
+
+
 @pytest.mark.parametrize(
-    ("estimator", "rule", "normalize"),
-    [pytest.param(*cell, marks=() if _quick(*cell) else pytest.mark.slow) for cell in CELLS],
+    ("backend", "estimator", "rule", "normalize"),
+    [
+        pytest.param(backend, *cell, marks=() if _quick(backend, *cell) else pytest.mark.slow)
+        for backend in ("eager", "portable")
+        for cell in CELLS
+        if backend == "portable" or _once(*cell)
+    ],
 )
-def test_five_steps_in_the_runtime_are_those_of_plain_pytorch(estimator: str, rule: str, normalize: bool) -> None:
+def test_five_steps_are_those_of_plain_pytorch(backend: str, estimator: str, rule: str, normalize: bool) -> None:
     noise = "rademacher" if normalize else "gaussian"
     zo = ZOConfig(queries=3, estimator=estimator, normalize=normalize, noise=noise, clip=None if normalize else 30.0)
     decay: dict[str, Any] = {"weight_decay": 0.1}
-    _, session, reference = pair(zo, get_rule({"name": rule, **decay}), "portable")
+    _, session, reference = pair(zo, get_rule({"name": rule, **decay}), backend)
     steps(session, reference)
 
 
@@ -280,17 +290,21 @@ def test_trained_a_with_the_oracle_that_merges_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "state"),
-    [("adam", "io"), *[pytest.param(r, "shared", marks=pytest.mark.slow) for r in RULES.built_in]],
+    ("rule", "state", "backend"),
+    [
+        ("adam", "io", "eager"),
+        pytest.param("adam", "io", "portable", marks=pytest.mark.slow),
+        *[pytest.param(r, "shared", "portable", marks=pytest.mark.slow) for r in RULES.built_in],
+    ],
 )
-def test_rate_zero_and_void_steps_leave_the_memory_alone(rule: str, state: str) -> None:
+def test_rate_zero_and_void_steps_leave_the_memory_alone(rule: str, state: str, backend: str) -> None:
     torch.manual_seed(0)
     program = mobizo.compile(
         TokenWise().eval(),
         batch()[0],
         LoraConfig(r=3, target_modules=TARGETS, train_a=True),
         ZOConfig(queries=2),
-        backend="portable",
+        backend=backend,
         rule=get_rule({"name": rule, "weight_decay": 0.2}),
         state=state,
     )

@@ -24,7 +24,7 @@ EXACT = ZOConfig(estimator="exact")
 ALL = LoraConfig(r=3, target_modules="all-linear")
 ZOO = zoo()
 # One of each kind that is differentiated in another way; the rest of the core by `make test-all`.
-QUICK = {"gpt2", "mixtral", "lstm", "swin", "gptj"}
+QUICK = {"gpt2", "mixtral", "swin"}
 CORE = (
     *("llama", "qwen2", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "mixtral", "mamba", "gptj"),
     *("deepseek_v3", "bert", "distilbert", "albert", "deberta_v2", "modernbert", "mpnet", "t5", "bart", "vit", "swin"),
@@ -81,12 +81,13 @@ def test_it_is_the_gradient(name: str, backend: str, train_a: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", ["xnnpack", pytest.param("portable", marks=pytest.mark.slow), pytest.param("aot_inductor", marks=pytest.mark.slow)]
+    "backend",
+    ["xnnpack", pytest.param("portable", marks=pytest.mark.slow), pytest.param("aot_inductor", marks=pytest.mark.slow)],
 )
 def test_engines(backend: str, tmp_path: Path) -> None:
     """From the file, with A trained; the file has every weight once."""
     lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", train_a=True)
-    report = check_gradient(tiny(), tiny_batch()[0], backend=backend, lora=lora)
+    report = check_gradient(TinyCausalLM(layers=1).eval(), tiny_batch()[0], backend=backend, lora=lora)
     assert report.program.manifest.methods == ("train_step", "evaluate")
     suffix = ".pt2" if backend == "aot_inductor" else ".pte"
     path = report.program.save(tmp_path / f"program{suffix}")
@@ -95,7 +96,7 @@ def test_engines(backend: str, tmp_path: Path) -> None:
 
 
 def test_the_file_has_no_weight_twice(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Embedding(16, 256), nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 16)).eval()
+    model = nn.Sequential(nn.Embedding(16, 256), nn.Linear(256, 256), nn.Linear(256, 256)).eval()
     tokens = torch.arange(10).reshape(2, 5)
     sizes = {}
     for estimator in ("exact", "two-sided"):
@@ -174,7 +175,10 @@ def test_what_has_no_meaning_is_refused() -> None:
     for refused in (lambda: made.replay(1, [0.5], 0.1), lambda: made.merge(["journal"])):
         with pytest.raises(ConfigError, match="a step is its gradient"):
             refused()
-    dims = {"input_ids": {1: torch.export.Dim("tokens", max=32)}, "attention_mask": {1: torch.export.Dim("tokens", max=32)}}
+    dims = {
+        "input_ids": {1: torch.export.Dim("tokens", max=32)},
+        "attention_mask": {1: torch.export.Dim("tokens", max=32)},
+    }
     with pytest.raises(NotSupportedYetError, match="sizes that are numbers"):
         mobizo.compile(tiny(), tiny_batch()[0], ALL, EXACT, backend="eager", dynamic_shapes=dims)
 
@@ -237,7 +241,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, every: int) -> None:
 def test_steps_from_other_data_are_not_taken_for_the_same(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         trained(tmp_path, 8, on_step=killed_after(3))
-    with pytest.raises(JournalError, match="step 0 has the loss .* when it is made again"):
+    with pytest.raises(JournalError, match="step 0, made again, has the loss"):
         trained(tmp_path, 8, batches=lambda number: tiny_batch(seed=number + 1))
     with pytest.raises(JournalError, match="the last 4 steps are not in a saved state"):
         Session(program(rule="adamw")).restore(tmp_path)

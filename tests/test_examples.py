@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,18 @@ def test_auc_against_scipy() -> None:
 )
 def test_the_demo_from_end_to_end(
     adapters: str,
-    smollm2: tuple[Any, Any],
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(demo, "load_smollm2", lambda: smollm2)
+    """With fewer rows, directions and tokens than the demo has; adapters in blocks on two of the model's own."""
+    loaded = request.getfixturevalue("narrow_smollm2" if adapters == "head" else "smollm2")
+    setup = demo.SETUPS[adapters]
+    small = dataclasses.replace(setup, rows=4, zo=dataclasses.replace(setup.zo, queries=4))
+    monkeypatch.setitem(demo.SETUPS, adapters, small)
+    monkeypatch.setattr(demo, "TOKENS", 24)
+    monkeypatch.setattr(demo, "load_smollm2", lambda: loaded)
     monkeypatch.setattr(demo, "cache_folder", lambda: tmp_path / "cache")
     arguments = ["--steps", "3", "--rows", "16", "--adapters", adapters, "--output", str(tmp_path / "run")]
     demo.main(arguments)
@@ -95,6 +102,7 @@ def test_a_reward_on_generated_text_is_learnt() -> None:
     assert after > before + 0.2
 
 
+@pytest.mark.slow
 def test_devices_learn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--rounds", "2", "--steps", "3", "--rows", "16", "--layers", "1", "--output", str(tmp_path / "run")]
     before, after = federated.main(arguments)

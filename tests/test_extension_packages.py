@@ -75,7 +75,7 @@ def test_the_pass_by_its_name(installed: Path) -> None:
     """Whole steps against plain PyTorch, with the pass in both methods that have a network."""
     inputs, _ = tiny_batch()
     torch.manual_seed(0)
-    report = check_against_oracle(TinyCausalLM().eval(), inputs, backend="eager", passes=["spell-out-silu"])
+    report = check_against_oracle(TinyCausalLM(layers=1).eval(), inputs, backend="eager", passes=["spell-out-silu"])
     for method, where in (("train_step", True), ("evaluate", True), ("replay", False)):
         assert any("SpellOutSilu" in step for step in report.program.manifest.history[method]) == where
         assert "silu(" not in program_text(report.program.methods[method])
@@ -155,14 +155,10 @@ METHOD += ("--loss", "focal", "--loss-options", '{"gamma": 1.5}')
 
 
 def test_estimator_rule_and_loss_from_the_command_line(installed: Path, tiny_model: Path, tmp_path: Path) -> None:
-    """Compiled by name in a process of its own, opened and trained in others, with the packages and without them."""
+    """Compiled by name; opened and trained with the packages, and without them in a process that never saw them."""
     file, rows = tmp_path / "program.pte", tmp_path / "rows.csv"
     rows.write_text("text,tone\n" + "lovely day,happy\ngrim rain,sad\n" * 4)
-    mobizo_command = [sys.executable, "-m", "mobizo_compiler"]
-    root = str(EXTENSIONS.parents[1])
-    line = [*mobizo_command, "compile", tiny_model, "-o", file, "--quiet", "--tokens", "12", "--backend", "portable"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), root])}
-    subprocess.run([*line, *METHOD], env=environment, check=True)
+    run("compile", tiny_model, "-o", file, "--quiet", "--tokens", "12", "--backend", "portable", *METHOD)
     found = json.loads(run("inspect", file, "--json"))
     assert found["rule"] == {"name": "lion", "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.99}
     assert (found["loss"], found["zo"]["estimator"], found["lanes"]) == (
@@ -173,13 +169,14 @@ def test_estimator_rule_and_loss_from_the_command_line(installed: Path, tiny_mod
     manifest = mobizo.load(file).manifest
     assert [type(v).__name__ for v in (get_rule(manifest.rule), get_loss(manifest.loss))] == ["Lion", "FocalLoss"]
     prompt = ["--template", r"Message :\n{text}", "--answer-column", "tone", "--learning-rate", "0.001"]
-    finetune = [*mobizo_command, "finetune", file, "--data", rows, *prompt, "--steps", "2", "--json", "--quiet"]
-    for path in (root, environment["PYTHONPATH"]):
-        run_folder = tmp_path / f"run{len(path)}"
-        done = subprocess.run(
-            [*finetune, "--run", run_folder], env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True
-        )
-        assert json.loads(done.stdout)["steps"] == 2
+    finetune = ["finetune", file, "--data", rows, *prompt, "--steps", "2", "--json", "--quiet"]
+    assert json.loads(run(*finetune, "--run", tmp_path / "with"))["steps"] == 2
+    environment = {**os.environ, "PYTHONPATH": str(EXTENSIONS.parents[1])}
+    line = [sys.executable, "-m", "mobizo_compiler", *finetune, "--run", tmp_path / "without"]
+    done = subprocess.run(line, env=environment, check=True, capture_output=True)
+    assert json.loads(done.stdout)["steps"] == 2
+    journals = [(tmp_path / name / "journal").read_bytes() for name in ("with", "without")]
+    assert journals[0] == journals[1]
 
 
 def test_options_from_a_file(installed: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -232,15 +229,13 @@ def run(*arguments: object) -> str:
 
 
 def test_the_command_line(installed: Path, tiny_model: Path, compile_options: tuple[str, ...], tmp_path: Path) -> None:
-    """Compiled in a process of its own for the backend with the pass; then looked at, and trained."""
+    """Compiled for the backend with the pass; then looked at, and trained."""
     listed = json.loads(run("passes", "--pass", "spell-out-silu", "--backend", "torch-file", "--json"))
     assert [step["name"] for step in listed["evaluate"]][-3:] == ["specialize", "mobizo_silu", "canonicalize"]
     assert "--pass spell-out-silu puts in a pass of mobizo_silu:insertion" in run("passes", "--backend", "eager")
     file, rows = tmp_path / "program.torch", tmp_path / "rows.csv"
-    line = [sys.executable, "-m", "mobizo_compiler", "compile", tiny_model, "-o", file, "--quiet", *compile_options]
-    line += ["--backend", "torch-file", "--pass", "spell-out-silu"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(EXTENSIONS.parents[1])])}
-    subprocess.run(line, env=environment, check=True)
+    options = (*compile_options, "--backend", "torch-file", "--pass", "spell-out-silu")
+    run("compile", tiny_model, "-o", file, "--quiet", *options)
     found = json.loads(run("inspect", file, "--json"))
     assert found["backend"] == "torch-file"
     assert "SpellOutSilu()" in found["history"]["train_step"]

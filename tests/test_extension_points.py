@@ -77,7 +77,10 @@ class Warm(UpdateRule):
         return direction_P * memory["scale"], {"scale": memory["scale"] * 0.5, "uses": memory["uses"] + 1}
 
 
-@pytest.mark.parametrize(("backend", "state"), [("eager", "shared"), ("portable", "shared"), ("portable", "io")])
+@pytest.mark.parametrize(
+    ("backend", "state"),
+    [("eager", "shared"), ("portable", "shared"), pytest.param("portable", "io", marks=pytest.mark.slow)],
+)
 def test_a_memory_that_does_not_begin_at_zero(backend: str, state: str, names: None, tmp_path: Path) -> None:
     register_rule("warm", Warm)
     program = compiled(backend, rule="warm", state=state)
@@ -198,8 +201,15 @@ def test_numbers_that_float32_cannot_hold() -> None:
     assert schedule("cosine", 1e-30, 10)(9) >= 0.0
 
 
-@pytest.mark.parametrize("backend", ["eager", "portable"])
-@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("backend", "rule"),
+    [
+        ("eager", "sgd"),
+        ("eager", "adam"),
+        pytest.param("portable", "sgd", marks=pytest.mark.slow),
+        pytest.param("portable", "adam", marks=pytest.mark.slow),
+    ],
+)
 def test_a_graph_keeps_its_state_from_rates_that_are_not_finite(backend: str, rule: str) -> None:
     """Hosts without Python hand a graph whatever they have."""
     program = compiled(backend, rule=rule)

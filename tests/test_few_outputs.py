@@ -66,8 +66,8 @@ def trained(program: mobizo.Program, steps: int = 5) -> Session:
     [
         ("eager", False, False),
         ("eager", True, True),
-        ("xnnpack", True, False),
         ("portable", True, True),
+        pytest.param("xnnpack", True, False, marks=pytest.mark.slow),
         pytest.param("xnnpack", False, True, marks=pytest.mark.slow),
     ],
 )

@@ -19,6 +19,8 @@ from mobizo_compiler.device.run import write_state
 from mobizo_compiler.format.files import ScratchFolder, whole_file
 from mobizo_compiler.text.plot import plot_run
 
+pytestmark = pytest.mark.xdist_group("files")  # one process, so that its programs are made once
+
 SIZE = 100_000
 
 

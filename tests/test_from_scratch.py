@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from examples import from_scratch as small
 
+pytestmark = pytest.mark.xdist_group("from_scratch")  # one process, so that its programs are made once
+
 MASK = 0xFFFFFFFF
 
 

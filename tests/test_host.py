@@ -94,25 +94,26 @@ def test_the_garbage_collector_is_as_it_was() -> None:
     try:
         frozen = gc.get_freeze_count()
         compiled()
-        assert gc.get_freeze_count() > 0.9 * frozen and gc.get_threshold() == before
+        assert gc.get_freeze_count() > 0.9 * frozen and gc.get_threshold() == before and gc.isenabled()
     finally:
         gc.unfreeze()
-    inside: list[tuple[int, int, int]] = []
+    inside: list[bool] = []
     try:
-        for host in (0, 1_000_000):  # never, and more seldom than a compilation would
-            gc.set_threshold(host, 5, 5)
+        for host in (gc.enable, gc.disable):
+            host()
+            enabled = gc.isenabled()
             lora = LoraConfig(r=2, target_modules=("up",))
-            progress = lambda line: inside.append(gc.get_threshold())  # noqa: E731
+            progress = lambda line: inside.append(gc.isenabled())  # noqa: E731
             mobizo.compile(TokenWise().eval(), TOKENS, lora, backend="eager", progress=progress)
-            assert set(inside) == {(host, 5, 5)} and gc.get_threshold() == (host, 5, 5)
+            assert not any(inside) and inside and gc.isenabled() == enabled
             inside.clear()
-        gc.set_threshold(700, 10, 10)
-        first, second = api._SeldomCollected(), api._SeldomCollected()
+        gc.enable()
+        first, second = api._NotCollected(), api._NotCollected()
         with contextlib.ExitStack() as stack:  # two at a time, and the first ends first
             first.__enter__()
             stack.enter_context(second)
             first.__exit__()
-            assert gc.get_threshold() == api.COLLECTED_AFTER
-        assert gc.get_threshold() == (700, 10, 10)
+            assert not gc.isenabled()
+        assert gc.isenabled()
     finally:
-        gc.set_threshold(*before)
+        gc.enable()

@@ -102,7 +102,7 @@ class Case:
 def case(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A tiny language model on XNNPACK."""
     torch.manual_seed(0)
-    model = TinyCausalLM().eval()
+    model = TinyCausalLM(layers=1).eval()
     lora, zo, loss = LoraConfig(r=3), ZOConfig(queries=QUERIES), CausalLMLoss(max_labels=6)
     program = mobizo.compile(model, tiny_batch()[0], lora, zo, loss)
     return Case(host, tmp_path_factory.mktemp("xnnpack"), program, batches())
@@ -584,11 +584,14 @@ def test_data_files_go_back_and_forth(case: Case, tmp_path: Path) -> None:
     assert "does not say which program" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(given))
 
 
+@pytest.mark.slow
 def test_the_state_of_another_program_of_the_same_size(host: Path, case: Case, tmp_path: Path) -> None:
     """The host's own file: refused by the host and by Python where the other program has other weights."""
     torch.manual_seed(1)
     lora, zo, loss = LoraConfig(r=3), ZOConfig(queries=QUERIES), CausalLMLoss(max_labels=6)
-    other = Case(host, tmp_path, mobizo.compile(TinyCausalLM().eval(), tiny_batch()[0], lora, zo, loss), batches())
+    other = Case(
+        host, tmp_path, mobizo.compile(TinyCausalLM(layers=1).eval(), tiny_batch()[0], lora, zo, loss), batches()
+    )
     case.train(tmp_path / "run", 2, "--save", str(tmp_path / "state.ptd"))
     assert other.program.manifest.state_size == case.program.manifest.state_size
     said = other.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(tmp_path / "state.ptd"))

@@ -256,7 +256,8 @@ def regression(backend: str) -> mobizo.Program:
     return mobizo.compile(model, (torch.randn(2, 4),), lora, zo, loss=loss, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["eager", "portable", "xnnpack"])
+@pytest.mark.xdist_group("journal")  # one process, so that each program is made once
+@pytest.mark.parametrize("backend", ["eager", "xnnpack", pytest.param("portable", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_changes_nothing(value: float, backend: str, tmp_path: Path) -> None:
     program = regression(backend)

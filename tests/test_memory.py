@@ -22,6 +22,8 @@ from mobizo_compiler.backends.xnnpack import partition
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 from mobizo_compiler.upstream import read_header
 
+pytestmark = pytest.mark.xdist_group("memory")  # one process, so that its programs are made once
+
 TABLE_BYTES = 1501 * 24 * 4
 
 
@@ -101,6 +103,7 @@ def test_a_truncated_file_is_still_noticed(twice: Program, tmp_path: Path) -> No
         mobizo.load(path)
 
 
+@pytest.mark.slow
 def test_the_initial_state_is_in_the_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     for rank in (1, 401):

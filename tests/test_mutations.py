@@ -18,8 +18,6 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import CausalLMLoss, LoraConfig, SequenceClassificationLoss, ZOConfig, passes
 from mobizo_compiler.backends import get_backend
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.passes import decompose_attention
-from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.vulkan.spell_out import SpellOut
 from mobizo_compiler.backends.xnnpack import spell_out_gelu
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
@@ -29,7 +27,8 @@ from mobizo_compiler.errors import LoweringError, PassContractError
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand
 from mobizo_compiler.graph.pipeline import Pass
-from mobizo_compiler.passes import difference_losses, perturb, replay, update_state
+from mobizo_compiler.passes import decompose_attention, difference_losses, perturb, replay, update_state
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.passes.insert_mp_lora import LORA_A
 from mobizo_compiler.step.estimators import TwoSided
 from mobizo_compiler.testing import TinyCausalLM, TinyEncoder, check_backend, tiny_batch

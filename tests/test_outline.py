@@ -14,7 +14,11 @@ CASES = zoo()
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny_causal_lm", "rnn", "gru_batch_second", "parameters", "fixed_rows", "tied_twice"]
+    "name",
+    [
+        *("tiny_causal_lm", "rnn", "parameters", "tied_twice"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gru_batch_second", "fixed_rows")),
+    ],
 )
 def test_every_adapter_and_every_weight_is_in_one_block(name: str) -> None:
     case = CASES[name]

@@ -14,13 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobizo_compiler import CausalLMLoss, LoraConfig, QuantizationConfig, SequenceClassificationLoss, ZOConfig, passes
+from mobizo_compiler import (
+    CausalLMLoss,
+    LoraConfig,
+    MSELoss,
+    QuantizationConfig,
+    SequenceClassificationLoss,
+    ZOConfig,
+    passes,
+)
 from mobizo_compiler import backends as backend_package
 from mobizo_compiler.backends.aot_inductor.noise_in_parts import NoiseInParts
 from mobizo_compiler.backends.aot_inductor.round_products import RoundProducts
 from mobizo_compiler.backends.aot_inductor.sums_in_order import SumsInOrder
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
-from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.backends.vulkan.at_most_four_axes import AtMostFourAxes
 from mobizo_compiler.backends.vulkan.flatten_tokens import FlattenTokens
@@ -33,9 +40,11 @@ from mobizo_compiler.backends.xnnpack.float_exit import FloatExit
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.backends.xnnpack.round_group_scales import RoundGroupScales
+from mobizo_compiler.backends.xnnpack.separate_readers import SeparateReaders
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
 from mobizo_compiler.graph import GraphProgram, Pass, Pipeline, facts, parse, program_text
 from mobizo_compiler.graph.example import bind_example
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, check_pass, tiny_batch
 from mobizo_compiler.testing.passes import difference, sides
 
@@ -71,6 +80,15 @@ input  %ids: i64[rows]
   %tanh = tanh(%embedding)
   %linear = linear(%tanh, %p_up_weight)
 return output_0 = %linear
+"""
+DEEP = """
+tensor %p_up_weight: f32[5, 6]
+tensor %p_out_weight: f32[3, 5]
+input  %x: f32[rows, 6]
+  %linear = linear(%x, %p_up_weight)
+  %exp = exp(%linear)
+  %linear_1 = linear(%exp, %p_out_weight)
+return output_0 = %linear_1
 """
 FIXED = CLASSIFIER.replace("rows", "4")
 WITH_LOSS = (passes.AttachLoss(SequenceClassificationLoss()), passes.Canonicalize(), passes.InsertMPLoRA(LORA))
@@ -223,6 +241,38 @@ CASES: dict[str, Case] = {
         passes.Replay(passes.InsertMPLoRA(LORA)(parse(CLASSIFIER)).sites, ZO),
         passes.empty_program,
         shown=without_generator,
+    ),
+    "differentiate": of(
+        passes.Differentiate(),
+        DEEP,
+        passes.AttachLoss(MSELoss()),
+        passes.Canonicalize(),
+        passes.InsertMPLoRA(LORA),
+        passes.Specialize(4),
+    ),
+    "tidy": of(
+        passes.Tidy(),
+        """
+        tensor %p_w: f32[28, 20]
+        input  %x: f32[3, 7, 20]
+        input  %m: f32[3, 7, 1]
+          %t = t(%p_w)
+          %t_1 = t(%t)
+          %view = reshape(%x, [21, 20])
+          %unsqueeze = unsqueeze(%view, 0)
+          %expand = expand(%m, [3, 7, 20])
+          %mul = mul.Tensor(%expand, 0.5)
+          %mul_1 = mul.Tensor(%mul, %x)
+          %zeros = zeros_like(%x)
+          %add = add.Tensor(%mul_1, %zeros)
+          %sigmoid = sigmoid(%x)
+          %sigmoid_1 = sigmoid(%x)
+          %sub = sub.Tensor(%sigmoid, %sigmoid_1)
+          %add_1 = add.Tensor(%sub, %add)
+          %linear = linear(%add_1, %t_1)
+        return output_0 = %unsqueeze
+        return output_1 = %linear
+        """,
     ),
     "after_prefix": of(passes.AfterPrefix(), CLASSIFIER, *WITH_LANES),
     "prefix": of(passes.Prefix(), CLASSIFIER, *WITH_LANES),
@@ -407,6 +457,19 @@ CASES: dict[str, Case] = {
           %add = add.Tensor(%repeat, %repeat_2)
         return output_0 = %add
         return output_1 = %repeat_1
+        """,
+    ),
+    "separate_readers": of(
+        SeparateReaders(),
+        """
+        tensor %p_w: f32[20, 28]
+        input  %x: f32[3, 28]
+        input  %gy: f32[1, 3, 20]
+          %linear = linear(%x, %p_w)
+          %unsqueeze = unsqueeze(%p_w, 0)
+          %bmm = bmm(%gy, %unsqueeze)
+        return output_0 = %linear
+        return output_1 = %bmm
         """,
     ),
     "round_group_scales": of(

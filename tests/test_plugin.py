@@ -76,16 +76,22 @@ def run(python: Path, code: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_installed_example_keeps_the_contract(openvino_python: Path) -> None:
+@pytest.mark.parametrize("part", ["programs", pytest.param("whole", marks=pytest.mark.slow)])
+def test_the_installed_example_keeps_the_contract(part: str, openvino_python: Path) -> None:
+    """What of the contract is about runners, the state and files; the networks are slow."""
     found = run(
         openvino_python,
-        """
+        f"""
         import json, sys, torch
         torch.set_num_threads(1)
-        from mobizo_compiler.backends import assert_backend_contract, backend_names
+        from mobizo_compiler.backends import assert_backend_contract, backend_names, get_backend
+        from mobizo_compiler.testing.backend import _check_programs
         listed = backend_names()["openvino"]
-        lazy = not {"mobizo_openvino", "openvino"} & set(sys.modules)
-        assert_backend_contract("openvino")
+        lazy = not {{"mobizo_openvino", "openvino"}} & set(sys.modules)
+        if {part == "whole"}:
+            assert_backend_contract("openvino")
+        else:
+            _check_programs(get_backend("openvino"), "openvino")
         import mobizo_openvino
         print(json.dumps([listed, lazy, mobizo_openvino.__file__.startswith(sys.prefix)]))
         """,
@@ -217,7 +223,7 @@ def test_attention_as_products(monkeypatch: pytest.MonkeyPatch, padding: int) ->
             return (attention.AttentionAsProducts(),)
 
     torch.manual_seed(0)
-    model = TinyCausalLM().eval()
+    model = TinyCausalLM(layers=1).eval()
     inputs, _ = tiny_batch()
     inputs["attention_mask"][:, :padding] = 0
     program = mobizo.compile(model, inputs, LoraConfig(r=3), backend=Backend())
@@ -288,6 +294,7 @@ def assert_neighbours_work() -> None:
     assert get_backend("portable").name == "portable"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [False, True])
 def test_a_sound_plugin_keeps_the_contract(files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the broken ones below are made from."""
@@ -563,7 +570,20 @@ Mine.lower = lower
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+# One of what `compile` finds, and of what the contract says of runners, members and files.
+QUICK = {
+    "a state that evaluate does not see",
+    "one state for all runners",
+    "inputs taken for constants",
+    "other passes every time",
+    "a refusal that leaves a file",
+    "files of everybody",
+    "a file of another program",
+    "a file that was cut short",
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in WRONG])
 def test_a_plugin_that_computes_something_else(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, found_by_compile, reason = WRONG[case]
     install(tmp_path, monkeypatch, SOUND + source.strip())

@@ -30,8 +30,10 @@ from mobizo_compiler.reference import ReferenceStep
 RECORD = Path(__file__).parent.parent / "docs" / "quantization.json"
 BACKENDS = ("eager", "portable", "xnnpack", "vulkan", "aot_inductor")
 # Every recipe on the eager backend; on each other one those that go ways of their own, the rest by `make test-all`.
-QUICK = {("portable", "8da4w"), ("portable", "nf4"), ("vulkan", "8da8w")}
-QUICK |= {("xnnpack", "8da8w"), ("xnnpack", "8da4w"), ("xnnpack", "int4")}
+QUICK = {("portable", "nf4"), ("vulkan", "8da8w"), ("xnnpack", "8da4w")}
+# Floats, integers with rounded activations, integers without, and a table of values.
+KINDS = ("fp16", "8da4w", "int8", "nf4")
+OF_EACH_KIND = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in RECIPES]
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}
 ROWS, TOKENS, VOCABULARY = 3, 5, 16
@@ -177,7 +179,7 @@ def test_the_record_is_whole() -> None:
     assert all(o.startswith(("pass", "lowered", "refused: [MBZ")) for cells in record.values() for o in cells.values())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OF_EACH_KIND)
 def test_weights_are_stored_once_and_small(recipe: str) -> None:
     """Bytes of all tensors that are not the adapters', beside float32."""
     model, tokens = wide()
@@ -192,7 +194,7 @@ def test_weights_are_stored_once_and_small(recipe: str) -> None:
     assert all(base[path].data_ptr() == tensor.data_ptr() for path, tensor in shared.items()), "quantized twice"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OF_EACH_KIND)
 def test_a_choice_reads_the_head_that_evaluate_has(recipe: str) -> None:
     """`train_step` has a few rows of the head, and they are stored as the whole head is."""
     torch.manual_seed(0)

@@ -27,6 +27,9 @@ RECIPES: dict[str, Any] = {
 }
 
 
+SLOW = (("8da8w", "xnnpack"), ("8w", "xnnpack"), ("4w", "xnnpack"))
+
+
 class Wide(nn.Module):
     """Widths that groups of 32 divide."""
 
@@ -46,8 +49,15 @@ def quantized(recipe: str) -> tuple[nn.Module, Tensor]:
     return model, torch.randint(0, 11, (3, 5))
 
 
-@pytest.mark.parametrize("backend", ["eager", "xnnpack"])
-@pytest.mark.parametrize("recipe", RECIPES)
+# On XNNPACK the recipe that it has kernels of its own for.
+CELLS = [
+    pytest.param(recipe, backend, marks=pytest.mark.slow if (recipe, backend) in SLOW else ())
+    for recipe in RECIPES
+    for backend in ("eager", "xnnpack")
+]
+
+
+@pytest.mark.parametrize(("recipe", "backend"), CELLS)
 def test_adapters_on_quantized_layers(recipe: str, backend: str) -> None:
     """Against a hook on the quantized module, which adds the adapter to what the module returns."""
     model, tokens = quantized(recipe)

@@ -33,6 +33,8 @@ from mobizo_compiler.errors import ConfigError, NotSupportedYetError, UnknownBac
 from mobizo_compiler.export_recipe import MobizoRecipeProvider, MobizoRecipeType
 from mobizo_compiler.testing import TokenWise
 
+pytestmark = pytest.mark.xdist_group("recipe")  # one process, so that its programs are made once
+
 # Of so high a rank that a second copy of the state would be more than what files differ by in padding and history.
 OPTIONS: dict[str, Any] = {
     "lora": LoraConfig(r=48, lora_alpha=5, target_modules=("up", "head")),
@@ -133,6 +135,7 @@ def test_a_recipe_can_be_used_again(tmp_path: Path) -> None:
         assert torch.allclose(result.lane_losses, torch.full((4,), 11.0).log(), rtol=0, atol=1e-6) is same
 
 
+@pytest.mark.slow
 def test_a_captured_model_goes_in_as_its_module_and_the_state_in_a_data_file(tmp_path: Path) -> None:
     model = TokenWise().eval()
     program = torch.export.export(model, (TOKENS,))

@@ -9,11 +9,11 @@ import pytest
 
 from mobizo_compiler import LoraConfig, passes
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
-from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.testing import check_against_oracle, zoo
 
 ZOO = zoo()

@@ -66,8 +66,18 @@ class Picked(nn.Module):
         return hidden.gather(1, self.positions.reshape(self.shape).expand(hidden.shape[0], 2, self.width))
 
 
-@pytest.mark.parametrize("source", ["module", "exported", "dynamic"])
-@pytest.mark.parametrize(("shape", "width"), [((1, 2, 1), 9), ((2, 1), 9), ((1, 2, 1), 4)])
+SHAPES = [((1, 2, 1), 9), ((2, 1), 9), ((1, 2, 1), 4)]
+SOURCES = ["module", "exported", "dynamic"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "width", "source"),
+    [
+        pytest.param(*shape, source, marks=() if number == other else pytest.mark.slow)
+        for number, shape in enumerate(SHAPES)
+        for other, source in enumerate(SOURCES)
+    ],
+)
 def test_gathers_that_share_their_positions(shape: tuple[int, ...], width: int, source: str) -> None:
     """None of them is a pick of positions of its own for each row, and the last one leaves columns out."""
     torch.manual_seed(0)

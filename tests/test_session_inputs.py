@@ -37,7 +37,7 @@ pytestmark = pytest.mark.xdist_group("session_inputs")  # one process, so that i
 def session(request: pytest.FixtureRequest) -> Session:
     torch.manual_seed(0)
     inputs, _ = tiny_batch()
-    program = mobizo.compile(TinyCausalLM().eval(), inputs, LoraConfig(r=3), backend=request.param)
+    program = mobizo.compile(TinyCausalLM(layers=1).eval(), inputs, LoraConfig(r=3), backend=request.param)
     return Session(program)
 
 

@@ -20,6 +20,8 @@ from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.step.losses import register_loss
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 
+pytestmark = pytest.mark.xdist_group("step")  # one process, so that its programs are made once
+
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
 
@@ -28,13 +30,13 @@ def tiny_compiled(queries: int, noise: Any) -> mobizo.Program:
     torch.manual_seed(1)
     lora = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS)
     zo = ZOConfig(queries=queries, noise=noise)
-    return mobizo.compile(TinyCausalLM().eval(), tiny_batch()[0], lora=lora, zo=zo, backend="eager")
+    return mobizo.compile(TinyCausalLM(layers=1).eval(), tiny_batch()[0], lora=lora, zo=zo, backend="eager")
 
 
 def tiny_program(queries: int = 3, noise: Any = "gaussian") -> Any:
     """A model, its program, which is compiled once for all tests, and a batch."""
     torch.manual_seed(1)
-    return TinyCausalLM().eval(), tiny_compiled(queries, noise), *tiny_batch()
+    return TinyCausalLM(layers=1).eval(), tiny_compiled(queries, noise), *tiny_batch()
 
 
 def random_state(program: mobizo.Program, seed: int = 0, scale: float = 0.1) -> Tensor:
@@ -76,7 +78,7 @@ def test_sites_layout_and_a() -> None:
         assert 0.7 * limit < a.abs().max() <= limit
         end += site.size
     assert program.parameters == end == Session(program).state().numel()
-    assert {s.fqn for s in program.sites} == {f"layers.{i}.{t}" for i in range(2) for t in TARGETS}
+    assert {s.fqn for s in program.sites} == {f"layers.0.{t}" for t in TARGETS}
     again = tiny_compiled.__wrapped__(3, "gaussian")
     assert again is not program
     assert all(torch.equal(again.lora_a(s.fqn), program.lora_a(s.fqn)) for s in program.sites)
@@ -131,7 +133,7 @@ def test_choice_loss_is_cross_entropy_among_the_choices() -> None:
 
 def test_max_labels_changes_cost_not_results() -> None:
     torch.manual_seed(1)
-    model = TinyCausalLM().eval()
+    model = TinyCausalLM(layers=1).eval()
     inputs, labels = tiny_batch()
     labels[:, :5] = -100
     results = []
@@ -235,7 +237,7 @@ def test_rewards_that_no_graph_computes_train_through_replay() -> None:
 def test_training_lowers_the_loss() -> None:
     _, program, inputs, labels = tiny_program(queries=8)
     session = Session(program)
-    losses = [session.train_step(inputs, labels, seed=s, learning_rate=0.3, eps=0.01).loss for s in range(120)]
+    losses = [session.train_step(inputs, labels, seed=s, learning_rate=2.0, eps=0.01).loss for s in range(120)]
     assert sum(losses[-10:]) / 10 < 0.8 * sum(losses[:10]) / 10
 
 
@@ -267,7 +269,7 @@ def test_any_number_of_rows_also_one(rows: int) -> None:
 
 def test_an_exported_program_is_taken_too() -> None:
     torch.manual_seed(0)
-    model = TinyCausalLM().eval()
+    model = TinyCausalLM(layers=1).eval()
     inputs, labels = tiny_batch()
     rows = torch.export.Dim("rows", min=2, max=64)
     exported = torch.export.export(model, (), inputs, dynamic_shapes={name: {0: rows} for name in inputs})

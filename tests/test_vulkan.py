@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,10 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.vulkan import VulkanBackend, load_runtime
 from mobizo_compiler.backends.vulkan.known_faults import RULES, check_delegates, violations
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.reference import ReferenceStep
 
 RECIPES: dict[str, Any] = {
@@ -103,6 +104,12 @@ class Rewritten(EagerBackend):
         return VulkanBackend().passes()
 
 
+@functools.cache
+def rewritten(recipe: str) -> mobizo.Program:
+    """Compiled once for all tests."""
+    return mobizo.compile(decoder(recipe), batch()[0], LORA, ZOConfig(queries=2), backend=Rewritten())
+
+
 _programs: dict[tuple[str, str], tuple[mobizo.Program, list[str]]] = {}
 
 
@@ -136,7 +143,8 @@ def test_the_network_is_one_delegate(recipe: str, state: str) -> None:
     ].outside
 
 
-@pytest.mark.parametrize("recipe", ["int4", pytest.param("8da4w", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["int4", "8da4w"])
 def test_layers_and_embeddings_that_compile_quantizes(recipe: str) -> None:
     """Rows of quantized tables are looked up and decoded outside; the check after lowering runs where it can."""
     program = mobizo.compile(
@@ -154,17 +162,17 @@ def test_layers_and_embeddings_that_compile_quantizes(recipe: str) -> None:
     assert set(delegation["evaluate"].outside) <= MASK | rows, delegation["evaluate"].outside
 
 
+@pytest.mark.slow
 def test_half_precision_weights_are_refused() -> None:
     with pytest.raises(BackendRefusedError, match=r"varying_weight(.|\n)*aten_mm"):
         mobizo.compile(decoder("fp32"), batch()[0], LORA, ZOConfig(queries=1), backend="vulkan", quantization="fp16")
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "4w", "8da4w"])
+@pytest.mark.parametrize("recipe", ["fp32", "4w", pytest.param("8da4w", marks=pytest.mark.slow)])
 def test_the_rewritten_graph_computes_the_same(recipe: str) -> None:
     """Three steps in PyTorch: what passes do to the numbers, apart from what kernels do."""
     inputs, labels = batch()
-    model = decoder(recipe)
-    program = mobizo.compile(model, inputs, LORA, ZOConfig(queries=2), backend=Rewritten())
+    model, program = decoder(recipe), rewritten(recipe)
     # Losses near 2.6 carry 1e-6 of rounding, GELU 1.5e-7 of its input. In 8da4w an activation at the edge of two
     # entries may round the other way: one of 64 inputs of a layer then moves by 1/255 of its range.
     compare_steps(program, model, inputs, labels, loss_error=5e-6 if recipe != "8da4w" else 2e-3)
@@ -228,7 +236,10 @@ def test_a_library_that_is_not_there(tmp_path: Path) -> None:
         load_runtime(tmp_path / "libnothing.so")
 
 
-@pytest.mark.parametrize(("recipe", "reason"), [("8da8w", "from -128 to 127 abort"), ("8w", "int8 weight")])
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [("8da8w", "from -128 to 127 abort"), pytest.param("8w", "int8 weight", marks=pytest.mark.slow)],
+)
 def test_8_bit_weights_are_refused(recipe: str, reason: str) -> None:
     with pytest.raises(BackendRefusedError, match=rf"{reason}(.|\n)*groups of 32"):
         mobizo.compile(decoder(recipe), batch()[0], LORA, ZOConfig(queries=1), backend="vulkan")
@@ -354,7 +365,11 @@ BREAKING: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("rule", BREAKING)
+# One of those about layers in 4 bits and one about views before them, and what needs no weights.
+QUICK = {"batched_8da4w_linear", "view_before_4bit_linear", "integer_equality", "mutated_buffer", "varying_weight"}
+
+
+@pytest.mark.parametrize("rule", [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow) for r in BREAKING])
 def test_rule(rule: str) -> None:
     module, inputs = BREAKING[rule]
     program = tagged(module, *inputs)
@@ -383,6 +398,7 @@ def test_every_rule_has_a_test() -> None:
     assert {rule.__name__ for rule in RULES} == {*BREAKING, "half_precision"}
 
 
+@pytest.mark.slow
 def test_what_is_right_is_let_through() -> None:
     assert not broken(_linear("4w"), torch.randn(5, 64))
     assert not broken(_linear("8da4w"), torch.randn(5, 64))
@@ -436,7 +452,7 @@ def test_attention_is_one_pass_for_both_backends() -> None:
 
 def test_quantized_layers_read_matrices() -> None:
     """No value of more than two axes reaches a layer, and no reshape is right in front of a quantized one."""
-    program = mobizo.compile(decoder("4w"), batch()[0], LORA, ZOConfig(queries=2), backend=Rewritten())
+    program = rewritten("4w")
     for method in ("train_step", "evaluate"):
         layers = [n for n in program.methods[method].graph.nodes if n.target is torch.ops.aten.linear.default]
         assert len(layers) == 8 + 3

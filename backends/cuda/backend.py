@@ -20,12 +20,12 @@ from executorch.exir.backend.partitioner import Partitioner
 from mobizo_compiler.backends.cuda.artifact import CudaArtifact, write_program
 from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
 from mobizo_compiler.backends.requirements import missing_for_delegate
-from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.nodes import source_line
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import STATE_INPUT, GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.upstream import inductor_config
 
 DELEGATE = "CudaBackend"

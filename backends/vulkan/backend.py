@@ -15,7 +15,6 @@ from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
 from mobizo_compiler.backends.executorch.lower import lower_to_executorch
 from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
-from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.vulkan.at_most_four_axes import AtMostFourAxes
 from mobizo_compiler.backends.vulkan.flatten_tokens import FlattenTokens
 from mobizo_compiler.backends.vulkan.float32_scales import Float32Scales
@@ -30,6 +29,7 @@ from mobizo_compiler.graph.nodes import operand, source_line
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 
 LIBRARY_VARIABLE = "MOBIZO_VULKAN_LIBRARY"
 GROUP, OUTPUTS = 32, 8

@@ -11,7 +11,6 @@ from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
 from mobizo_compiler.backends.executorch.lower import lower_to_executorch
 from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
-from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.backends.xnnpack.decoded_weights import DecodedWeights
 from mobizo_compiler.backends.xnnpack.float_exit import FloatExit
@@ -25,6 +24,7 @@ from mobizo_compiler.graph.nodes import ancestors, operand, source_line
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
+from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ Numbers: exact.
 
 XNNPACK packs the weight of a layer when it is loaded, and what it was packed from is gone then; a second reader in the
 same delegate would read freed memory. As a constant of the program it is an input of the delegate, which is read where
-it lies in the file. The file has it once: `mobizo_compiler/backends/executorch/one_copy.py` sees that the two are equal.
+it lies in the file. The file has it once: `backends/executorch/one_copy.py` sees that the two are equal.
 """
 
 from __future__ import annotations

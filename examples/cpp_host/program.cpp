@@ -117,7 +117,8 @@ void Program::load_methods() {
 void Program::load_method(const std::string& name) {
   const auto described = module_.method_meta(name);
   if (!described.ok()) {
-    fail("it has no method " + name);
+    fail("it has no method " + name +
+         (name == kReplay ? ": its estimator has the gradient itself, whose runs this host cannot resume" : ""));
   }
   for (size_t i = 0; i < described->num_backends(); ++i) {
     const char* backend = *described->get_backend_name(i);

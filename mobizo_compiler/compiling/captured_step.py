@@ -113,7 +113,7 @@ class CapturedStep:
         return _InFloat64(self.program).outputs([*inputs, *self._adapters(trained)])
 
     def gradient(self, inputs: Sequence[Tensor], labels: Tensor, trained: Tensor) -> Tensor:
-        """The gradient of the loss with respect to the trained numbers, by PyTorch, [P]; through rounding as it stands."""
+        """The gradient of the loss by the trained numbers, [P], by PyTorch; rounding has the derivative 1."""
         leaf = trained.clone().requires_grad_(True)
         outputs = _StraightThrough(self.program).outputs([*inputs, *self._adapters(leaf)])
         with torch.enable_grad():

@@ -44,11 +44,11 @@ def train_step(options: Options, parts: Parts = Parts()) -> list[Pass]:
             passes.Specialize(parts.rows),
             passes.Canonicalize(),
             passes.DecomposeAttention(),
-            passes.Differentiate(options.zo),
+            passes.Differentiate(),
             passes.Tidy(),
             passes.Canonicalize(),
         ]
-    step.append(passes.UpdateState(options.rule))
+    step.append(passes.UpdateState(options.rule, options.zo.clip if options.zo.differentiates else None))
     return _with_own("train_step", [*_lanes(options, parts), *split, *step, *_finish(options, parts)], options)
 
 

@@ -230,13 +230,16 @@ class _Check:
             smooth = self.captured.without_rounding().gradient(self.second, self.labels, trained)
             tolerance += ROUNDING * float((smooth - found).norm() / found.norm())
         norm, rule = found.norm().reshape(1), get_rule(self.manifest.rule)
-        clipped = found if clip is None else found * (clip / norm.clamp(min=clip))
-        # As large as the state, so that the last bits of the state do not hide the gradient; a rule that remembers makes
-        # steps of a size of its own.
-        rate = torch.tensor([LEARNING_RATE]) if self.manifest.memory else trained.norm() / clipped.norm().reshape(1)
+        # As large as the state, so that the last bits of the state do not hide the gradient; a rule that remembers
+        # makes steps of a size of its own.
+        rate = (
+            torch.tensor([LEARNING_RATE])
+            if self.manifest.memory
+            else trained.norm() / (norm if clip is None else norm.clamp(max=clip))
+        )
         if self.manifest.memory:
             tolerance += UPDATE_TOLERANCE
-        return _ExactUpdate(norm, updated_by_gradient(rule)(self.start, clipped, norm, rate), rate, tolerance)
+        return _ExactUpdate(norm, updated_by_gradient(rule, clip)(self.start, found, norm, rate), rate, tolerance)
 
     def _compare_evaluate(self, compare: Callable[..., None], run: Callable[..., tuple[list[Tensor], Tensor]]) -> None:
         state = self.start.clone()

@@ -3,7 +3,8 @@
 A step is its seed, its projected gradients and its learning rate (`Session.replay`), so a list of them is the whole of
 a training: it restores the state bit for bit without a forward pass, and it is what devices exchange in federated
 training. Steps with the gradient itself are more than that: of them a journal keeps the loss and the gradient's length,
-by which a step that is made again from its data is known to be the same. The layout, for hosts in other languages, is in `docs/program_format.md`.
+by which a step that is made again from its data is known to be the same. The layout, for hosts in other languages, is
+in `docs/program_format.md`.
 
     header, 64 bytes    "MBZJRNL\\n", version u32, q u32, fingerprint of the program [32], P u64, zero u32, CRC-32 u32
     record, 24 + 4q     step u32, seed u32, learning rate f32, eps f32, loss f32, projected gradient f32[q], CRC-32 u32

@@ -324,7 +324,7 @@ def _make_again(folder: Path, records: list[Record], again: Callable[[Record], R
         assert again is not None
         if _bits(found := again(record)) != _bits(record):
             raise JournalError(
-                f"step {record.step} has the loss {found.loss!r} when it is made again, the journal has {record.loss!r}",
+                f"step {record.step}, made again, has the loss {found.loss!r}; the journal has {record.loss!r}",
                 where=str(folder),
                 hint="give the batches that the run had; another machine or engine may round in another way, too",
             )

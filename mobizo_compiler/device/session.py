@@ -368,8 +368,8 @@ class Session:
     def _replays(self, what: str) -> None:
         if self.program.manifest.zo.differentiates:
             raise ConfigError(
-                f"steps of the {self.program.manifest.zo.estimator} estimator cannot be {what}: a step is its gradient, "
-                "not a few scalars",
+                f"steps of the {self.program.manifest.zo.estimator} estimator cannot be {what}: "
+                "a step is its gradient, not a few scalars",
                 hint='exchange states or adapters (state, export_adapter), or compile with estimator="two-sided"',
             )
 

@@ -236,7 +236,9 @@ class Editor:
         with self.mode, torch.no_grad():
             # One fake tensor may be the value of several nodes, which must be several arguments.
             values = [
-                torch.empty_strided(value.shape, value.stride(), dtype=value.dtype) if isinstance(value, Tensor) else value
+                torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+                if isinstance(value, Tensor)
+                else value
                 for value in values
             ]
             traced: fx.GraphModule = make_fx(
@@ -247,7 +249,7 @@ class Editor:
     def insert(self, traced: fx.GraphModule, *args: fx.Node, known: Mapping[int, fx.Node] | None = None) -> Any:
         """Insert what `trace` returned at the insertion point; see `inline`."""
         environment: dict[fx.Node, fx.Node] = {}
-        results = traced.graph.output_node().args[0]
+        results: Any = traced.graph.output_node().args[0]
         if known:
             environment = {results[position]: node for position, node in known.items()}
         needed = _made_of(results, environment)

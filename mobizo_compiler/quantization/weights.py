@@ -234,7 +234,7 @@ def _with_offsets(weight: Tensor, stored: StoredWeight, group_size: int) -> Stor
         return stored.linear(x, bias, *symmetric) + F.linear(F.linear(x, sums), offset)
 
     def decoded(*tensors: Tensor) -> Tensor:
-        *symmetric, offset, sums = tensors
+        *symmetric, offset, _ = tensors
         assert stored.decoded is not None
         in_groups = (out_features, groups, group_size)
         offsets = offset.to(torch.float32).unsqueeze(-1)
