@@ -210,7 +210,9 @@ def loaded(name: str, options: argparse.Namespace, path: Path | None) -> Iterato
         return
     setup = METHODS[name].setup
     cache = options.output / f"prefix-{options.task}-{options.backend}-{'last-block' if setup.last_block else 'head'}"
-    with closing(mobizo.Session(path, prefix_cache=cache if task.rows_are_small else None)) as session:
+    with closing(
+        mobizo.Session(path, prefix_cache=cache if setup.split_prefix and task.rows_are_small else None)
+    ) as session:
         yield task, library_step(session, setup.eps), session.evaluate
 
 

@@ -56,7 +56,7 @@ def test_inspect_for_people(file: Path) -> None:
     text = run("inspect", file)
     for part in (
         "xnnpack",
-        "2 queries, 4 lanes, two-sided, gaussian; eps 0.1",
+        "two-sided, 2 queries, 4 lanes, gaussian; eps 0.1",
         "144 parameters in 2 layers",
         "int64 [2, 5]",
     ):

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from mobizo_compiler import __version__
 from mobizo_compiler.cli.help import WIDTH, PlainCommand
 from mobizo_compiler.device.journal import JournalWarning
 from mobizo_compiler.errors import MobizoError
+from mobizo_compiler.extensions import spelled
 from mobizo_compiler.quiet import quiet
 
 FAILED, INTERRUPTED = 1, 130  # 0: done; 2: wrong usage, which typer itself says; see docs/command_line.md
@@ -131,6 +132,14 @@ def mobizo(
 def print_json(values: Any) -> None:
     """The result of a command, for programs."""
     typer.echo(json.dumps(values, indent=2))
+
+
+def how_estimated(zo: Mapping[str, Any], lanes: int, eps: float) -> str:
+    """The estimator of a program in a line; one lane has nothing that it could be compared with."""
+    name = spelled(zo["estimator"])
+    if lanes == 1:
+        return f"{name}: the gradient itself"
+    return f"{name}, {zo['queries']} queries, {lanes} lanes, {zo['noise']}; eps {eps:g}"
 
 
 def megabytes(size: float) -> str:

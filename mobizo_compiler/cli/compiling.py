@@ -17,7 +17,17 @@ from torch.export import Dim
 
 from mobizo_compiler.api import compile
 from mobizo_compiler.backends import Backend, get_backend
-from mobizo_compiler.cli.app import AsJson, Encoding, Quiet, Remarks, TrustRemoteCode, app, megabytes, print_json
+from mobizo_compiler.cli.app import (
+    AsJson,
+    Encoding,
+    Quiet,
+    Remarks,
+    TrustRemoteCode,
+    app,
+    how_estimated,
+    megabytes,
+    print_json,
+)
 from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.losses import LOSSES, LossChoice, loss_kind, loss_of, unescaped
 from mobizo_compiler.cli.model_inputs import check_room, example_inputs
@@ -349,8 +359,7 @@ def _show(program: Program, described: dict[str, Any], dry_run: bool) -> None:
         else f"{described['file']}, {megabytes(described['file_bytes'] or 0)}",
         "backend": manifest.backend,
         "loss": spelled(manifest.loss),
-        "estimator": f"{spelled(manifest.zo.to_json()['estimator'])}, {manifest.zo.queries} queries, "
-        f"{manifest.zo.lanes} lanes; eps {manifest.eps:g}; {spelled(manifest.rule)}",
+        "estimator": f"{how_estimated(manifest.zo.to_json(), manifest.lanes, manifest.eps)}; {spelled(manifest.rule)}",
         "adapters": f"{program.parameters:,} parameters in {len(program.sites)} layers",
     }
     if dry_run:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mobizo_compiler.analysis.costs import si
-from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, app, megabytes, print_json
+from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, app, how_estimated, megabytes, print_json
 from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.options import ConfigFile
 from mobizo_compiler.cli.runs import check_run, opened
@@ -60,8 +60,7 @@ def show_program(
         "format": f"{found['format_version']}, state {found['state']}",
         "weights": found["quantization"] or "as they were",
         "loss": spelled(found["loss"]),
-        "estimator": f"{zo['queries']} queries, {found['lanes']} lanes, {spelled(zo['estimator'])}, {zo['noise']}; "
-        f"eps {found['eps']:g}; {spelled(found['rule'])}",
+        "estimator": f"{how_estimated(zo, found['lanes'], found['eps'])}; {spelled(found['rule'])}",
         "adapters": f"{found['parameters']:,} parameters in {len(found['sites'])} layers: "
         + ", ".join(f"{count} x {name}" for name, count in found["layers"].items())
         + f"; r {found['lora']['r']}, alpha {found['lora']['lora_alpha']:g}",
