@@ -37,6 +37,7 @@ PRIVATE: dict[str, Private] = {
     "FakeTensor": Private("torch._subclasses.fake_tensor", "FakeTensor", "shapes of values in a graph"),
     "FakeTensorMode": Private("torch._subclasses.fake_tensor", "FakeTensorMode", "shapes of what a pass inserts"),
     "ConstantSource": Private("torch._dynamo.source", "ConstantSource", "symbols of program text that is read back"),
+    "core_aten_decompositions": Private("torch._decomp", "core_aten_decompositions", "the exact estimator"),
     "storage_use_count": Private("torch._C", "_storage_Use_Count", "memory of a GPU that is given back in time"),
     "inductor_config": Private("torch._inductor.config", "", "the backend cuda"),
     "inductor_builder": Private("torch._inductor.cpp_builder", "", "knowing whether aot_inductor has a compiler"),

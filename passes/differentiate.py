@@ -36,6 +36,7 @@ from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors, operand, slice_bounds, source_line
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS_INPUT, SEED_INPUT
+from mobizo_compiler.upstream import core_aten_decompositions
 
 aten = torch.ops.aten
 
@@ -58,7 +59,8 @@ class Differentiate(Pass):
         edit.add_input(SEED_INPUT, [1], torch.int32)
         edit.add_input(EPS_INPUT, [1], torch.float32)
         rows = [edit.outputs["row_loss"], edit.outputs["row_weight"]]
-        pieces = [node for node in edit.values["lanes"].users if node.target is aten.slice.Tensor]
+        lanes = edit.values["lanes"]  # a single adapter is all of them, without a slice
+        pieces = [node for node in lanes.users if node.target is aten.slice.Tensor] or [lanes]
         with edit.graph.inserting_before(edit.graph.output_node()):
             loss = edit.inline(_mean, *rows)
             flat = _in_order(edit, edit.before.parameters, gradients(edit, loss, pieces))
@@ -82,7 +84,7 @@ def _in_order(edit: Editor, parameters: int, found: Mapping[fx.Node, fx.Node]) -
     """The gradients of slices of the trained numbers as one, [P]."""
     by_start: dict[tuple[int, int], fx.Node] = {}
     for piece, gradient in found.items():
-        bounds = slice_bounds(piece)
+        bounds = slice_bounds(piece) if piece.target is aten.slice.Tensor else (1, 0, parameters)
         assert bounds is not None and bounds[2] is not None
         place = (bounds[1], bounds[2])
         before = by_start.get(place)
@@ -322,8 +324,6 @@ DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
 @functools.cache
 def _spelled_out() -> dict[Any, Callable[..., Any]]:
     """PyTorch's own derivatives in operators of inference, and products in the form that every engine takes."""
-    from torch._decomp import core_aten_decompositions
-
     known: dict[Any, Any] = dict(core_aten_decompositions())
     table = {op: rule for op, rule in known.items() if "backward" in str(op)}
     decompositions: dict[Any, Callable[..., Any]] = {

@@ -48,12 +48,13 @@ class Tidy(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """Sizes are numbers here, so that a chain of views is one."""
+        named = set(edit.values.values())
         for node in edit.calls(*_BROADCAST):
             _without_zeros(edit, node)
         for node in edit.calls(*_TRANSPOSES):
             _without_double_transpose(edit, node)
         for node in edit.calls(*_VIEWS):
-            _as_one_view(edit, node)
+            _as_one_view(edit, node, named)
         for node in edit.calls(aten.expand.default):
             _without_expansion(edit, node)
         share_equal_calls(edit)
@@ -101,11 +102,16 @@ def _order(node: fx.Node) -> list[int]:
     return axes
 
 
-def _as_one_view(edit: Editor, node: fx.Node) -> None:
+def _as_one_view(edit: Editor, node: fx.Node, named: set[fx.Node]) -> None:
+    """What later passes know by a name stays."""
     source = operand(node)
-    if source.target not in _VIEWS or any(isinstance(size, torch.SymInt) for size in node.meta["val"].shape):
+    if (
+        source.target not in _VIEWS
+        or source in named
+        or any(isinstance(size, torch.SymInt) for size in node.meta["val"].shape)
+    ):
         return
-    while source.target in _VIEWS:
+    while source.target in _VIEWS and source not in named:
         source = operand(source)
     shape = list(node.meta["val"].shape)
     if list(source.meta["val"].shape) == shape:

@@ -149,7 +149,7 @@ def test_cheap_checks_come_first(
         )[1]
     )
     for options, part in (
-        (["--rule", "adamw"], "adamw"),
+        (["--rule", "newton"], "newton"),
         (["--loss", "mse"], "not trained with"),
         (["--loss", "masked-lm"], "not trained with"),
         (["--task", "sequence-classification", "--loss", "causal-lm"], "not trained with"),

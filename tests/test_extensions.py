@@ -248,7 +248,7 @@ def test_the_same_package_in_two_places_is_one(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_no_extension_is_refused_by_name() -> None:
-    with pytest.raises(UnknownExtensionError, match=r"no update rule 'newton'(.|\n)*adam, momentum, .*sgd"):
+    with pytest.raises(UnknownExtensionError, match=r"no update rule 'newton'(.|\n)*adam, adamw, momentum, .*sgd"):
         get_rule("newton")
     with pytest.raises(ConfigError, match=r"update rule is the class Adam(.|\n)*make one of it: Adam\(\)"):
         get_rule(Adam)  # type: ignore[arg-type]
