@@ -5,14 +5,14 @@ Given:    %h = linear(%x, %b_mobizo_lora_a_0)   %b = reshape(slice(%lanes, 1, 0,
 Result:   %loss = sum(row_loss) / sum(row_weight)                                        : f32[1]
           %gy = ... of f                        %gb = bmm(permute(%h, [0, 2, 1]), %gy)
           %gx = bmm(reshape(%gy, [1, -1, 20]), unsqueeze(%p_w, 0)) + ...
-          %gradient = cat([reshape(%gb, [160]), ...])                                    : f32[P]
+          %gradient = reshape(cat([reshape(%gb, [1, 160]), ...], 1), [P])                : f32[P]
           return loss, lane_losses = loss, projected_gradient = %norm                    : f32[1] each
 Numbers: exact for what the program computed before; the gradient is that of PyTorch up to rounding.
 
 Every call between an adapter and the loss gets the product of the vector behind it with its derivative, which PyTorch
 writes: `torch.func.vjp` of the call is traced, and what it computes again of the call itself is the call. What lies
-before the first adapter has no derivative. The numbers of a site are a value of their own, so that no gradient is
-scattered into the whole; slices of one value are put together again by one `cat`. Products become `bmm`, of which a
+before the first adapter has no derivative. Slices of one value, as the numbers of each site are of all of them, are put
+together again by one `cat`, so that no gradient is scattered into the whole. Products become `bmm`, of which a
 factor may be a stored weight: it is read where it is, not stored a second time in another order.
 
 The norm of the gradient is the slope along its own direction, and stands where the slopes along random directions
@@ -59,11 +59,10 @@ class Differentiate(Pass):
         edit.add_input(SEED_INPUT, [1], torch.int32)
         edit.add_input(EPS_INPUT, [1], torch.float32)
         rows = [edit.outputs["row_loss"], edit.outputs["row_weight"]]
-        lanes = edit.values["lanes"]  # a single adapter is all of them, without a slice
-        pieces = [node for node in lanes.users if node.target is aten.slice.Tensor] or [lanes]
         with edit.graph.inserting_before(edit.graph.output_node()):
             loss = edit.inline(_mean, *rows)
-            flat = _in_order(edit, edit.before.parameters, gradients(edit, loss, pieces))
+            one_lane = gradient(edit, loss, edit.values["lanes"])
+            flat = edit.call(aten.reshape.default, one_lane, [edit.before.parameters])
             edit.values["gradient"], norm = flat, edit.inline(_length, flat)
             losses = edit.call(aten.clone.default, loss)
             edit.set_outputs({"loss": loss, "lane_losses": losses, "projected_gradient": norm})
@@ -80,51 +79,26 @@ def _length(gradient_P: Tensor) -> Tensor:
     return torch.sqrt((gradient_P * gradient_P).sum(dim=0, keepdim=True))
 
 
-def _in_order(edit: Editor, parameters: int, found: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """The gradients of slices of the trained numbers as one, [P]."""
-    by_start: dict[tuple[int, int], fx.Node] = {}
-    for piece, gradient in found.items():
-        bounds = slice_bounds(piece) if piece.target is aten.slice.Tensor else (1, 0, parameters)
-        assert bounds is not None and bounds[2] is not None
-        place = (bounds[1], bounds[2])
-        before = by_start.get(place)
-        by_start[place] = gradient if before is None else edit.call(aten.add.Tensor, before, gradient)
-    parts, end = [], 0
-    for start, stop in sorted(by_start):
-        if start > end:  # an adapter that the loss does not depend on
-            parts.append(edit.call(aten.full.default, [start - end], 0.0, dtype=torch.float32))
-        parts.append(edit.call(aten.reshape.default, by_start[start, stop], [stop - start]))
-        end = stop
-    if end < parameters:
-        parts.append(edit.call(aten.full.default, [parameters - end], 0.0, dtype=torch.float32))
-    return edit.call(aten.cat.default, parts)
-
-
 # -- reverse mode ------------------------------------------------------------------------------------------------------
 
 
-def gradients(edit: Editor, result: fx.Node, leaves: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """The gradient of a value of one element with respect to other values, inserted at the insertion point.
+def gradient(edit: Editor, result: fx.Node, leaf: fx.Node) -> fx.Node:
+    """The gradient of a value of one element with respect to another value, inserted at the insertion point.
 
     Args:
         edit: The program.
         result: The value, float32 [1].
-        leaves: What to differentiate by; one is no part of another.
-
-    Returns:
-        The gradients of those that the value depends on.
+        leaf: What to differentiate by; the result depends on it.
 
     Raises:
         UnsupportedGraphError: A call in between has no derivative that an inference engine could run.
     """
-    between = _between(edit, result, leaves)
+    between = _between(edit, result, leaf)
     behind: dict[fx.Node, list[tuple[fx.Node | None, fx.Node]]] = {node: [] for node in between}
-    with edit.mode:
-        one = edit.call(aten.full.default, list(result.meta["val"].shape), 1.0, dtype=result.meta["val"].dtype)
+    one = edit.call(aten.full.default, list(result.meta["val"].shape), 1.0, dtype=result.meta["val"].dtype)
     behind[result].append((None, one))
-    found: dict[fx.Node, fx.Node] = {}
     traced: dict[_Call, fx.GraphModule] = {}
-    for node in reversed(between):
+    for node in reversed(between[1:]):
         if not behind[node]:
             continue
         if node.target is operator.getitem:
@@ -132,21 +106,18 @@ def gradients(edit: Editor, result: fx.Node, leaves: Sequence[fx.Node]) -> dict[
             continue
         several = isinstance(node.meta["val"], (tuple, list))
         vectors = _by_index(edit, behind[node]) if several else {0: _sum(edit, node, behind[node])}
-        if node in leaves:
-            found[node] = vectors[0]
-            continue
-        inner = [n for n in dict.fromkeys(node.all_input_nodes) if n in behind]
+        inner = [n for n in node.all_input_nodes if n in behind]
         if node.target is aten.slice.Tensor and slice_bounds(node) is not None:
             behind[inner[0]].append((node, vectors[0]))  # slices of one value are put together there
             continue
-        for source, gradient in zip(inner, _pullback(edit, node, inner, vectors, traced), strict=True):
-            behind[source].append((None, gradient))
-    return found
+        for source, vector in zip(inner, _pullback(edit, node, inner, vectors, traced), strict=True):
+            behind[source].append((None, vector))
+    return _sum(edit, leaf, behind[leaf])
 
 
-def _between(edit: Editor, result: fx.Node, leaves: Sequence[fx.Node]) -> list[fx.Node]:
-    """What depends on a leaf and what the result depends on, in order, of floating-point numbers."""
-    reached, needed = set(leaves), ancestors([result])
+def _between(edit: Editor, result: fx.Node, leaf: fx.Node) -> list[fx.Node]:
+    """What depends on the leaf, with itself, and what the result depends on, in order, of floating-point numbers."""
+    reached, needed = {leaf}, ancestors([result])
     for node in edit.graph.nodes:
         real = node.op == "call_function" and _is_real(node.meta.get("val"))
         if real and any(inner in reached for inner in node.all_input_nodes):
@@ -172,7 +143,7 @@ def _by_index(edit: Editor, parts: list[tuple[fx.Node | None, fx.Node]]) -> dict
 
 def _sum(edit: Editor, node: fx.Node, parts: list[tuple[fx.Node | None, fx.Node]]) -> fx.Node:
     """The vector behind a value: the sum over its users, of which slices are put in their places first."""
-    by_axis: dict[int, list[tuple[int, int, fx.Node]]] = {}
+    by_place: dict[tuple[int, int, int], fx.Node] = {}
     terms: list[fx.Node] = []
     for reader, vector in parts:
         if reader is None or reader.target is not aten.slice.Tensor:
@@ -182,10 +153,13 @@ def _sum(edit: Editor, node: fx.Node, parts: list[tuple[fx.Node | None, fx.Node]
         assert bounds is not None
         axis, size = bounds[0], int(node.meta["val"].shape[bounds[0]])
         start, stop, _ = slice(bounds[1], bounds[2]).indices(size)
-        by_axis.setdefault(axis, []).append((start, stop, vector))
+        before = by_place.get((axis, start, stop))
+        by_place[axis, start, stop] = vector if before is None else edit.call(aten.add.Tensor, before, vector)
+    by_axis: dict[int, list[tuple[int, int, fx.Node]]] = {}
+    for axis, start, stop in sorted(by_place):
+        by_axis.setdefault(axis, []).append((start, stop, by_place[axis, start, stop]))
     for axis, slices in by_axis.items():
-        for layer in _apart(sorted(slices, key=lambda item: item[:2])):
-            terms.append(_joined(edit, node, axis, layer))
+        terms += [_joined(edit, node, axis, layer) for layer in _apart(slices)]
     total = terms[0]
     for term in terms[1:]:
         total = edit.call(aten.add.Tensor, total, term)
@@ -235,14 +209,14 @@ class _Call:
     @classmethod
     def of(cls, node: fx.Node, inner: list[fx.Node], behind: Iterable[int]) -> _Call:
         """The call with the arguments that are differentiated by, and the results that a vector is behind."""
-        inputs = list(dict.fromkeys(node.all_input_nodes))
+        inputs = node.all_input_nodes
         numbered = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{inputs.index(n)}")
         values = tuple((tuple(v.shape), v.dtype, v.stride()) for v in (n.meta["val"] for n in inputs))
         return cls(node, node.target, str(numbered), values, tuple(map(inputs.index, inner)), tuple(behind))
 
     def pullback(self, *given: Any) -> list[Tensor]:
         """The products of the vectors with the derivative by the inner arguments, then the results of the call."""
-        inputs = list(dict.fromkeys(self.node.all_input_nodes))
+        inputs = self.node.all_input_nodes
         values, vectors = given[: len(inputs)], dict(zip(self.behind, given[len(inputs) :], strict=True))
 
         def results(*some: Tensor) -> dict[int, Tensor]:
@@ -269,7 +243,7 @@ def _pullback(
 ) -> list[fx.Node]:
     """The products of vectors, one for each result of a call, with the call's derivative by some of its arguments."""
     call = _Call.of(node, inner, vectors)
-    given = [*dict.fromkeys(node.all_input_nodes), *vectors.values()]
+    given = [*node.all_input_nodes, *vectors.values()]
     try:
         if call not in traced:
             traced[call] = edit.trace(call.pullback, *given, decompositions=_spelled_out())

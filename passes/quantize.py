@@ -32,6 +32,7 @@ from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import ROWS
+from mobizo_compiler.passes.tidy import share_equal_calls
 from mobizo_compiler.quantization.weights import (
     GROUP_SUMS,
     ROUND_ACTIVATIONS,
@@ -86,7 +87,8 @@ class Quantize(Pass):
                 "there is nothing to quantize: no linear layer has a float32 weight of its own",
                 hint="leave quantization out; weights that are quantized already stay as they are",
             )
-        _share_rounded_inputs(edit)
+        # Smooth and round an input once for all layers that read it.
+        share_equal_calls(edit, _of_inputs)
 
     def _linear(self, edit: Editor, fqn: str, target: LayerCall, used: dict[fx.Node, _Used]) -> None:
         node = target.call
@@ -168,7 +170,10 @@ def _decode_for_gradients(edit: Editor, weight: fx.Node, layer: _Used) -> None:
 
 
 def _of_inputs(node: fx.Node) -> bool:
-    """Whether a call prepares the input of layers: smooths it, or sums it in groups."""
+    """Whether a call prepares the input of layers: smooths it, rounds it, or sums it in groups."""
+    name = str(node.target)
+    if "_affine" in name or "getitem" in name:
+        return True
     factor = node.args[1] if node.target in (aten.mul.Tensor, aten.linear.default) else None
     return isinstance(factor, fx.Node) and factor.name.startswith(("b_" + SMOOTHING, "b_" + GROUP_SUMS))
 
@@ -194,16 +199,3 @@ def _placeholders(edit: Editor, key: tuple[str, str, str], stored: StoredWeight)
 def _name_of(factor: Tensor) -> str:
     """One name for one factor, so that layers that share it share the product."""
     return SMOOTHING + hashlib.sha256(raw_bytes(factor)).hexdigest()[:16]
-
-
-def _share_rounded_inputs(edit: Editor) -> None:
-    """Smooth and round an input once for all layers that read it: equal calls become one."""
-    first: dict[Any, fx.Node] = {}
-    for node in list(edit.graph.nodes):
-        name = str(node.target)
-        if node.op == "call_function" and ("_affine" in name or "getitem" in name or _of_inputs(node)):
-            key = (name, str(node.args), str(node.kwargs))
-            if key in first:
-                edit.replace(node, first[key])
-            else:
-                first[key] = node

@@ -15,6 +15,7 @@ writing it many times. The same call of the same values is made once: the deriva
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,14 +58,14 @@ class Tidy(Pass):
             _as_one_view(edit, node, named)
         for node in edit.calls(aten.expand.default):
             _without_expansion(edit, node)
-        share_equal_calls(edit)
+        share_equal_calls(edit, lambda node: isinstance(node.meta.get("val"), Tensor))
 
 
-def share_equal_calls(edit: Editor) -> None:
-    """Let calls of one operator with the same arguments be one call."""
+def share_equal_calls(edit: Editor, wanted: Callable[[fx.Node], bool]) -> None:
+    """Let calls of one operator with the same arguments be one call, of those that `wanted` says."""
     first: dict[str, fx.Node] = {}
     for node in list(edit.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+        if node.op != "call_function" or not wanted(node):
             continue
         key = f"{node.target} {node.args} {node.kwargs}"
         if key in first:

@@ -70,17 +70,18 @@ def _reshape(edit: Editor, x: fx.Node, sizes: list[Any]) -> fx.Node | None:
     # Decompositions that come later may give a value of many axes other strides than it has here. A copy that is not
     # needed is dropped after them.
     merges = value.dim() > 3 and value.dim() > len(sizes) and x.target is not aten.clone.default
-    if dynamic or (value.is_contiguous() and not merges):
+    if dynamic or (not merges and _viewable(value, sizes)):
         return None
-    if merges:
-        copy = edit.call(aten.clone.default, x, memory_format=torch.contiguous_format)
-        return edit.call(aten.reshape.default, copy, sizes)
+    copy = edit.call(aten.clone.default, x, memory_format=torch.contiguous_format)
+    return edit.call(aten.reshape.default, copy, sizes)
+
+
+def _viewable(value: Tensor, sizes: list[Any]) -> bool:
     try:
         torch.empty_strided(value.shape, value.stride(), device="meta").view(sizes)
     except RuntimeError:
-        copy = edit.call(aten.clone.default, x, memory_format=torch.contiguous_format)
-        return edit.call(aten.reshape.default, copy, sizes)
-    return None
+        return False
+    return True
 
 
 def _silu(edit: Editor, x: fx.Node) -> fx.Node:

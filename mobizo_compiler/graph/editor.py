@@ -202,27 +202,18 @@ class Editor:
         shape = node.meta["val"].shape
         return [s if isinstance(s, int) else self.call(aten.sym_size.int, node, axis) for axis, s in enumerate(shape)]
 
-    def inline(
-        self,
-        function: Callable[..., Any],
-        *args: fx.Node,
-        decompositions: Mapping[Any, Callable[..., Any]] | None = None,
-        known: Mapping[int, fx.Node] | None = None,
-    ) -> Any:
+    def inline(self, function: Callable[..., Any], *args: fx.Node) -> Any:
         """Trace a function of tensors and insert its operators at the insertion point.
 
         Args:
             function: Takes one tensor per node; returns a tensor or a tuple or dict of tensors. It must not create
                 tensors from Python data (`torch.tensor`), which would become hidden constants.
             args: Its arguments.
-            decompositions: If given, the function is traced below autograd, so that it may differentiate, with these in
-                place of operators.
-            known: Results that the program has already, by their position: they are not computed again.
 
         Returns:
             What the function returns, with nodes for tensors.
         """
-        return self.insert(self.trace(function, *args, decompositions=decompositions), *args, known=known)
+        return self.insert(self.trace(function, *args), *args)
 
     def trace(
         self,
@@ -230,7 +221,14 @@ class Editor:
         *args: fx.Node,
         decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     ) -> fx.GraphModule:
-        """The operators of a function of tensors, as `inline` takes it, to be inserted once or many times."""
+        """The operators of a function of tensors, as `inline` takes it, to be inserted once or many times.
+
+        Args:
+            function: The function.
+            args: Arguments of the shapes, dtypes and strides that it is traced for.
+            decompositions: If given, the function is traced below autograd, so that it may differentiate, with these in
+                place of operators.
+        """
         above: dict[str, Any] = {"pre_dispatch": True} if decompositions is None else {}
         values = [node.meta["val"] for node in args]
         with self.mode, torch.no_grad():
@@ -247,7 +245,16 @@ class Editor:
         return traced
 
     def insert(self, traced: fx.GraphModule, *args: fx.Node, known: Mapping[int, fx.Node] | None = None) -> Any:
-        """Insert what `trace` returned at the insertion point; see `inline`."""
+        """Insert what `trace` returned at the insertion point.
+
+        Args:
+            traced: The operators.
+            args: The arguments.
+            known: Results that the program has already, by their position: they are not computed again.
+
+        Returns:
+            What the function returns, with nodes for tensors.
+        """
         environment: dict[fx.Node, fx.Node] = {}
         results: Any = traced.graph.output_node().args[0]
         if known:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mobizo_compiler.api import compile
 from mobizo_compiler.backends import Backend
@@ -20,7 +21,7 @@ from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.step.estimators import Estimator
 from mobizo_compiler.step.losses import CausalLMLoss, Loss
 from mobizo_compiler.step.noise import noise
-from mobizo_compiler.testing.oracle import FLOAT32_ROUNDING, ROUNDING_FACTOR, Oracle, rounding
+from mobizo_compiler.testing.oracle import Oracle, rounding
 
 LARGEST_NORMAL = 6.0
 
@@ -81,14 +82,8 @@ def check_against_oracle(
     lora = lora or LoraConfig(r=3, lora_alpha=5)
     program = compile(model, inputs, lora, ZOConfig(queries=queries), loss, backend=backend, **options)
     session = Session(program)
-    generator = torch.Generator().manual_seed(5)
-    state = torch.randn(program.parameters, generator=generator) * b_scale
-    example = bind_example(model, inputs, options.get("row_axes"), options.get("dynamic_shapes"))
-    labels = random_labels(program.manifest, example.tensors, generator)
-    exact, single = (
-        Oracle(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo, loss=loss, dtype=dtype)
-        for dtype in (torch.float64, torch.float32)
-    )
+    noise_P, labels, exact, single = _drawn(program, model, inputs, loss, options)
+    state = noise_P * b_scale
     try:
         exact.evaluate(inputs)
     except RuntimeError:  # the model names float32 in its code
@@ -101,7 +96,7 @@ def check_against_oracle(
         exact.state, single.state = start.to(exact.dtype), start.clone()
         wanted, other = (oracle.train_step(inputs, labels, **arguments) for oracle in (exact, single))  # type: ignore[arg-type]
         found = session.train_step(inputs, labels, **arguments)  # type: ignore[arg-type]
-        loss_tolerance = rounding(wanted, other)
+        loss_tolerance = rounding(wanted.lane_losses, other.lane_losses)
         state_tolerance = learning_rate * LARGEST_NORMAL * loss_tolerance / eps + 1e-7 * float(start.abs().max())
         for position, (a, b, tolerance) in enumerate(
             (
@@ -121,7 +116,7 @@ def check_against_oracle(
             f"the projected gradient is only {signal:.2g} times what rounding explains, which shows nothing",
             hint="widen the weights, or b_scale",
         )
-    _check_evaluate(session, exact, inputs, loss, labels, float(rounding(wanted, other)))
+    _check_evaluate(session, exact, inputs, loss, labels, float(rounding(wanted.lane_losses, other.lane_losses)))
     return Report(program, worst[0], worst[1], worst[2], signal)
 
 
@@ -154,14 +149,8 @@ def check_gradient(
     loss, lora = loss or CausalLMLoss(), lora or LoraConfig(r=3, lora_alpha=5)
     program = compile(model, inputs, lora, ZOConfig(estimator=estimator), loss, backend=backend, **options)
     session = Session(program)
-    generator = torch.Generator().manual_seed(5)
-    state = session.state() + torch.randn(program.parameters, generator=generator) * b_scale
-    example = bind_example(model, inputs, options.get("row_axes"), options.get("dynamic_shapes"))
-    labels = random_labels(program.manifest, example.tensors, generator)
-    exact, single = (
-        Oracle(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo, loss=loss, dtype=dtype)
-        for dtype in (torch.float64, torch.float32)
-    )
+    noise_P, labels, exact, single = _drawn(program, model, inputs, loss, options)
+    state = session.state() + noise_P * b_scale
     exact.state, single.state = state.double(), state.clone()
     single_loss, single_gradient = single.gradient(inputs, labels)
     try:
@@ -173,14 +162,11 @@ def check_gradient(
     found = session.train_step(inputs, labels, seed=0, learning_rate=rate)
     gradient = (state.double() - session.state().double()) / float(torch.tensor(rate))
     size = float(wanted.abs().max())
-    shown = float((single_gradient.double() - wanted).abs().max())
-    tolerance = ROUNDING_FACTOR * max(shown, FLOAT32_ROUNDING * size) + 2.0**-23 * float(state.abs().max()) / rate
+    tolerance = rounding(wanted, single_gradient, least=0.0) + 2.0**-23 * float(state.abs().max()) / rate
     error = float((gradient - wanted).abs().max())
     if not error <= tolerance:
         raise ContractError(f"the gradient differs by {error:.3g} of {size:.3g}, rounding explains {tolerance:.3g}")
-    loss_tolerance = ROUNDING_FACTOR * max(
-        float((single_loss.double() - wanted_loss).abs()), FLOAT32_ROUNDING * max(1.0, float(wanted_loss.abs()))
-    )
+    loss_tolerance = rounding(wanted_loss, single_loss)
     loss_error = abs(found.loss - float(wanted_loss))
     if not loss_error <= loss_tolerance:
         raise ContractError(f"the loss differs by {loss_error:.3g}, rounding explains {loss_tolerance:.3g}")
@@ -190,6 +176,21 @@ def check_gradient(
             hint="widen the weights, or b_scale",
         )
     return Report(program, loss_error / loss_tolerance, error / tolerance, error / tolerance, size / tolerance)
+
+
+def _drawn(
+    program: Program, model: nn.Module, inputs: Any, loss: Loss, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Oracle, Oracle]:
+    """Random numbers, [P], and labels, the same ones each time; and the oracle in float64 and in float32."""
+    generator = torch.Generator().manual_seed(5)
+    noise_P = torch.randn(program.parameters, generator=generator)
+    example = bind_example(model, inputs, options.get("row_axes"), options.get("dynamic_shapes"))
+    labels = random_labels(program.manifest, example.tensors, generator)
+    exact, single = (
+        Oracle(model, program.sites, program.lora_a_by_fqn, zo=program.manifest.zo, loss=loss, dtype=dtype)
+        for dtype in (torch.float64, torch.float32)
+    )
+    return noise_P, labels, exact, single
 
 
 def _check_evaluate(session: Session, exact: Oracle, inputs: Any, loss: Loss, labels: Any, tolerance: float) -> None:

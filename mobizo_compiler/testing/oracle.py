@@ -114,8 +114,8 @@ class Oracle:
         return StepResult(float(loss_G.mean()), loss_G, g_Q)
 
 
-def rounding(exact: StepResult, single: StepResult) -> float:
-    """How far a float32 engine may be from the exact lane losses, from what one float32 run showed."""
-    shown = float((single.lane_losses.double() - exact.lane_losses.double()).abs().max())
-    size = max(1.0, float(exact.lane_losses.abs().max()))
+def rounding(exact: Tensor, single: Tensor, least: float = 1.0) -> float:
+    """How far a float32 engine may be from exact numbers, which count as `least` at least, from what one run showed."""
+    shown = float((single.double() - exact.double()).abs().max())
+    size = max(least, float(exact.abs().max()))
     return ROUNDING_FACTOR * max(shown, FLOAT32_ROUNDING * size)
