@@ -48,6 +48,9 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16")
 OPTIONS = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,  # all methods read one set of weights, and change one state
+    # Otherwise Inductor writes tensors of up to eight numbers, as the bias of a small head, into the code as numbers;
+    # it is given none.
+    "always_keep_tensor_constants": True,
     # Inductor writes an expression out again wherever it is used, up to so many operators. In the noise every value is
     # used twice by the next, so that 50, the default, makes a small graph take half a minute, and 10 takes a second.
     "realize_opcount_threshold": 10,

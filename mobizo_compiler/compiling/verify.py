@@ -8,6 +8,7 @@ What is compared with what, each in float32 and on the rows of the example:
     the projected gradient                          that of the losses that were found
     the state after a step, and after replay        the update rule in PyTorch, with the gradient that was found
     evaluate, adapters at random, other rows        the captured graph
+    what a prefix keeps of a row                    the same row in another place
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class _Check:
         for position, (found, wanted) in enumerate(zip(outputs, self.outputs_at_zero, strict=True)):
             self._compare_outputs(compare, "evaluate", f"output {position} without adapters", position, found, wanted)
 
-        starts = runner.call("prefix", [*self.second, self.labels]) if self.manifest.prefix else self.second
+        starts = self._prefix(compare, runner) if self.manifest.prefix else self.second
         exact = self._exact_update() if zo.differentiates else None
         rate = rate if exact is None else exact.rate
         (_, losses, gradient), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
@@ -220,6 +221,22 @@ class _Check:
             self._compare_updates(compare, "replay", what, again, moved(after, SEED + 1), after)
 
         self._compare_evaluate(compare, run)
+
+    def _prefix(self, compare: Callable[..., None], runner: Runner) -> list[Tensor]:
+        """What the prefix makes of the second batch; a row must be made the same in any place, or cannot be kept."""
+        starts = [value.clone() for value in runner.call("prefix", [*self.second, self.labels])]
+        rows = len(self.labels)
+        if all(value.dim() and len(value) == rows for value in starts):
+            axes = [*(leaf.row_axis for leaf in self.example.leaves), 0]
+            again = [
+                value if axis is None else value.index_select(axis, torch.tensor([rows - 1, *range(1, rows)]))
+                for value, axis in zip((*self.second, self.labels), axes, strict=True)
+            ]
+            for name, start, found in zip(self.manifest.prefix, starts, runner.call("prefix", again), strict=True):
+                what = f"the last row of {name.name} in place of the first"
+                first, last = found[0].float(), start[-1].float()
+                compare("prefix", what, first, last, OUTPUT_TOLERANCE * max(1.0, float(last.nan_to_num().abs().max())))
+        return starts
 
     def _exact_update(self) -> _ExactUpdate:
         """What a step with the gradient itself does, by PyTorch on the captured graph."""
