@@ -73,6 +73,7 @@ class Workload:
         quantization: Recipe of the frozen base weights; float32 if None.
         seed: Seed of the batch.
         estimator: As `ZOConfig.estimator`; the peers that have lanes are for "two-sided".
+        activation_mb: Bound of what an exact gradient keeps, in 10^6 bytes; none if None.
     """
 
     model: Literal["smollm2", "tinyllama", "llama2-7b"] = "smollm2"
@@ -86,6 +87,7 @@ class Workload:
     quantization: str | None = None
     seed: int = 0
     estimator: str = "two-sided"
+    activation_mb: int | None = None
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +205,7 @@ class Workload:
                 loss=mobizo.CausalLMLoss(max_labels=1),
                 quantization=self.quantization,
                 backend=backend,
+                activation_memory_bytes=None if self.activation_mb is None else self.activation_mb * 1_000_000,
                 progress=timer,
             )
         return program, timer.seconds

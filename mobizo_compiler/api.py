@@ -46,6 +46,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "rule": "sgd",
     "state": "shared",
     "split_prefix": False,
+    "activation_memory_bytes": None,
     "passes": (),
 }
 
@@ -97,6 +98,7 @@ def compile(
     adapter: str | PathLike[str] | None = None,
     rule: str | UpdateRule = "sgd",
     split_prefix: bool = False,
+    activation_memory_bytes: int | None = None,
     passes: Sequence[Insertion | str] = (),
     options: Options | None = None,
     example_labels: Tensor | None = None,
@@ -143,9 +145,11 @@ def compile(
             installed rule, or an `UpdateRule`.
         split_prefix: Make what no adapter reaches a method of its own, whose results a `Session` can keep on disk; for
             adapters in the last blocks (`LoraConfig.layers_to_transform`).
+        activation_memory_bytes: For `ZOConfig(estimator="exact")`: the most bytes of values that a step keeps at a
+            time; what does not fit is computed again, which takes up to half as long again. None for no limit.
         passes: Passes of one's own, each with its place; see docs/writing_a_pass.md.
-        options: `lora`, `zo`, `loss`, `rule`, `quantization`, `state`, `split_prefix` and `passes` in one, in place of
-            them.
+        options: `lora`, `zo`, `loss`, `rule`, `quantization`, `state`, `split_prefix`, `activation_memory_bytes` and
+            `passes` in one, in place of them.
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
@@ -176,6 +180,7 @@ def compile(
         rule=rule,
         state=state,
         split_prefix=split_prefix,
+        activation_memory_bytes=activation_memory_bytes,
         passes=passes,
     )
     given: Mapping[str, tuple[Tensor, Tensor]] = {}

@@ -15,6 +15,7 @@ from mobizo_compiler.passes.pass_state import PassState
 from mobizo_compiler.passes.perturb import Perturb
 from mobizo_compiler.passes.prefix import AfterPrefix, Prefix
 from mobizo_compiler.passes.quantize import Quantize
+from mobizo_compiler.passes.recompute import Recompute
 from mobizo_compiler.passes.replay import Replay
 from mobizo_compiler.passes.slice_outputs import SliceOutputs
 from mobizo_compiler.passes.specialize import Specialize
@@ -37,6 +38,7 @@ __all__ = [
     "Perturb",
     "Prefix",
     "Quantize",
+    "Recompute",
     "Replay",
     "SliceOutputs",
     "Specialize",

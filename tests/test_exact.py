@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig
+from mobizo_compiler.analysis.costs import tensor_bytes
 from mobizo_compiler.device import run as runs
 from mobizo_compiler.device.journal import fingerprint
 from mobizo_compiler.device.run import SNAPSHOT
@@ -119,6 +120,54 @@ def test_a_prefix_is_kept_for_it() -> None:
     results = [step(made) for made in (whole, split)]
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
     assert torch.allclose(whole.state(), split.state(), atol=1e-6)
+
+
+def test_activations_have_a_bound() -> None:
+    """The same numbers from fewer values that are kept, down to a bound that cannot be kept."""
+    torch.manual_seed(0)
+    model, batch = TinyCausalLM(layers=4).eval(), tiny_batch()[0]
+
+    def compiled(most: int | None) -> mobizo.Program:
+        return mobizo.compile(model, batch, ALL, EXACT, backend="eager", activation_memory_bytes=most)
+
+    free = compiled(None)
+    whole, calls = live_bytes(free), len(free.methods["train_step"].graph.nodes)
+    state = torch.randn(free.parameters, generator=seeded()) * 0.1
+    results = []
+    for share in (1.01, 0.8, 0.6):
+        bounded = compiled(int(share * whole))
+        assert live_bytes(bounded) <= share * whole
+        more = len(bounded.methods["train_step"].graph.nodes) - calls
+        assert (more > 0) == (share < 1), "what fits is not computed again"
+        trained = Session(bounded)
+        trained.load_state(state)
+        results.append((step(trained).loss, trained.state()))
+    assert all(loss == results[0][0] and torch.equal(after, results[0][1]) for loss, after in results)
+    with pytest.raises(ConfigError, match=r"activation_memory_bytes is 2 kB; the exact gradient needs \d"):
+        compiled(2000)
+    with pytest.raises(ConfigError, match="activation_memory_bytes has no meaning for the two-sided estimator"):
+        mobizo.compile(model, batch, ALL, activation_memory_bytes=1000)
+
+
+def live_bytes(program: mobizo.Program) -> int:
+    """The most bytes that the calls of a step hold at a time, up to the update, if each is freed behind its last reader."""
+    method = program.methods["train_step"]
+    constant = set(method.graph.find_nodes(op="placeholder"))
+    order = [node for node in method.graph.nodes if node.op == "call_function"]
+    for node in order:
+        if node.all_input_nodes and constant.issuperset(node.all_input_nodes) and "lora_b" not in str(node.args):
+            constant.add(node)
+    live, most = 0, 0
+    left = {node: len(node.users) for node in order}
+    for node in order:
+        size = 0 if node in constant else tensor_bytes(node)
+        live += size
+        most = max(most, live)
+        for inner in node.all_input_nodes:
+            if inner in left:
+                left[inner] -= 1
+                live -= tensor_bytes(inner) if not left[inner] and inner not in constant else 0
+    return most
 
 
 @pytest.mark.parametrize(("recipe", "cosine"), [("8da8w", 0.98), ("fp16", 0.9999)])

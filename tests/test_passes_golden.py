@@ -119,6 +119,26 @@ return loss = %loss
 return lane_losses = %lane_losses
 return projected_gradient = %gradient
 """
+GRADIENT = """
+tensor %b_mobizo_lora_b: f32[8]
+  %sin = sin(%b_mobizo_lora_b)
+  %tanh = tanh(%sin)
+  %tanh_1 = tanh(%tanh)
+  %tanh_2 = tanh(%tanh_1)
+  %tanh_3 = tanh(%tanh_2)
+  %loss = mean.dim(%tanh_3, [0], True)
+  %lane_losses = clone(%loss)
+  %full = expand(%loss, [8])
+  %mul_3 = mul.Tensor(%full, %tanh_3)
+  %mul_2 = mul.Tensor(%mul_3, %tanh_2)
+  %mul_1 = mul.Tensor(%mul_2, %tanh_1)
+  %mul = mul.Tensor(%mul_1, %tanh)
+  %gradient = mul.Tensor(%mul, %sin)
+  %norm = mean.dim(%gradient, [0], True)
+return loss = %loss
+return lane_losses = %lane_losses
+return projected_gradient = %norm
+"""
 FOUR_BITS = """
 tensor %b_codes: i8[8, 32]
 tensor %b_scale: {scale}[8, {groups}]
@@ -250,6 +270,7 @@ CASES: dict[str, Case] = {
         passes.InsertMPLoRA(LORA),
         passes.Specialize(4),
     ),
+    "recompute": of(passes.Recompute(160), GRADIENT, values={"gradient": "gradient"}, also={facts.DIFFERENCED}),
     "tidy": of(
         passes.Tidy(),
         """

@@ -123,6 +123,14 @@ def compile_model(
             "--split-prefix", help="Make what no adapter reaches a method whose results are kept; see mobizo finetune."
         ),
     ] = False,
+    activation_memory_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The most that --estimator exact keeps of a step's values; what does not fit is computed again.",
+            show_default=False,
+        ),
+    ] = None,
     own_passes: Annotated[
         list[str] | None,
         typer.Option(
@@ -189,6 +197,7 @@ def compile_model(
             "quantization": _quantization(quantization),
             "state": state,
             "split_prefix": split_prefix,
+            "activation_memory_bytes": activation_memory_bytes,
             "passes": own_passes or [],
         }
     )

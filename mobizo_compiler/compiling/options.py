@@ -15,7 +15,7 @@ from mobizo_compiler.compiling.insertions import get_insertion, name_of
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.graph.pipeline import Insertion
-from mobizo_compiler.options import shown
+from mobizo_compiler.options import check_int, shown
 from mobizo_compiler.quantization.weights import RECIPES, QuantizationConfig, Recipe, described
 from mobizo_compiler.step.losses import LOSSES, CallableLoss, CausalLMLoss, Loss, get_loss
 from mobizo_compiler.step.rules import PLAIN, RULES, UpdateRule, get_rule
@@ -36,6 +36,8 @@ class Options:
             configuration of torchao, or None for as they are.
         state: "shared", "data" or "io"; see `compile`.
         split_prefix: Whether what no adapter reaches is a method of its own.
+        activation_memory_bytes: The most bytes of values that an exact gradient keeps at a time; what does not fit is
+            computed again. None for no limit, which is fastest.
         passes: Passes of one's own, each with its place in the pipelines, or the name of an installed one.
 
     Raises:
@@ -55,6 +57,7 @@ class Options:
     quantization: Any = None
     state: Literal["shared", "data", "io"] = "shared"
     split_prefix: bool = False
+    activation_memory_bytes: int | None = None
     passes: tuple[Insertion, ...] = ()
 
     def __post_init__(self) -> None:
@@ -68,6 +71,13 @@ class Options:
             raise ConfigError(f"state is {self.state!r}", hint='use state="shared", state="data" or state="io"')
         if not isinstance(self.split_prefix, bool):
             raise ConfigError(f"split_prefix is {self.split_prefix!r}; it must be True or False")
+        if self.activation_memory_bytes is not None:
+            check_int("activation_memory_bytes", self.activation_memory_bytes, 1, 1 << 62)
+            if not self.zo.differentiates:
+                raise ConfigError(
+                    f"activation_memory_bytes has no meaning for the {self.zo.estimator} estimator: it keeps nothing",
+                    hint='leave it out, or ZOConfig(estimator="exact")',
+                )
         passes = (self.passes,) if isinstance(self.passes, (Insertion, str)) else self.passes
         object.__setattr__(self, "passes", tuple(map(get_insertion, passes)))
 
@@ -88,6 +98,7 @@ class Options:
             "quantization": None if text is None else json.loads(text),
             "state": self.state,
             "split_prefix": self.split_prefix,
+            "activation_memory_bytes": self.activation_memory_bytes,
             "passes": [name_of(own) for own in self.passes],
         }
 

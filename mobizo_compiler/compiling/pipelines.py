@@ -48,6 +48,8 @@ def train_step(options: Options, parts: Parts = Parts()) -> list[Pass]:
             passes.Tidy(),
             passes.Canonicalize(),
         ]
+        if options.activation_memory_bytes is not None:
+            step.append(passes.Recompute(options.activation_memory_bytes))
     step.append(passes.UpdateState(options.rule, options.zo.clip if options.zo.differentiates else None))
     return _with_own("train_step", [*_lanes(options, parts), *split, *step, *_finish(options, parts)], options)
 
