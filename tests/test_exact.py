@@ -125,7 +125,7 @@ def test_a_prefix_is_kept_for_it() -> None:
 def test_activations_have_a_bound() -> None:
     """The same numbers from fewer values that are kept, down to a bound that cannot be kept."""
     torch.manual_seed(0)
-    model, batch = TinyCausalLM(layers=4).eval(), tiny_batch()[0]
+    model, batch = TinyCausalLM(layers=3).eval(), tiny_batch()[0]
 
     def compiled(most: int | None) -> mobizo.Program:
         return mobizo.compile(model, batch, ALL, EXACT, backend="eager", activation_memory_bytes=most)
@@ -134,7 +134,7 @@ def test_activations_have_a_bound() -> None:
     whole, calls = live_bytes(free), len(free.methods["train_step"].graph.nodes)
     state = torch.randn(free.parameters, generator=seeded()) * 0.1
     results = []
-    for share in (1.01, 0.8, 0.6):
+    for share in (1.01, 0.7):
         bounded = compiled(int(share * whole))
         assert live_bytes(bounded) <= share * whole
         more = len(bounded.methods["train_step"].graph.nodes) - calls
@@ -150,7 +150,7 @@ def test_activations_have_a_bound() -> None:
 
 
 def live_bytes(program: mobizo.Program) -> int:
-    """The most bytes that the calls of a step hold at a time, up to the update, if each is freed behind its last reader."""
+    """The most bytes that the calls of a step hold at a time, if each is freed behind its last reader."""
     method = program.methods["train_step"]
     constant = set(method.graph.find_nodes(op="placeholder"))
     order = [node for node in method.graph.nodes if node.op == "call_function"]

@@ -22,7 +22,7 @@ from mobizo_compiler.analysis.costs import multiply_adds, tensor_bytes
 MULTIPLY_ADDS_PER_BYTE = 8
 # Bytes that are kept rather than doing the work of one byte again; 0 for as few bytes as there can be.
 PRICES = (4.0, 1.0, 0.25, 0.06, 0.0)
-MOST_SEGMENTS = 128
+PARTS = (2, 4, 8, 16, 32, 64, 128)  # into which the bytes that are needed are divided, one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +68,20 @@ def plan(values: Sequence[Value], backward: Sequence[tuple[int, tuple[int, ...],
 
     Returns:
         The plan; if none keeps the bound, the one with the lowest peak.
+
+    >>> chain = [Value(8, 16, (i - 1,) if i else (), True) for i in range(6)]
+    >>> backward = [(8, (5 - i,), (i - 1,) if i else ()) for i in range(6)]
+    >>> plan(chain, backward, 64), plan(chain, backward, 40).peak
+    (Plan(again=(), peak=56, work=0), 40)
     """
-    nothing = Plan((), peak_bytes(values, backward, ()), 0)
-    best = nothing
+    best = Plan((), peak_bytes(values, backward, ()), 0)
+    if best.peak <= most:
+        return best
     for again in _candidates(values):
-        if best.peak <= most and sum(values[v].work for part in again for v in part) >= best.work > 0:
-            continue
-        found = Plan(again, peak_bytes(values, backward, again), sum(values[v].work for part in again for v in part))
-        best = _better(best, found, most)
-    return nothing if nothing.peak <= most else best
+        work = sum(values[position].work for part in again for position in part)
+        if best.peak > most or work < best.work:
+            best = _better(best, Plan(again, peak_bytes(values, backward, again), work), most)
+    return best
 
 
 def _better(one: Plan, other: Plan, most: int) -> Plan:
@@ -88,18 +93,19 @@ def _candidates(values: Sequence[Value]) -> Iterator[tuple[tuple[int, ...], ...]
     """Ways to compute again, for several lengths of segments and several prices, and for pairs of prices."""
     needed = sum(value.bytes for value in values if value.needed)
     seen = set()
-    for parts in (2, 4, 8, 16, 32, 64, MOST_SEGMENTS):
-        cuts = segments(values, needed // parts)
-        if tuple(cuts) in seen or len(cuts) < 3:
+    for parts in PARTS:
+        cuts = tuple(segments(values, needed // parts))
+        if cuts in seen or len(cuts) < 3:
             continue
-        seen.add(tuple(cuts))
+        seen.add(cuts)
         # What is behind the last cut is read at once; computing it again would free nothing.
         ranges = list(itertools.pairwise(cuts))[:-1]
-        cut = functools.cache(_least)
-        priced = [[_again(values, start, stop, price, cut) for start, stop in ranges] for price in PRICES]
-        for dear, cheap in itertools.pairwise([[()] * len(ranges), *priced]):
+        least = functools.cache(_least)
+        priced: list[list[tuple[int, ...]]] = [[()] * len(ranges)]
+        priced += [[_again(values, start, stop, price, least) for start, stop in ranges] for price in PRICES]
+        for dear, cheap in itertools.pairwise(priced):
             for first in _shares(len(ranges)):
-                yield tuple(cheap[index] if index < first else dear[index] for index in range(len(ranges)))
+                yield (*cheap[:first], *dear[first:])
 
 
 def _shares(count: int) -> list[int]:
