@@ -14,6 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.analysis.ranges import explain_lookup
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
@@ -228,6 +229,8 @@ def compile(
         at_zero = _outputs(model, wanted, example)
         say("lower")
         program = Program(manifest, target.lower(methods, manifest), lora_a, methods)
+        if (most := chosen.activation_memory_bytes) is not None:
+            _check_planned(program, most, say)
         say("check")
         if reason := check_program(program, wanted, example, at_zero):
             say(f"not run: {reason}; the program can be saved, but its graphs alone were compared with the model")
@@ -236,6 +239,20 @@ def compile(
     if cache_dir is None or suffix is None:
         return compile_anew()
     return cached(Path(cache_dir), methods, manifest, suffix, say, compile_anew, _backend_options(target))
+
+
+def _check_planned(program: Program, most: int, say: Progress) -> None:
+    """Say how much memory the engine has planned for a step, and refuse more than what was asked for."""
+    planned = program.artifact.planned_bytes("train_step")
+    if planned is None:
+        return
+    say(f"a step has {si(planned)}B planned for what it keeps; the bound is {si(most)}B")
+    if planned > most:
+        raise ConfigError(
+            f"activation_memory_bytes is {si(most)}B; the engine has planned {si(planned)}B, because values lie beside "
+            "each other in it with gaps",
+            hint=f"activation_memory_bytes={most * most // planned}",
+        )
 
 
 def _backend_options(backend: Backend) -> str:

@@ -23,7 +23,7 @@ from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact
 from mobizo_compiler.graph.program import STATE
 from mobizo_compiler.step.sites import Site
-from mobizo_compiler.upstream import read_header
+from mobizo_compiler.upstream import read_header, read_program
 
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
@@ -65,6 +65,15 @@ class ExecuTorchArtifact(Artifact):
                 "into this process before",
             )
         return ExecuTorchRunner(self)
+
+    def planned_bytes(self, method: str) -> int:
+        """The arena of values, without what delegates set aside inside, and without the state."""
+        with self.path.open("rb") as file:
+            header = read_header(file.read(HEAD_BYTES))
+            file.seek(0)
+            program = read_program(file.read(header.program_size))
+        (plan,) = (plan for plan in program.execution_plan if plan.name == method)
+        return int(plan.non_const_buffer_sizes[1])
 
     def save(self, path: Path) -> None:
         """Copy the file to a temporary name beside `path`, flush it, and rename it."""

@@ -117,5 +117,9 @@ class Artifact(Protocol):
         """As `runner`, with switches of the engine off that round products; what a check compares with graphs."""
         return self.runner()
 
+    def planned_bytes(self, method: str) -> int | None:
+        """What the engine sets aside for the values of a call before it runs, in bytes; None if it plans nothing."""
+        return None
+
     def save(self, path: Path) -> None:
         """Write the program to a file that appears whole or not at all."""
