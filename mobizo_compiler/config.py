@@ -121,8 +121,9 @@ class ZOConfig(JsonConfig):
         queries: Number q of random directions z per step (the outer loop).
         estimator: "two-sided", 2q lanes: (L(B + eps z) - L(B - eps z)) / (2 eps) for each direction; "one-sided", q + 1
             lanes: (L(B + eps z) - L(B)) / eps; "exact", one lane and the gradient itself, which takes the memory of
-            what is kept for it (then `queries` is 1, and `noise` is not used); or the name of an installed estimator,
-            or an `Estimator` with its options. One without options is kept as its name.
+            what is kept for it (then `queries` is 1, and `noise` is not used); "hybrid", that for the last blocks and
+            "two-sided" for those before; or the name of an installed estimator, or an `Estimator` with its options.
+            One without options is kept as its name.
         noise: Distribution of z, "gaussian" or "rademacher".
         normalize: Divide the projected gradient by the standard deviation of the lane losses over eps (FZOO), so that
             a learning rate means the same whatever the size of the loss.
@@ -147,7 +148,7 @@ class ZOConfig(JsonConfig):
         estimator = get_estimator(self.estimator)
         name = self.estimator if isinstance(self.estimator, str) else ESTIMATORS.name_of(type(estimator))
         object.__setattr__(self, "estimator", estimator if dataclasses.fields(estimator) else name)
-        if estimator.differentiates:
+        if not self.measures:
             object.__setattr__(self, "queries", 1)
             if self.normalize:
                 raise ConfigError(
@@ -179,6 +180,11 @@ class ZOConfig(JsonConfig):
         return get_estimator(self.estimator).lanes(self.queries)
 
     @property
+    def measures(self) -> bool:
+        """Whether there are lanes to perturb and to compare."""
+        return get_estimator(self.estimator).lanes(2) > 1
+
+    @property
     def differentiates(self) -> bool:
-        """Whether the program has the gradient itself, so that its steps cannot be replayed from scalars."""
+        """Whether the program has a gradient itself, so that its steps cannot be replayed from scalars."""
         return get_estimator(self.estimator).differentiates

@@ -1,11 +1,12 @@
 """The rewrites, one file each, in the order in which `mobizo_compiler.api` runs them."""
 
+from mobizo_compiler.passes.add_clean_lane import AddCleanLane
 from mobizo_compiler.passes.attach_loss import AttachLoss
 from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.passes.capture import capture, empty_program, outputs_of
 from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.passes.difference_losses import DifferenceLosses
-from mobizo_compiler.passes.differentiate import Differentiate
+from mobizo_compiler.passes.differentiate import Differentiate, DifferentiateCleanLane
 from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
 from mobizo_compiler.passes.free_rows import FreeRows
 from mobizo_compiler.passes.hoist_picks import HoistPicks
@@ -23,12 +24,14 @@ from mobizo_compiler.passes.tidy import Tidy
 from mobizo_compiler.passes.update_state import UpdateState
 
 __all__ = [
+    "AddCleanLane",
     "AfterPrefix",
     "AttachLoss",
     "Canonicalize",
     "DecomposeAttention",
     "DifferenceLosses",
     "Differentiate",
+    "DifferentiateCleanLane",
     "DuplicateLanes",
     "FreeRows",
     "HoistPicks",

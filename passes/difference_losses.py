@@ -6,6 +6,8 @@ Result:   %lane_losses = row_loss summed by lane / row_weight summed by lane    
           (normalized and clipped, where the configuration says so)
           return loss = mean of %lane_losses : f32[1], lane_losses, projected_gradient
 Numbers: exact.
+
+Where a lane that is not perturbed has its loss already, that is the loss, and its gradient stays an output.
 """
 
 from __future__ import annotations
@@ -48,4 +50,5 @@ class DifferenceLosses(Pass):
 
         row_loss, row_weight = edit.outputs["row_loss"], edit.outputs["row_weight"]
         with edit.graph.inserting_before(edit.graph.output_node()):
-            edit.set_outputs(edit.inline(differences, row_loss, row_weight, edit.inputs[EPS_INPUT]))
+            clean = {name: node for name, node in edit.outputs.items() if name in ("loss", "gradient")}
+            edit.set_outputs(edit.inline(differences, row_loss, row_weight, edit.inputs[EPS_INPUT]) | clean)

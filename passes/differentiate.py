@@ -7,6 +7,7 @@ Result:   %loss = sum(row_loss) / sum(row_weight)                               
           %gx = bmm(reshape(%gy, [1, -1, 20]), unsqueeze(%p_w, 0)) + ...
           %gradient = reshape(cat([reshape(%gb, [1, 160]), ...], 1), [P])                : f32[P]
           return loss, lane_losses = loss, projected_gradient = %norm                    : f32[1] each
+          return gradient
 Numbers: exact for what the program computed before; the gradient is that of PyTorch up to rounding.
 
 Every call between an adapter and the loss gets the product of the vector behind it with its derivative, which PyTorch
@@ -36,6 +37,7 @@ from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors, operand, slice_bounds, source_line
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS_INPUT, SEED_INPUT
+from mobizo_compiler.passes.duplicate_lanes import CLEAN
 from mobizo_compiler.upstream import core_aten_decompositions
 
 aten = torch.ops.aten
@@ -46,36 +48,61 @@ class Differentiate(Pass):
     """Make the gradient of the mean loss a value of the program."""
 
     needs = frozenset({facts.LOSS, facts.SITES, facts.STATIC})
-    gives = frozenset({facts.DIFFERENCED})
+    gives = frozenset({facts.DIFFERENCED, facts.GRADIENT})
     inputs = "added"
     outputs = "changed"
 
     def rewrite(self, edit: Editor) -> None:
-        """Name the gradient `gradient`; seed and eps are inputs as in every step, and change nothing."""
-        if edit.before.dynamic:
-            raise NotSupportedYetError(
-                "the exact gradient needs sizes that are numbers", hint="leave dynamic_shapes out, and pad"
-            )
+        """Seed and eps are inputs as in every step, and change nothing."""
         edit.add_input(SEED_INPUT, [1], torch.int32)
         edit.add_input(EPS_INPUT, [1], torch.float32)
-        rows = [edit.outputs["row_loss"], edit.outputs["row_weight"]]
+        loss, flat = _loss_and_gradient(edit, "", edit.values["lanes"])
         with edit.graph.inserting_before(edit.graph.output_node()):
-            loss = edit.inline(_mean, *rows)
-            one_lane = gradient(edit, loss, edit.values["lanes"])
-            flat = edit.call(aten.reshape.default, one_lane, [edit.before.parameters])
-            edit.values["gradient"], norm = flat, edit.inline(_length, flat)
-            losses = edit.call(aten.clone.default, loss)
-            edit.set_outputs({"loss": loss, "lane_losses": losses, "projected_gradient": norm})
-        for node in edit.calls(aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default  # strides are a matter of the engine
+            norm, losses = edit.inline(length, flat), edit.call(aten.clone.default, loss)
+        edit.set_outputs({"loss": loss, "lane_losses": losses, "projected_gradient": norm, "gradient": flat})
         edit.refresh()
+
+
+@dataclasses.dataclass(frozen=True)
+class DifferentiateCleanLane(Pass):
+    """Make the loss of the lane that is not perturbed, and its gradient with respect to `exact`, values of the program.
+
+    The losses of the other lanes stay outputs.
+    """
+
+    needs = frozenset({facts.LOSS, facts.CLEAN_LANE, facts.STATIC})
+    gives = frozenset({facts.GRADIENT})
+    outputs = "changed"
+
+    def rewrite(self, edit: Editor) -> None:
+        """The rows of the lane are no outputs any more."""
+        loss, flat = _loss_and_gradient(edit, CLEAN, edit.values["exact"])
+        rows = {name: edit.outputs[name] for name in ("row_loss", "row_weight")}
+        edit.set_outputs({**rows, "loss": loss, "gradient": flat})
+        edit.refresh()
+
+
+def _loss_and_gradient(edit: Editor, prefix: str, leaf: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The mean loss of the rows of one lane, float32 [1], and its gradient, float32 [P]."""
+    if edit.before.dynamic:
+        raise NotSupportedYetError(
+            "the exact gradient needs sizes that are numbers", hint="leave dynamic_shapes out, and pad"
+        )
+    rows = [edit.outputs[f"{prefix}row_loss"], edit.outputs[f"{prefix}row_weight"]]
+    with edit.graph.inserting_before(edit.graph.output_node()):
+        loss = edit.inline(_mean, *rows)
+        flat = edit.call(aten.reshape.default, gradient(edit, loss, leaf), [edit.before.parameters])
+    for node in edit.calls(aten.view.default, aten._unsafe_view.default):
+        node.target = aten.reshape.default  # strides are a matter of the engine
+    return loss, flat
 
 
 def _mean(row_loss_N: Tensor, row_weight_N: Tensor) -> Tensor:
     return row_loss_N.sum(dim=0, keepdim=True) / row_weight_N.sum(dim=0, keepdim=True)
 
 
-def _length(gradient_P: Tensor) -> Tensor:
+def length(gradient_P: Tensor) -> Tensor:
+    """The length of a gradient [P], as [1]."""
     return torch.sqrt((gradient_P * gradient_P).sum(dim=0, keepdim=True))
 
 

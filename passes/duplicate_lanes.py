@@ -33,6 +33,7 @@ from mobizo_compiler.graph.program import GraphProgram
 
 aten = torch.ops.aten
 REPEATED = "repeated_"  # names of the values that are repeated rows
+CLEAN = "clean_"  # before the names of outputs of a lane that is not among them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class DuplicateLanes(Pass):
         if self.lanes == 1:
             return self._mark(edit, points)
         first_call = next(node for node in edit.graph.nodes if node.op != "placeholder")
+        apart = _apart(edit)
         originals: dict[fx.Node, fx.Node] = {}
         with edit.graph.inserting_before(first_call):
             for name, axis in edit.rows.items():
@@ -59,6 +61,8 @@ class DuplicateLanes(Pass):
                 repeated = self._repeat(edit, node, axis)
                 edit.replace(node, repeated, keep=repeated)
                 originals[repeated] = node
+                for user in [user for user in repeated.users if user in apart]:
+                    user.replace_input_with(repeated, node)
         copies = _copy_of_one_lane(edit, points, originals)
         for node, axis in points.items():
             if node.op == "call_function":
@@ -77,6 +81,8 @@ class DuplicateLanes(Pass):
             raise PassContractError(f"duplicate_lanes made the outputs {list(new)} of {list(old)}")
         shapes = numbered_shapes([node.meta["val"].shape for node in (*old.values(), *new.values())])
         for name, was, now in zip(old, shapes, shapes[len(old) :], strict=False):
+            if name.startswith(CLEAN):
+                continue
             grown = [axis for axis in range(len(was)) if was[axis] != now[axis]] if len(was) == len(now) else []
             if self.lanes == 1 and len(was) == len(now) and not grown:
                 continue
@@ -96,7 +102,8 @@ class DuplicateLanes(Pass):
 
     def _points(self, edit: Editor) -> dict[fx.Node, int]:
         perturbed = perturbed_by(edit.values["lanes"])
-        axes = row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors, leave_out=perturbed)
+        left_out = perturbed | _apart(edit)
+        axes = row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors, leave_out=left_out)
         return duplication_points(axes, perturbed, self.lanes)
 
     def _repeat(self, edit: Editor, node: fx.Node, axis: int) -> fx.Node:
@@ -104,6 +111,14 @@ class DuplicateLanes(Pass):
         repeated = edit.call(aten.repeat.default, node, sizes)
         edit.values[f"{REPEATED}{len(edit.values)}_axis_{axis}"] = repeated
         return repeated
+
+
+def _apart(edit: Editor) -> set[fx.Node]:
+    """The calls of a lane that is not among the others."""
+    outputs = {name: ancestors([node]) for name, node in edit.outputs.items()}
+    others = set().union(*(found for name, found in outputs.items() if not name.startswith(CLEAN)))
+    clean = set().union(*(found for name, found in outputs.items() if name.startswith(CLEAN)))
+    return {node for node in clean - others if node.op == "call_function"}
 
 
 def _copy_of_one_lane(

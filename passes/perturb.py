@@ -23,8 +23,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS_INPUT, SEED_INPUT
-from mobizo_compiler.step.estimators import get_estimator, lanes_of
-from mobizo_compiler.step.noise import noise_values
+from mobizo_compiler.step.estimators import directions, get_estimator, lanes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +39,12 @@ class Perturb(Pass):
     def rewrite(self, edit: Editor) -> None:
         """Replace the value `lanes` and name the noise `noise`."""
         old = edit.values["lanes"]
-        parameters = old.meta["val"].shape[1]
         estimator = get_estimator(self.zo.estimator)
         seed = edit.add_input(SEED_INPUT, [1], torch.int32)
         eps = edit.add_input(EPS_INPUT, [1], torch.float32)
 
         def perturbed(trained_P: Tensor, seed_1: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
-            noise_QP = noise_values(seed_1, self.zo.queries, parameters, self.zo.noise)
+            noise_QP = directions(estimator, edit.sites, seed_1, self.zo.queries, self.zo.noise)
             return noise_QP, lanes_of(estimator, trained_P, noise_QP * eps_1)
 
         with edit.graph.inserting_before(old):

@@ -38,7 +38,7 @@ class Recompute(Pass):
     """
 
     most_bytes: int
-    needs = frozenset({facts.DIFFERENCED, facts.STATIC})
+    needs = frozenset({facts.GRADIENT, facts.STATIC})
 
     def rewrite(self, edit: Editor) -> None:
         """Copy the chosen calls to where they are read."""
@@ -69,6 +69,7 @@ class Recompute(Pass):
 def _passes(edit: Editor) -> tuple[list[fx.Node], list[fx.Node]]:
     """The calls of both passes, in order, without those that are made of weights alone."""
     before = ancestors([edit.outputs["loss"]])
+    behind = ancestors([edit.outputs["gradient"]]) - before
     tensors = set(edit.tensors) - {edit.state}
     calls = []
     constant = set(tensors)
@@ -78,7 +79,7 @@ def _passes(edit: Editor) -> tuple[list[fx.Node], list[fx.Node]]:
                 constant.add(node)
             else:
                 calls.append(node)
-    return [node for node in calls if node in before], [node for node in calls if node not in before]
+    return [node for node in calls if node in before], [node for node in calls if node in behind]
 
 
 def _among(node: fx.Node, positions: dict[fx.Node, int]) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ class Replay(Pass):
 
         def replay(state_S: Tensor, seed_1: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
             noise_QP = noise_values(seed_1, zo.queries, parameters, zo.noise)
-            return update(state_S, noise_QP, gradient_Q, learning_rate_1)
+            return update(state_S, learning_rate_1, gradient_Q, noise_QP)
 
         with edit.graph.inserting_before(edit.graph.output_node()):
             edit.mutate_state(edit.inline(replay, state, seed, gradient, learning_rate))

@@ -8,8 +8,8 @@ Result:   input %mobizo_learning_rate: f32[1]
 Numbers: exact; with learning rate 0 the state keeps its bits, and so it does where that or a projected gradient is not
 finite.
 
-Where the program has the gradient itself, as %gradient : f32[P], that is the direction; the check for finite numbers
-takes its length, which is the projected gradient then.
+Where the program has a gradient itself, as output `gradient` : f32[P], that is the direction, or, where lanes are
+measured too, it is added to theirs: each is zero where the other is not. It is no output any more.
 
 Other rules (`mobizo_compiler.step.rules`) make another step of the mean, and keep what they remember behind B in the
 state. `replay.py` builds the same update as a program of its own.
@@ -27,37 +27,67 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS_INPUT, LEARNING_RATE_INPUT
+from mobizo_compiler.passes.differentiate import length
 from mobizo_compiler.step.rules import PLAIN, UpdateRule, updated
 
+Update = Callable[..., Tensor]
 
-def updated_state(queries: int, rule: UpdateRule) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The update as a function of state [S], noise [q, P], projected gradient [q] and learning rate [1]."""
 
-    def update(state_S: Tensor, noise_QP: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
-        finite_1 = (gradient_Q * 0.0).sum(dim=0, keepdim=True) + learning_rate_1 * 0.0 == 0.0
-        gradient_Q = torch.where(finite_1, gradient_Q, torch.zeros_like(gradient_Q)) * (1.0 / queries)
-        rate_1 = torch.where(finite_1, learning_rate_1, torch.zeros_like(learning_rate_1))
-        direction_P = (noise_QP * gradient_Q.reshape(queries, 1)).sum(dim=0)
-        return updated(rule, int(noise_QP.shape[1]), state_S, direction_P, rate_1)
+def updated_state(queries: int, rule: UpdateRule) -> Update:
+    """The update as a function of state [S], learning rate [1], projected gradient [q] and noise [q, P]."""
+
+    def update(state_S: Tensor, learning_rate_1: Tensor, slopes_Q: Tensor, noise_QP: Tensor) -> Tensor:
+        finite_1 = (slopes_Q * 0.0).sum(dim=0, keepdim=True) + learning_rate_1 * 0.0 == 0.0
+        return _moved(rule, state_S, learning_rate_1, finite_1, _measured(finite_1, slopes_Q, noise_QP, queries))
 
     return update
 
 
-def updated_by_gradient(rule: UpdateRule, clip: float | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The update as a function of state [S], gradient [P], its length [1] and learning rate [1].
+def updated_by_gradient(rule: UpdateRule, clip: float | None) -> Update:
+    """The update as a function of state [S], learning rate [1], the length [1] of a gradient, and that [P].
 
     A gradient that is longer than `clip` is shortened to that.
     """
 
-    def update(state_S: Tensor, gradient_P: Tensor, norm_1: Tensor, learning_rate_1: Tensor) -> Tensor:
+    def update(state_S: Tensor, learning_rate_1: Tensor, norm_1: Tensor, gradient_P: Tensor) -> Tensor:
         finite_1 = (norm_1 + learning_rate_1) * 0.0 == 0.0
-        direction_P = torch.where(finite_1, gradient_P, torch.zeros_like(gradient_P))
-        if clip is not None:
-            direction_P = direction_P * (clip / torch.clamp(norm_1, min=clip))
-        rate_1 = torch.where(finite_1, learning_rate_1, torch.zeros_like(learning_rate_1))
-        return updated(rule, int(gradient_P.shape[0]), state_S, direction_P, rate_1)
+        return _moved(rule, state_S, learning_rate_1, finite_1, _limited(finite_1, norm_1, gradient_P, clip))
 
     return update
+
+
+def updated_by_both(queries: int, rule: UpdateRule, clip: float | None) -> Update:
+    """The update as a function of state, learning rate, projected gradient, noise, and a gradient [P].
+
+    Each of the two says nothing of the numbers that the other speaks of.
+    """
+
+    def update(
+        state_S: Tensor, learning_rate_1: Tensor, slopes_Q: Tensor, noise_QP: Tensor, gradient_P: Tensor
+    ) -> Tensor:
+        norm_1 = length(gradient_P)
+        finite_1 = (slopes_Q * 0.0).sum(dim=0, keepdim=True) + (norm_1 + learning_rate_1) * 0.0 == 0.0
+        measured_P = _measured(finite_1, slopes_Q, noise_QP, queries)
+        direction_P = measured_P + _limited(finite_1, norm_1, gradient_P, clip)
+        return _moved(rule, state_S, learning_rate_1, finite_1, direction_P)
+
+    return update
+
+
+def _measured(finite_1: Tensor, slopes_Q: Tensor, noise_QP: Tensor, queries: int) -> Tensor:
+    """The mean of g_i z_i, [P]; nothing where a number is not finite."""
+    slopes_Q = torch.where(finite_1, slopes_Q, torch.zeros_like(slopes_Q)) * (1.0 / queries)
+    return (noise_QP * slopes_Q.reshape(queries, 1)).sum(dim=0)
+
+
+def _limited(finite_1: Tensor, norm_1: Tensor, gradient_P: Tensor, clip: float | None) -> Tensor:
+    direction_P = torch.where(finite_1, gradient_P, torch.zeros_like(gradient_P))
+    return direction_P if clip is None else direction_P * (clip / torch.clamp(norm_1, min=clip))
+
+
+def _moved(rule: UpdateRule, state_S: Tensor, learning_rate_1: Tensor, finite_1: Tensor, direction_P: Tensor) -> Tensor:
+    rate_1 = torch.where(finite_1, learning_rate_1, torch.zeros_like(learning_rate_1))
+    return updated(rule, int(direction_P.shape[0]), state_S, direction_P, rate_1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +103,23 @@ class UpdateState(Pass):
     clip: float | None = None
     needs = frozenset({facts.DIFFERENCED})
     gives = frozenset({facts.UPDATED})
+    breaks = frozenset({facts.GRADIENT})
     inputs = "added"
+    outputs = "changed"
 
     def rewrite(self, edit: Editor) -> None:
         """Append the update and mark the state as changed."""
-        slopes = edit.outputs["projected_gradient"]
+        outputs = dict(edit.outputs)
+        gradient, slopes, noise = outputs.pop("gradient", None), outputs["projected_gradient"], edit.values.get("noise")
         learning_rate = edit.add_input(LEARNING_RATE_INPUT, [1], torch.float32, before=edit.inputs[EPS_INPUT])
-        if "gradient" in edit.values:
-            update, direction = updated_by_gradient(self.rule, self.clip), edit.values["gradient"]
+        queries = slopes.meta["val"].shape[0]
+        if gradient is None:
+            update = updated_state(queries, self.rule)
+        elif noise is None:
+            update = updated_by_gradient(self.rule, self.clip)
         else:
-            direction = edit.values["noise"]
-            update = updated_state(direction.meta["val"].shape[0], self.rule)
+            update = updated_by_both(queries, self.rule, self.clip)
+        found = [value for value in (noise, gradient) if value is not None]
         with edit.graph.inserting_before(edit.graph.output_node()):
-            edit.mutate_state(edit.inline(update, edit.state, direction, slopes, learning_rate))
+            edit.mutate_state(edit.inline(update, edit.state, learning_rate, slopes, *found))
+        edit.set_outputs(outputs)

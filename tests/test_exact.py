@@ -18,7 +18,9 @@ from mobizo_compiler.device import run as runs
 from mobizo_compiler.device.journal import fingerprint
 from mobizo_compiler.device.run import SNAPSHOT
 from mobizo_compiler.errors import ConfigError, JournalError, NotSupportedYetError
+from mobizo_compiler.step.estimators import Hybrid, directions, get_estimator
 from mobizo_compiler.step.rules import Adam, AdamW
+from mobizo_compiler.step.sites import in_their_places, trained_before
 from mobizo_compiler.testing import TinyCausalLM, check_gradient, tiny_batch, zoo
 
 EXACT = ZOConfig(estimator="exact")
@@ -184,6 +186,59 @@ def test_quantized_weights(recipe: str, cosine: float) -> None:
     assert not any(name.endswith("proj.weight") for name in weights), "float32 weights are stored as well"
 
 
+# -- both: the last blocks exact, those before measured ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_a", [False, True])
+def test_hybrid_is_both(train_a: bool) -> None:
+    lora = LoraConfig(r=3, target_modules="all-linear", train_a=train_a)
+    zo = ZOConfig(queries=3, estimator={"name": "hybrid", "exact_from": -1})
+    made, exact = session(zo=zo, lora=lora), session(lora=lora)
+    sites, before = made.program.sites, made.state()
+    exact.load_state(before)
+    first = get_estimator(zo.estimator).measured(sites)
+    assert [site.block for site in sites[first - 1 : first + 1]] == [0, 1]
+    found, alone = step(made, rate=0.1), step(exact, rate=0.1)
+    assert found.loss == pytest.approx(alone.loss, rel=1e-6), "the loss is that of the lane that is not perturbed"
+    measured = in_their_places(torch.ones(1, trained_before(sites, first)), sites, first)[0] > 0
+    moves = [before - after.state() for after in (made, exact)]
+    torch.testing.assert_close(moves[0][~measured], moves[1][~measured], rtol=1e-4, atol=1e-7)
+    z_QP = directions(get_estimator(zo.estimator), sites, torch.tensor([0], dtype=torch.int32), 3, "gaussian")
+    assert not z_QP[:, ~measured].any()
+    slopes_Q = found.projected_gradient
+    torch.testing.assert_close(moves[0][measured], 0.1 * (slopes_Q @ z_QP / 3)[measured], rtol=1e-4, atol=1e-6)
+    eps = made.program.manifest.eps
+    for lane in (0, 4):
+        exact.load_state(before + (eps if lane < 3 else -eps) * z_QP[lane % 3])
+        assert float(found.lane_losses[lane]) == pytest.approx(step(exact, rate=0.0).loss, rel=1e-5)
+    torch.testing.assert_close(slopes_Q, (found.lane_losses[:3] - found.lane_losses[3:]) / (2 * eps))
+
+
+@pytest.mark.parametrize("backend", ["xnnpack", pytest.param("portable", marks=pytest.mark.slow)])
+def test_hybrid_on_engines(backend: str) -> None:
+    """`compile` compares it with autograd and with lanes that run alone."""
+    zo = ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1}, clip=5.0)
+    made = mobizo.compile(
+        TinyCausalLM(layers=2).eval(), tiny_batch()[0], ALL, zo, backend=backend, activation_memory_bytes=1 << 20
+    )
+    assert made.manifest.methods == ("train_step", "evaluate")
+    inputs, labels = tiny_batch()
+    trained = Session(made)
+    losses = [trained.train_step(inputs, labels, seed=i, learning_rate=0.05).loss for i in range(8)]
+    assert losses[-1] < losses[0]
+
+
+def test_hybrid_needs_adapters_on_both_sides() -> None:
+    for exact_from, problem in ((0, "measured"), (7, "exact"), (-2, "measured")):
+        zo = ZOConfig(estimator=Hybrid(exact_from))
+        with pytest.raises(ConfigError, match=f"adapters are in blocks 0 to 1: nothing would be {problem}"):
+            program(zo=zo)
+    with pytest.raises(ConfigError, match="split_prefix has no meaning"):
+        program(zo=ZOConfig(estimator="hybrid"), split_prefix=True)
+    with pytest.raises(ConfigError, match="exact_from must be an int"):
+        Hybrid(exact_from="auto")  # type: ignore[arg-type]
+
+
 # -- the configuration -------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +277,7 @@ def test_what_has_no_meaning_is_refused() -> None:
         ZOConfig(estimator="exact", normalize=True)
     made = session()
     for refused in (lambda: made.replay(1, [0.5], 0.1), lambda: made.merge(["journal"])):
-        with pytest.raises(ConfigError, match="a step is its gradient"):
+        with pytest.raises(ConfigError, match="a step is a gradient"):
             refused()
     dims = {
         "input_ids": {1: torch.export.Dim("tokens", max=32)},

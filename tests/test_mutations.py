@@ -182,7 +182,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], Any]]
     "siblings take each other's part": (of_pass(passes.MergeSiblings, siblings_swapped), decoder),
     "lanes + and - are swapped": (of_pass(passes.Perturb, lanes_swapped), decoder),
     "noise is 1 % too large": (
-        in_place_of(perturb, "noise_values", lambda made: lambda *a: made(*a) * 1.01),
+        in_place_of(perturb, "directions", lambda made: lambda *a: made(*a) * 1.01),
         decoder,
     ),
     "all queries look in one direction": (
@@ -195,13 +195,13 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], Any]]
     ),
     "the mean over queries is a sum": (
         in_place_of(
-            update_state, "updated_state", another_update(lambda update, s, z, g, rate: update(s, z, 2.0 * g, rate))
+            update_state, "updated_state", another_update(lambda update, s, rate, g, z: update(s, rate, 2.0 * g, z))
         ),
         decoder,
     ),
     "the step goes uphill": (
         in_place_of(
-            update_state, "updated_state", another_update(lambda update, s, z, g, rate: update(s, z, -g, rate))
+            update_state, "updated_state", another_update(lambda update, s, rate, g, z: update(s, rate, -g, z))
         ),
         decoder,
     ),

@@ -26,9 +26,8 @@ from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes import FreeRows, Specialize
 from mobizo_compiler.passes.differentiate import DIFFERENTIABLE
-from mobizo_compiler.step.estimators import get_estimator
+from mobizo_compiler.step.estimators import directions, get_estimator
 from mobizo_compiler.step.losses import Loss
-from mobizo_compiler.step.noise import noise
 from mobizo_compiler.step.sites import Site
 
 aten = torch.ops.aten
@@ -123,8 +122,12 @@ class CapturedStep:
 
     def lane(self, index: int, trained: Tensor, seed: int, eps: float) -> Tensor:
         """The trained numbers of one lane of a step, [P]."""
-        directions = noise(seed, self.zo.queries, trained.numel(), self.zo.noise)
-        return get_estimator(self.zo.estimator).perturbed(trained, eps * directions)[index]
+        return get_estimator(self.zo.estimator).perturbed(trained, eps * self.directions(seed))[index]
+
+    def directions(self, seed: int) -> Tensor:
+        """The directions of a step, [q, P]."""
+        zo, seed_1 = self.zo, torch.tensor([seed], dtype=torch.int32)
+        return directions(get_estimator(zo.estimator), self.sites, seed_1, zo.queries, zo.noise)
 
     def loss_of(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """The loss of a lane with these outputs."""

@@ -71,6 +71,11 @@ class Options:
             raise ConfigError(f"state is {self.state!r}", hint='use state="shared", state="data" or state="io"')
         if not isinstance(self.split_prefix, bool):
             raise ConfigError(f"split_prefix is {self.split_prefix!r}; it must be True or False")
+        if self.split_prefix and self.zo.differentiates and self.zo.measures:
+            raise ConfigError(
+                "split_prefix has no meaning where the first adapters are measured and the last have the gradient",
+                hint='estimator="exact", or leave split_prefix out',
+            )
         if self.activation_memory_bytes is not None:
             check_int("activation_memory_bytes", self.activation_memory_bytes, 1, 1 << 62)
             if not self.zo.differentiates:

@@ -37,19 +37,22 @@ class Parts:
 
 def train_step(options: Options, parts: Parts = Parts()) -> list[Pass]:
     """From the captured graph to one training step."""
+    zo = options.zo
     split: list[Pass] = [passes.AfterPrefix()] if options.split_prefix else []
-    step: list[Pass] = [passes.Perturb(options.zo), passes.DifferenceLosses(options.zo)]
-    if options.zo.differentiates:
-        step = [
+    step: list[Pass] = []
+    if zo.differentiates:
+        step += [
             passes.Specialize(parts.rows),
             passes.Canonicalize(),
             passes.DecomposeAttention(),
-            passes.Differentiate(),
+            passes.DifferentiateCleanLane() if zo.measures else passes.Differentiate(),
             passes.Tidy(),
             passes.Canonicalize(),
         ]
         if options.activation_memory_bytes is not None:
             step.append(passes.Recompute(options.activation_memory_bytes))
+    if zo.measures:
+        step += [passes.Perturb(zo), passes.DifferenceLosses(zo)]
     step.append(passes.UpdateState(options.rule, options.zo.clip if options.zo.differentiates else None))
     return _with_own("train_step", [*_lanes(options, parts), *split, *step, *_finish(options, parts)], options)
 
@@ -102,6 +105,7 @@ def _lanes(options: Options, parts: Parts) -> list[Pass]:
         passes.InsertMPLoRA(options.lora, given=parts.given, rule=options.rule),
         passes.MergeSiblings(),
         *few,
+        *([passes.AddCleanLane(options.zo)] if options.zo.differentiates and options.zo.measures else []),
         passes.DuplicateLanes(options.zo.lanes),
     ]
 

@@ -27,10 +27,10 @@ from mobizo_compiler.format.program import Program, Runner
 from mobizo_compiler.graph.eager import EagerArtifact
 from mobizo_compiler.graph.example import Example
 from mobizo_compiler.graph.program import LABELS_INPUT, STATE_INPUT
-from mobizo_compiler.passes.update_state import updated_by_gradient, updated_state
+from mobizo_compiler.passes.update_state import updated_by_both, updated_by_gradient, updated_state
 from mobizo_compiler.step.estimators import get_estimator, scaled
-from mobizo_compiler.step.noise import noise
 from mobizo_compiler.step.rules import get_rule
+from mobizo_compiler.step.sites import in_their_places, trained_before
 
 # Two engines add float32 products in different orders. Losses then agree to LOSS_TOLERANCE of their size and outputs to
 # OUTPUT_TOLERANCE of the largest, whatever the model; most models agree much better, to CLOSE of the size of a loss and
@@ -85,11 +85,13 @@ def check_program(program: Program, captured: CapturedStep, example: Example, at
     return None
 
 
-class _ExactUpdate(NamedTuple):
-    """Length of the gradient, the state after a step, the learning rate of it, and what may differ, as a share."""
+class _Exact(NamedTuple):
+    """A gradient, zero for what is measured, and its length; the loss, if it is not that of the one lane; the learning
+    rate of the step that is compared, and what may differ in its result, as a share."""
 
+    gradient: Tensor
     norm: Tensor
-    state: Tensor
+    loss: Tensor | None
     rate: Tensor
     tolerance: float
 
@@ -185,9 +187,9 @@ class _Check:
             self._compare_outputs(compare, "evaluate", f"output {position} without adapters", position, found, wanted)
 
         starts = self._prefix(compare, runner) if self.manifest.prefix else self.second
-        exact = self._exact_update() if zo.differentiates else None
+        exact = self._exact_gradient() if zo.differentiates else None
         rate = rate if exact is None else exact.rate
-        (_, losses, gradient), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
+        (loss, losses, slopes), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
         size = max(1.0, float(self.losses.abs().max()))
         allowed = self._allowed(_largest(losses[self.lanes], self.losses), CLOSE * size, LOSS_TOLERANCE * size, None)
         try:
@@ -195,28 +197,29 @@ class _Check:
         except LoweringError:
             self._check_rows_apart(allowed)
             raise
+        mean = losses.mean() if exact is None or exact.loss is None else exact.loss
+        compare("train_step", "loss", loss, mean.reshape(1), allowed)
+        if zo.measures:
+            wanted = get_estimator(zo.estimator).projected_gradient(losses, eps)
+            wanted = scaled(wanted, losses, eps, zo.normalize, zo.clip)
+            largest = float(wanted.nan_to_num(posinf=0, neginf=0).abs().max())
+            last_place = 2.0**-22 * float(losses.nan_to_num(posinf=0, neginf=0).abs().max())
+            slope = _slope(losses, zo.normalize) * (1 + largest * zo.normalize)
+            allowed = ARITHMETIC * (1 + largest) + last_place * slope
+            compare("train_step", "projected gradient", slopes, wanted, allowed)
         if exact is not None:
-            compare("train_step", "length of the gradient", gradient, exact.norm, exact.tolerance * float(exact.norm))
-            self._compare_updates(
-                compare, "train_step", "change of the state", after, exact.state, self.start, exact.tolerance
-            )
+            self._compare_exact(compare, after, slopes, exact)
             return self._compare_evaluate(compare, run)
-        wanted = scaled(get_estimator(zo.estimator).projected_gradient(losses, eps), losses, eps, zo.normalize, zo.clip)
-        largest = float(wanted.nan_to_num(posinf=0, neginf=0).abs().max())
-        last_place = 2.0**-22 * float(losses.nan_to_num(posinf=0, neginf=0).abs().max())
-        allowed = ARITHMETIC * (1 + largest) + last_place * _slope(losses, zo.normalize) * (1 + largest * zo.normalize)
-        compare("train_step", "projected gradient", gradient, wanted, allowed)
 
         def moved(state: Tensor, seed: int) -> Tensor:
-            directions = noise(seed, zo.queries, self.program.parameters, zo.noise)
-            return updated_state(zo.queries, rule)(state, directions, gradient, rate)
+            return updated_state(zo.queries, rule)(state, rate, slopes, self.captured.directions(seed))
 
         self._compare_updates(compare, "train_step", "change of the state", after, moved(self.start, SEED), self.start)
-        replay = [seed, gradient.clone(), rate]
+        replay = [seed, slopes.clone(), rate]
         _, replayed = run("replay", replay, self.start)
         compare("replay", "state", replayed, after, 0.0)
         if self.manifest.memory:  # what the rule remembers counts from the second step on
-            _, again = run("replay", [seed + 1, gradient.clone(), rate], after)
+            _, again = run("replay", [seed + 1, slopes.clone(), rate], after)
             what = "second change of the state"
             self._compare_updates(compare, "replay", what, again, moved(after, SEED + 1), after)
 
@@ -238,25 +241,51 @@ class _Check:
                 compare("prefix", what, first, last, OUTPUT_TOLERANCE * max(1.0, float(last.nan_to_num().abs().max())))
         return starts
 
-    def _exact_update(self) -> _ExactUpdate:
-        """What a step with the gradient itself does, by PyTorch on the captured graph."""
-        trained, clip = self.start[: self.program.parameters], self.manifest.zo.clip
-        found = self.captured.gradient(self.second, self.labels, trained)
+    def _exact_gradient(self) -> _Exact:
+        """The gradient that a step has itself, by PyTorch on the captured graph, and how the step is compared."""
+        trained, zo = self.start[: self.program.parameters], self.manifest.zo
+        has_gradient = self._measured() == 0
+        found = self.captured.gradient(self.second, self.labels, trained) * has_gradient
         tolerance = GRADIENT_TOLERANCE
         if self.rounded is not None:
-            smooth = self.captured.without_rounding().gradient(self.second, self.labels, trained)
+            smooth = self.captured.without_rounding().gradient(self.second, self.labels, trained) * has_gradient
             tolerance += ROUNDING * float((smooth - found).norm() / found.norm())
-        norm, rule = found.norm().reshape(1), get_rule(self.manifest.rule)
+        norm = found.norm().reshape(1)
         # As large as the state, so that the last bits of the state do not hide the gradient; a rule that remembers
         # makes steps of a size of its own.
         rate = (
             torch.tensor([LEARNING_RATE])
             if self.manifest.memory
-            else trained.norm() / (norm if clip is None else norm.clamp(max=clip))
+            else trained.norm() / (norm if zo.clip is None else norm.clamp(max=zo.clip))
         )
         if self.manifest.memory:
             tolerance += UPDATE_TOLERANCE
-        return _ExactUpdate(norm, updated_by_gradient(rule, clip)(self.start, found, norm, rate), rate, tolerance)
+        loss = None
+        if zo.measures:
+            loss = self.captured.loss_of(self._outputs(self.captured, self.second, self.start), self.labels).float()
+        return _Exact(found, norm, loss, rate, tolerance)
+
+    def _measured(self) -> Tensor:
+        """1 for the trained numbers that lanes are perturbed by, 0 for the others, [P]."""
+        sites = self.program.sites
+        first = get_estimator(self.manifest.zo.estimator).measured(sites)
+        return in_their_places(torch.ones(1, trained_before(sites, first)), sites, first)[0]
+
+    def _compare_exact(self, compare: Callable[..., None], after: Tensor, slopes: Tensor, exact: _Exact) -> None:
+        """The state after a step with a gradient of its own; what is measured and what is exact are compared apart."""
+        zo, rule, what = self.manifest.zo, get_rule(self.manifest.rule), "change of the state"
+        if not zo.measures:
+            size = float(exact.norm)
+            compare("train_step", "length of the gradient", slopes, exact.norm, exact.tolerance * size)
+            wanted = updated_by_gradient(rule, zo.clip)(self.start, exact.rate, exact.norm, exact.gradient)
+            return self._compare_updates(compare, "train_step", what, after, wanted, self.start, exact.tolerance)
+        update = updated_by_both(zo.queries, rule, zo.clip)
+        wanted = update(self.start, exact.rate, slopes, self.captured.directions(SEED), exact.gradient)
+        measured = self._measured() > 0
+        for name, part in (("measured", measured), ("exact", ~measured)):
+            found, right, start = (state[: len(part)][part] for state in (after, wanted, self.start))
+            where = f"{what}, where it is {name}"
+            self._compare_updates(compare, "train_step", where, found, right, start, exact.tolerance)
 
     def _compare_evaluate(self, compare: Callable[..., None], run: Callable[..., tuple[list[Tensor], Tensor]]) -> None:
         state = self.start.clone()

@@ -74,7 +74,8 @@ def fingerprint(program: Program) -> bytes:
     identity = [
         manifest.model,
         [dataclasses.asdict(site) for site in manifest.sites],
-        ["differentiates", zo.clip] if zo.differentiates else [zo.queries, zo.noise],
+        *([["differentiates", zo.clip]] if zo.differentiates else []),
+        [zo.queries, zo.noise],
         dict(manifest.rule),
     ]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())

@@ -35,8 +35,7 @@ from mobizo_compiler.graph.example import flat_names
 from mobizo_compiler.graph.program import Nesting
 from mobizo_compiler.load import load
 from mobizo_compiler.options import MAX_SEED
-from mobizo_compiler.step.estimators import get_estimator, lanes_of
-from mobizo_compiler.step.noise import noise
+from mobizo_compiler.step.estimators import directions, get_estimator, lanes_of
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 P = ParamSpec("P")
@@ -266,7 +265,8 @@ class Session:
         with self._held():
             alias = self._runner.state()
             before = alias.clone()
-            step = noise(seed, zo.queries, parameters, zo.noise) * size
+            seed_1 = torch.tensor([seed], dtype=torch.int32)
+            step = directions(estimator, self.program.sites, seed_1, zo.queries, zo.noise) * size
             alias[:parameters] = lanes_of(estimator, before[:parameters], step)[index]
             try:
                 yield
@@ -369,7 +369,7 @@ class Session:
         if self.program.manifest.zo.differentiates:
             raise ConfigError(
                 f"steps of the {self.program.manifest.zo.estimator} estimator cannot be {what}: "
-                "a step is its gradient, not a few scalars",
+                "a step is a gradient, not a few scalars",
                 hint='exchange states or adapters (state, export_adapter), or compile with estimator="two-sided"',
             )
 

@@ -18,6 +18,8 @@ CANONICAL = "canonical"
 LOSS = "loss"
 SITES = "sites"
 LANES = "lanes"
+CLEAN_LANE = "clean-lane"
+GRADIENT = "gradient"
 PERTURBED = "perturbed"
 DIFFERENCED = "differenced"
 UPDATED = "updated"
@@ -48,12 +50,20 @@ def _canonical(program: GraphProgram) -> Iterator[str]:
             yield f"{source_line(node)} is not in canonical form"
 
 
-def _outputs(*names: str) -> Callable[[GraphProgram], Iterator[str]]:
-    def check(program: GraphProgram) -> Iterator[str]:
-        if program.outputs != names:
-            yield f"the outputs are {program.outputs}, not {names}"
+def _differenced(program: GraphProgram) -> Iterator[str]:
+    wanted = ("loss", "lane_losses", "projected_gradient")
+    if program.outputs not in (wanted, (*wanted, "gradient")):
+        yield f"the outputs are {program.outputs}, not {wanted}"
 
-    return check
+
+def _clean_lane(program: GraphProgram) -> Iterator[str]:
+    if "exact" not in program.values:
+        yield "no node is named 'exact'"
+
+
+def _gradient(program: GraphProgram) -> Iterator[str]:
+    if "gradient" not in program.outputs:
+        yield f"the outputs are {program.outputs}, without a gradient"
 
 
 def _loss(program: GraphProgram) -> Iterator[str]:
@@ -131,7 +141,9 @@ CHECKS: dict[str, Callable[[GraphProgram], Iterator[str]]] = {
     SITES: _sites,
     LANES: _lanes,
     PERTURBED: _perturbed,
-    DIFFERENCED: _outputs("loss", "lane_losses", "projected_gradient"),
+    CLEAN_LANE: _clean_lane,
+    GRADIENT: _gradient,
+    DIFFERENCED: _differenced,
     UPDATED: _updated,
     STATIC: _static,
     STATE_PASSED: _state_passed,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.extensions import DataclassRegistry
-from mobizo_compiler.options import JsonConfig
+from mobizo_compiler.options import JsonConfig, check_int
+from mobizo_compiler.step.noise import noise_values
+from mobizo_compiler.step.sites import Site, in_their_places, trained_before
 
 # Losses that are equal have nothing to say; a difference of zero stays zero when it is divided by this.
 _SMALLEST_SPREAD = 1e-20
@@ -31,7 +33,7 @@ class Estimator(JsonConfig, abc.ABC):
 
     The functions may use whatever runs on every engine: arithmetic, slices, `cat`, sums.
 
-    `differentiates`: the program has the gradient itself, as operators, and one direction: its own. A step is then no
+    `differentiates`: the program has a gradient itself, as operators, for some sites or for all. A step is then no
     function of its seed and projected gradient: it cannot be replayed, and its journal cannot be merged.
     """
 
@@ -57,6 +59,10 @@ class Estimator(JsonConfig, abc.ABC):
     def fewest_queries(self, normalized: bool) -> int:
         """The smallest number of queries that it works with; `normalized` needs a spread of losses."""
         return 1
+
+    def measured(self, sites: Sequence[Site]) -> int:
+        """How many of the first sites are perturbed and measured; the others have a gradient of their own."""
+        return 0 if self.differentiates else len(sites)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +134,54 @@ class Exact(Estimator):
         raise ConfigError("the exact estimator takes its slope from the gradient, not from losses")
 
 
+@dataclasses.dataclass(frozen=True)
+class Hybrid(TwoSided):
+    """The gradient itself from one block on, and central differences for the adapters before it, in one step.
+
+    A lane of its own that is not perturbed gives the loss and the gradient; 2q lanes that are perturbed before the
+    block give the slopes.
+
+    Args:
+        exact_from: The first block whose adapters have the gradient, by the number in their paths; a negative number
+            counts from the last block, as -4 for the last four.
+
+    Raises:
+        ConfigError: It is no whole number.
+    """
+
+    exact_from: int = -4
+    differentiates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_int("Hybrid.exact_from", self.exact_from, -100_000, 100_000)
+
+    def measured(self, sites: Sequence[Site]) -> int:
+        """The sites before the first one in that block or behind it.
+
+        Raises:
+            ConfigError: There is none on one of the two sides.
+        """
+        blocks = [site.block for site in sites]
+        known = [block for block in blocks if block is not None]
+        first = self.exact_from if self.exact_from >= 0 else max(known, default=-1) + 1 + self.exact_from
+        found = next((i for i, block in enumerate(blocks) if block is not None and block >= first), len(sites))
+        if not 0 < found < len(sites):
+            where = f"blocks {min(known)} to {max(known)}" if known else "no numbered block"
+            raise ConfigError(
+                f"exact_from is {self.exact_from}, and the adapters are in {where}: nothing would be "
+                f"{'measured' if not found else 'exact'}",
+                hint='choose a block in between, or estimator="exact" or "two-sided" for all of them',
+            )
+        return found
+
+
 ESTIMATORS = DataclassRegistry(
     "estimator",
     "mobizo_compiler.estimators",
     Estimator,  # type: ignore[type-abstract]
     {
         "exact": "mobizo_compiler.step.estimators:Exact",
+        "hybrid": "mobizo_compiler.step.estimators:Hybrid",
         "one-sided": "mobizo_compiler.step.estimators:OneSided",
         "two-sided": "mobizo_compiler.step.estimators:TwoSided",
     },
@@ -165,6 +213,21 @@ def get_estimator(estimator: str | Mapping[str, Any] | Estimator) -> Estimator:
     TwoSided()
     """
     return ESTIMATORS.get(estimator)
+
+
+def directions(estimator: Estimator, sites: Sequence[Site], seed_1: Tensor, queries: int, distribution: str) -> Tensor:
+    """The directions z of a step, float32 [Q, P]; zeros for sites that are not measured.
+
+    Args:
+        estimator: The estimator.
+        sites: The sites.
+        seed_1: Seed, int32 [1].
+        queries: Number Q of queries.
+        distribution: "gaussian" or "rademacher".
+    """
+    first = estimator.measured(sites)
+    noise_QM = noise_values(seed_1, queries, trained_before(sites, first), distribution)
+    return in_their_places(noise_QM, sites, first)
 
 
 def lanes_of(estimator: Estimator, trained_P: Tensor, step_QP: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -35,6 +36,16 @@ class Site:
     kernel: tuple[int, ...] = ()
     a_offset: int | None = None
     outputs: tuple[int, ...] = ()
+
+    @property
+    def block(self) -> int | None:
+        """The first number in the path: which of the model's blocks it lies in, where blocks have numbers.
+
+        >>> Site("model.layers.3.mlp.up_proj", 0, 8, 16, 32, 2.0).block
+        3
+        """
+        found = re.search(r"\.(\d+)\.", f".{self.fqn}.")
+        return int(found.group(1)) if found else None
 
     @property
     def width(self) -> int:
@@ -84,3 +95,27 @@ def initial_state(sites: Sequence[Site], lora_a: Mapping[str, Tensor], memory: T
     parts = [torch.zeros(sum(site.size for site in sites))]
     parts += [lora_a[site.fqn].t().reshape(-1) for site in sites if site.a_offset is not None]
     return torch.cat(parts if memory is None else [*parts, memory])
+
+
+def trained_before(sites: Sequence[Site], first: int) -> int:
+    """How many numbers the sites before number `first` have."""
+    return sum(site.trained for site in sites[:first])
+
+
+def in_their_places(numbers_QM: Tensor, sites: Sequence[Site], first: int) -> Tensor:
+    """Numbers of the sites before number `first`, where they lie among those of all sites, and zeros: [Q, P].
+
+    >>> sites = [Site("0", 0, 1, 2, 1, 1.0, a_offset=2), Site("1", 1, 1, 2, 1, 1.0, a_offset=4)]
+    >>> in_their_places(torch.tensor([[7.0, 8.0, 9.0]]), sites, 1)
+    tensor([[7., 0., 8., 9., 0., 0.]])
+    """
+    if first >= len(sites):
+        return numbers_QM
+    all_b, b = sum(site.size for site in sites), sum(site.size for site in sites[:first])
+    all_a, a = sum(site.trained for site in sites) - all_b, trained_before(sites, first) - b
+    queries = numbers_QM.shape[0]
+    of_b, of_a = torch.split(numbers_QM, [b, a], dim=1) if all_a else (numbers_QM, None)
+    parts = [of_b, numbers_QM.new_zeros(queries, all_b - b)]
+    if of_a is not None:
+        parts += [of_a, numbers_QM.new_zeros(queries, all_a - a)]
+    return torch.cat(parts, dim=1)
