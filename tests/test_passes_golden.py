@@ -90,6 +90,9 @@ input  %x: f32[rows, 6]
   %linear_1 = linear(%exp, %p_out_weight)
 return output_0 = %linear_1
 """
+IN_BLOCKS = LoraConfig(r=2, lora_alpha=3, target_modules=("layers_0", "layers_1"))
+BLOCKS = DEEP.replace("p_up_", "p_layers_0_").replace("p_out_", "p_layers_1_")
+HYBRID = ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1})
 FIXED = CLASSIFIER.replace("rows", "4")
 WITH_LOSS = (passes.AttachLoss(SequenceClassificationLoss()), passes.Canonicalize(), passes.InsertMPLoRA(LORA))
 WITH_LANES = (*WITH_LOSS, passes.DuplicateLanes(4))
@@ -138,6 +141,7 @@ tensor %b_mobizo_lora_b: f32[8]
 return loss = %loss
 return lane_losses = %lane_losses
 return projected_gradient = %norm
+return gradient = %gradient
 """
 FOUR_BITS = """
 tensor %b_codes: i8[8, 32]
@@ -253,6 +257,25 @@ CASES: dict[str, Case] = {
         """,
         passes.InsertMPLoRA(LoraConfig(r=2, target_modules=("q", "k"))),
     ),
+    "add_clean_lane": of(
+        passes.AddCleanLane(HYBRID),
+        BLOCKS,
+        passes.AttachLoss(MSELoss()),
+        passes.Canonicalize(),
+        passes.InsertMPLoRA(IN_BLOCKS),
+    ),
+    "differentiate_clean_lane": Case(
+        passes.DifferentiateCleanLane(),
+        lambda: after(
+            BLOCKS,
+            passes.AttachLoss(MSELoss()),
+            passes.Canonicalize(),
+            passes.InsertMPLoRA(IN_BLOCKS),
+            passes.AddCleanLane(HYBRID),
+            passes.Specialize(4),
+        ),
+        shown=lambda line: " = reshape(" not in line,
+    ),
     "duplicate_lanes": of(passes.DuplicateLanes(4), CLASSIFIER, *WITH_LOSS, inputs={n: v[:3] for n, v in IDS.items()}),
     "perturb": Case(passes.Perturb(ZO), lambda: after(CLASSIFIER, *WITH_LANES), shown=without_generator),
     "difference_losses": of(passes.DifferenceLosses(ZO), STEP, values={"lanes": "lanes"}, also={facts.PERTURBED}),
@@ -270,7 +293,7 @@ CASES: dict[str, Case] = {
         passes.InsertMPLoRA(LORA),
         passes.Specialize(4),
     ),
-    "recompute": of(passes.Recompute(160), GRADIENT, values={"gradient": "gradient"}, also={facts.DIFFERENCED}),
+    "recompute": of(passes.Recompute(160), GRADIENT, also={facts.GRADIENT}),
     "tidy": of(
         passes.Tidy(),
         """

@@ -44,7 +44,7 @@ class Site:
         >>> Site("model.layers.3.mlp.up_proj", 0, 8, 16, 32, 2.0).block
         3
         """
-        found = re.search(r"\.(\d+)\.", f".{self.fqn}.")
+        found = re.search(r"[._](\d+)(?:\.|$)", f".{self.fqn}")
         return int(found.group(1)) if found else None
 
     @property
