@@ -18,6 +18,7 @@ from mobizo_compiler.device import run as runs
 from mobizo_compiler.device.journal import fingerprint
 from mobizo_compiler.device.run import SNAPSHOT
 from mobizo_compiler.errors import ConfigError, JournalError, NotSupportedYetError
+from mobizo_compiler.inspection.program_file import inspect_file
 from mobizo_compiler.step.estimators import Hybrid, directions, get_estimator
 from mobizo_compiler.step.rules import Adam, AdamW
 from mobizo_compiler.step.sites import in_their_places, trained_before
@@ -215,13 +216,16 @@ def test_hybrid_is_both(train_a: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ["xnnpack", pytest.param("portable", marks=pytest.mark.slow)])
-def test_hybrid_on_engines(backend: str) -> None:
+def test_hybrid_on_engines(backend: str, tmp_path: Path) -> None:
     """`compile` compares it with autograd and with lanes that run alone."""
     zo = ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1}, clip=5.0)
     made = mobizo.compile(
         TinyCausalLM(layers=2).eval(), tiny_batch()[0], ALL, zo, backend=backend, activation_memory_bytes=1 << 20
     )
     assert made.manifest.methods == ("train_step", "evaluate")
+    found = inspect_file(made.save(tmp_path / "program.pte"))["sites"]
+    assert {site["gradient"] for site in found if ".0." in site["fqn"]} == {"measured"}
+    assert {site["gradient"] for site in found if ".1." in site["fqn"]} == {"exact"}
     inputs, labels = tiny_batch()
     trained = Session(made)
     losses = [trained.train_step(inputs, labels, seed=i, learning_rate=0.05).loss for i in range(8)]

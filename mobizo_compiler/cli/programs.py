@@ -64,6 +64,7 @@ def show_program(
         "adapters": f"{found['parameters']:,} parameters in {len(found['sites'])} layers: "
         + ", ".join(f"{count} x {name}" for name, count in found["layers"].items())
         + f"; r {found['lora']['r']}, alpha {found['lora']['lora_alpha']:g}",
+        "gradient": _gradient(found["sites"]),
         "made with": ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
     }
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -99,6 +100,15 @@ def _show_blocks(console: Console, outline: list[dict[str, Any]]) -> None:
         )
     if outline:
         console.print(table)
+
+
+def _gradient(sites: list[dict[str, Any]]) -> str:
+    """Which adapters have an exact gradient."""
+    kinds = [site["gradient"] for site in sites]
+    if len(set(kinds)) == 1:
+        return f"{kinds[0]} for all adapters"
+    first = kinds.index("exact")
+    return f"measured for {first} adapters, exact for {len(kinds) - first}, from {sites[first]['fqn']} on"
 
 
 def _show_methods(console: Console, found: dict[str, Any]) -> None:

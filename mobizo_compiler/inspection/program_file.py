@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mobizo_compiler.backends import get_backend
+from mobizo_compiler.errors import ExtensionUnavailableError, UnknownExtensionError
+from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.inspection.plan import Plan, read_plans
 from mobizo_compiler.load import load
+from mobizo_compiler.step.estimators import get_estimator
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "zo": described["zo"],
         "lanes": manifest.zo.lanes,
         "parameters": manifest.parameters,
-        "sites": sites,
+        "sites": [{**site, "gradient": how} for site, how in zip(sites, _gradients(manifest), strict=True)],
         "layers": dict(Counter(site["fqn"].rpartition(".")[2] for site in sites)),
         "methods": {name: dataclasses.asdict(plan) for name, plan in plans.items() if not name.startswith("mobizo")},
         "base_model": manifest.base_model,
@@ -47,3 +50,13 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "history": {name: list(steps) for name, steps in manifest.history.items()},
         "versions": dict(manifest.versions),
     }
+
+
+def _gradients(manifest: Manifest) -> list[str]:
+    """For each site, how a step comes to its gradient: "exact" or "measured"; "unknown" if nobody here knows."""
+    sites = manifest.sites
+    try:
+        measured = get_estimator(manifest.zo.estimator).measured(sites)
+    except (UnknownExtensionError, ExtensionUnavailableError):
+        return ["unknown"] * len(sites)
+    return ["measured"] * measured + ["exact"] * (len(sites) - measured)
