@@ -72,8 +72,7 @@ def _in_last_block(
 
 
 # One direction tells two answers apart; seven need more.
-_EXACT = mobizo.ZOConfig(estimator="exact")
-_BOTH = dataclasses.replace(EVERYWHERE, lora=dataclasses.replace(EVERYWHERE.lora, train_a=True))
+_EXACT = SETUPS["exact"].zo
 _RANK_8 = dataclasses.replace(HEAD, lora=dataclasses.replace(HEAD.lora, r=8, lora_alpha=16))
 _PLAIN = mobizo.ZOConfig(queries=32)
 _PLAIN_LAST = mobizo.ZOConfig(queries=16)
@@ -106,7 +105,7 @@ METHODS = {
     "last block, sign": _in_last_block(3e-4, _PLAIN_LAST, "sign"),
     "mezo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),
     "mobizo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),
-    "exact": Method(1e-3, _EXACT, "adamw", rows=16, setup=_BOTH),
+    "exact": Method(1e-3, _EXACT, "adamw", rows=16, setup=SETUPS["exact"]),
     "exact, B alone": Method(1e-3, _EXACT, "adamw", rows=16, setup=EVERYWHERE),
     "backpropagation": Method(1e-3, _NO_LANES, rows=16, setup=EVERYWHERE, pytorch=True),
     "backpropagation, last block": Method(3e-3, _NO_LANES, rows=16, setup=LAST, pytorch=True),

@@ -1,13 +1,15 @@
-"""Personalise SmolLM2-135M on review sentences with forward passes only, and show the gain.
+"""Personalise SmolLM2-135M on review sentences inside the inference engine, and show the gain.
 
-    python -m examples.demo [--seed 0] [--steps 5000] [--adapters head] [--output runs/demo]
+    python -m examples.demo [--seed 0] [--steps 100] [--adapters exact] [--output runs/demo]
 
 Compiles the model to an ExecuTorch program (kept for the next run), measures it on sentences about movies that it
 never trains on, fine-tunes the adapter inside the program, measures again, and leaves everything in one folder.
 
-The adapter is on the head, whose two answers it learns to tell apart. All before it is run once for every sentence and
-kept, so a step is a few milliseconds. `--adapters last-block` has adapters in the feed-forward layers of the last
-block, and `--adapters all-blocks` in the attention of every block, as the paper does.
+The adapters are in the attention of every block, and the program has their gradient: a backward pass is a graph of
+products too, which the engine runs. The others use forward passes only: `--adapters head` learns to tell two answers
+apart on the head, with all before it run once for every sentence and kept, so that a step is a few milliseconds;
+`--adapters last-block` has adapters in the feed-forward layers of the last block, and `--adapters all-blocks` in the
+attention of every block, as the paper does.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ class Setup:
         split_prefix: Steps start from what is before the adapters.
         last_block: Adapters in the last block alone.
         eps: Size of the perturbation; None for what suits the program.
+        rule: What a step does with the estimate.
     """
 
     lora: mobizo.LoraConfig
@@ -73,6 +76,7 @@ class Setup:
     split_prefix: bool = False
     last_block: bool = False
     eps: float | None = None
+    rule: str = "sgd"
 
     def lora_of(self, model: Any) -> mobizo.LoraConfig:
         """The adapters in this model."""
@@ -81,6 +85,14 @@ class Setup:
 
 
 SETUPS = {
+    "exact": Setup(
+        mobizo.LoraConfig(r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"), train_a=True),
+        mobizo.ZOConfig(estimator="exact"),
+        rows=16,
+        steps=100,
+        learning_rate=1e-3,
+        rule="adamw",
+    ),
     "head": Setup(
         mobizo.LoraConfig(r=1, lora_alpha=2, target_modules=("lm_head",), train_a=True),
         mobizo.ZOConfig(queries=32, normalize=True),
@@ -116,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of batches and noise (default 0)")
-    parser.add_argument("--steps", type=int, help="default 5000, 800 for the last block, 300 for all")
-    parser.add_argument("--adapters", choices=SETUPS, default="head", help="which layers are trained")
+    parser.add_argument("--steps", type=int, help="default 100; 5000 for the head, 800 for the last block, 300 for all")
+    parser.add_argument("--adapters", choices=SETUPS, default="exact", help="which layers are trained, and how")
     parser.add_argument("--rows", type=int, default=400, help="held-out sentences, half of them fresh")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--backend", default="xnnpack")
@@ -152,9 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     console.rule("2. measure before")
     before = measure(session, prompter, held_out, console, "zero-shot", setup.rows)
-    console.rule(
-        f"3. fine-tune: {options.steps} steps of {setup.rows} sentences, {setup.zo.queries} directions, forward only"
-    )
+    how = f"{setup.zo.queries} directions, forward only" if setup.zo.measures else "with their gradient"
+    console.rule(f"3. fine-tune: {options.steps} steps of {setup.rows} sentences, {how}")
     history = fine_tune(session, prompter, parts, options, setup, console)
     console.rule("4. measure after")
     after = measure(session, prompter, held_out, console, "fine-tuned", setup.rows)
@@ -177,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "loss": program.manifest.loss,
         "lora": setup.lora.to_json(),
         "zo": setup.zo.to_json(),
+        "rule": setup.rule,
         "backend": options.backend,
         "threads": torch.get_num_threads(),
         "versions": installed_versions(),
@@ -206,7 +218,7 @@ def compile_program(
     backend: str,
     loss: str,
     quantization: str | None = None,
-    setup: Setup = SETUPS["head"],
+    setup: Setup = SETUPS["exact"],
 ) -> tuple[Any, mobizo.Program, float]:
     """Tokenizer, program, and the seconds it took."""
     start = time.monotonic()
@@ -227,6 +239,7 @@ def compile_program(
             quantization=quantization,
             backend=backend,
             split_prefix=setup.split_prefix,
+            rule=setup.rule,
             cache_dir=cache_folder() / "programs",
             progress=say,
         )

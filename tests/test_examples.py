@@ -58,7 +58,8 @@ def test_auc_against_scipy() -> None:
 
 
 @pytest.mark.parametrize(
-    "adapters", ["head", *(pytest.param(name, marks=pytest.mark.slow) for name in ("last-block", "all-blocks"))]
+    "adapters",
+    ["exact", *(pytest.param(name, marks=pytest.mark.slow) for name in ("head", "last-block", "all-blocks"))],
 )
 def test_the_demo_from_end_to_end(
     adapters: str,
@@ -68,7 +69,7 @@ def test_the_demo_from_end_to_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With fewer rows, directions and tokens than the demo has; adapters in blocks on two of the model's own."""
-    loaded = request.getfixturevalue("narrow_smollm2" if adapters == "head" else "smollm2")
+    loaded = request.getfixturevalue("narrow_smollm2" if adapters in ("exact", "head") else "smollm2")
     setup = demo.SETUPS[adapters]
     small = dataclasses.replace(setup, rows=4, zo=dataclasses.replace(setup.zo, queries=4))
     monkeypatch.setitem(demo.SETUPS, adapters, small)
@@ -83,6 +84,7 @@ def test_the_demo_from_end_to_end(
     assert len(record["history"]) == 3 and record["versions"]["executorch"].startswith("1.5")
     assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
     path, shape = {
+        "exact": ("model.layers.0.self_attn.q_proj", (32, 8)),
         "head": ("lm_head", (49152, 1)),
         "last-block": ("model.layers.1.mlp.down_proj", (576, 16)),
         "all-blocks": ("model.layers.1.self_attn.q_proj", (576, 8)),
