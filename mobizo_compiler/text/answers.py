@@ -51,7 +51,7 @@ def class_names(texts: Sequence[Sample], layout: BatchShape, config: PromptConfi
             )
     elif all(answer.isdecimal() for answer in answers):
         numbers = sorted(map(int, answers))
-        if numbers[0] != 0 or numbers[-1] >= classes:
+        if numbers and (numbers[0] != 0 or numbers[-1] >= classes):
             raise DataError(
                 f"answers are the numbers {numbers[0]} to {numbers[-1]}; classes have the numbers 0 to {classes - 1}",
                 hint=f"{hint}: --choices {','.join(str(numbers[0] + i) for i in range(classes))}",

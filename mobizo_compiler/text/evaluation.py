@@ -50,7 +50,30 @@ class Score:
         return self.calibrated is not None and self.calibrated - (self.accuracy or 0.0) > 0.05
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A score, and what it is made of.
+
+    Args:
+        score: The numbers.
+        log_NC: Log-probability of each choice, float64 [samples, choices]; None if answers are not a closed set.
+        answers: Number of the right choice of each sample, int64 [samples]; -1 for an answer that is no choice.
+    """
+
+    score: Score
+    log_NC: Tensor | None
+    answers: Tensor
+
+
 def score(session: Session, data: TextData, done: Callable[[int], bool | None] = lambda rows: None) -> Score | None:
+    """The score of `measure` alone."""
+    found = measure(session, data, done)
+    return None if found is None else found.score
+
+
+def measure(
+    session: Session, data: TextData, done: Callable[[int], bool | None] = lambda rows: None
+) -> Measured | None:
     """Measure samples with the session's state.
 
     Args:
@@ -70,10 +93,14 @@ def score(session: Session, data: TextData, done: Callable[[int], bool | None] =
         if done(len(losses)):
             return None
     loss = math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses)
-    if not chosen:
-        return Score(len(losses), loss)
     answers = torch.tensor([-1 if row.choice is None else row.choice for row in data.encoded])
+    if not chosen:
+        return Measured(Score(len(losses), loss), None, answers)
     log_NC = F.log_softmax(torch.stack(chosen).double(), dim=-1)
+    return Measured(_score_of_choices(log_NC, answers, loss), log_NC, answers)
+
+
+def _score_of_choices(log_NC: Tensor, answers: Tensor, loss: float) -> Score:
     right = log_NC.argmax(dim=-1) == answers
     known = answers >= 0
     choice_loss = -log_NC[known].gather(1, answers[known, None]).mean() if bool(known.any()) else torch.tensor(math.nan)
@@ -81,7 +108,7 @@ def score(session: Session, data: TextData, done: Callable[[int], bool | None] =
     shares = F.one_hot(log_NC.argmax(dim=-1), log_NC.shape[1]).double().mean(dim=0)
     calibrated = ((log_NC - log_NC.mean(dim=0)).argmax(dim=-1) == answers).double().mean()
     accuracy = float(right.double().mean())
-    return Score(len(losses), loss, float(choice_loss), accuracy, area, tuple(map(float, shares)), float(calibrated))
+    return Score(len(answers), loss, float(choice_loss), accuracy, area, tuple(map(float, shares)), float(calibrated))
 
 
 def auc(scores: Tensor, answers: Tensor) -> float | None:
