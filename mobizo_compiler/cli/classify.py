@@ -91,7 +91,7 @@ class ClassTable:
     def training(self) -> str:
         """Options of finetune that fit."""
         uneven = max(self.counts.values()) > _UNEVEN * min(self.counts.values())
-        return f"--steps {STEPS}" + (" --balanced" if uneven else "")
+        return f"--steps {STEPS} --validate-every {STEPS // 4}" + (" --balanced" if uneven else "")
 
 
 def check_free(

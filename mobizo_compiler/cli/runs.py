@@ -23,6 +23,8 @@ from mobizo_compiler.errors import (
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.load import load
+from mobizo_compiler.text.chat_rows import asked
+from mobizo_compiler.text.conversations import USER, Message
 from mobizo_compiler.text.hub import load_tokenizer
 from mobizo_compiler.text.prompts import PromptConfig
 from mobizo_compiler.text.training import read_record, restore_best
@@ -59,7 +61,15 @@ def prompt_of(given: dict[str, Any], file: Path, record: Mapping[str, Any]) -> P
     for name in ("template", "pair_template"):
         if name in given:
             given[name] = unescaped(given[name])
+    if "chat_template" in given and "{" not in given["chat_template"]:  # else it is the template itself
+        given["chat_template"] = Path(given["chat_template"]).read_text(encoding="utf-8")
     return PromptConfig.from_json({**(before or {}), **given})
+
+
+def asked_text(text: str, tokenizer: Any, record: Mapping[str, Any]) -> str:
+    """What a model is to go on with: the text, as the user's part of a conversation if the run was trained on some."""
+    prompt = PromptConfig.from_json(record.get("data", {}).get("prompt", {}))
+    return text if prompt.chat is None else asked([Message(USER, text)], tokenizer, prompt)
 
 
 def restored(session: Session, run: Path | None, best: bool) -> int:

@@ -30,11 +30,13 @@ from mobizo_compiler.cli.app import (
     app,
     print_json,
 )
+from mobizo_compiler.cli.chat import say_first_row
 from mobizo_compiler.cli.classes import confusion_table, writes_text
 from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
 from mobizo_compiler.cli.progress import Bar, TimeLeft, shown
 from mobizo_compiler.cli.runs import (
+    asked_text,
     check_file,
     opened,
     prompt_of,
@@ -97,9 +99,9 @@ def finetune_program(
     options = TrainingConfig.from_json(training)
     check_file(file)
     prompt = prompt_of(prompts, file, {})
-    learnt, measured = _samples(data, prompt, encoding), []
+    (learnt, prompt), measured = _read(data, prompt, encoding), list[Sample]()
     if validation is not None:
-        measured = _samples(validation, prompt, encoding)
+        measured, _ = _read(validation, prompt, encoding)
     elif options.validation_share:
         learnt, measured = split(learnt, options.validation_share, options.seed)
     program = load(file)
@@ -110,6 +112,8 @@ def finetune_program(
     if measured:
         held_out = TextData.encode(measured[: options.validation_rows], manifest, spelling, rows.config)
     _say_data(remark, rows, held_out, len(measured), empty_prompts(learnt) + empty_prompts(measured))
+    if rows.config.chat is not None:
+        say_first_row(remark, rows, spelling)
     notes = {"program": str(file), "data_file": str(data), "tokenizer": source, "eps_used": options.eps or manifest.eps}
     with training_in(run), _interruptible(remark) as interrupted:
         session = opened(program, run / PREFIX if manifest.prefix else None)  # before the bar takes hold of stderr
@@ -168,7 +172,7 @@ def tune_program(
     remark = Remarks(quiet)
     check_file(file)
     prompt = prompt_of(prompts, file, {})
-    learnt = _samples(data, prompt, encoding)
+    learnt, prompt = _read(data, prompt, encoding)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code)
     rows = TextData.encode(learnt, program.manifest, spelling, prompt)
@@ -208,7 +212,7 @@ def evaluate_program(
     check_file(file)
     record = record_of(run, best)
     prompt = prompt_of(prompts, file, record)
-    asked = _samples(data, prompt, encoding)
+    asked, prompt = _read(data, prompt, encoding)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
     rows = TextData.encode(asked, program.manifest, spelling, prompt)
@@ -259,7 +263,7 @@ def generate_text(
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
     session = opened(program)
     restored(session, run, best)
-    text = sys.stdin.read() if prompt == "-" else unescaped(prompt) or ""
+    text = asked_text(sys.stdin.read() if prompt == "-" else unescaped(prompt) or "", spelling, record)
     shown = (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
     found = generate(session, spelling, text, max_new_tokens, shown)
     if as_json:
@@ -268,8 +272,11 @@ def generate_text(
         typer.echo()
 
 
-def _samples(path: Path, prompt: PromptConfig, encoding: str) -> list[Sample]:
-    return samples(read_rows(path, encoding), prompt)
+def _read(path: Path, prompt: PromptConfig, encoding: str) -> tuple[list[Sample], PromptConfig]:
+    """The samples of a file, and how they become prompts."""
+    rows = read_rows(path, encoding)
+    prompt = prompt.for_rows(rows)
+    return samples(rows, prompt), prompt
 
 
 def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measured: int, empty: int) -> None:
@@ -289,7 +296,10 @@ def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measur
     for name, data in (("", rows), ("validation ", held_out)):
         if data is not None and data.cut:
             where = "their first tokens" if data.config.cut == "front" else "the end of their longest column"
-            remark(f"{data.cut} of {len(data)} {name}prompts are too long and lose {where} (--cut)", "yellow")
+            what = f"prompts are too long and lose {where} (--cut)"
+            if data.config.chat is not None:
+                what = "conversations are too long and lose their oldest turns, or the end of the last answer"
+            remark(f"{data.cut} of {len(data)} {name}{what}", "yellow")
 
 
 def _say_unchanged(remark: Remarks, outcome: Outcome) -> None:

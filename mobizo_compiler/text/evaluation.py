@@ -180,10 +180,10 @@ def _with_answer(row: Encoded, answer: tuple[int, ...], tokens: int) -> Encoded:
 
 
 def _log_probability(logits_TV: Tensor, row: Encoded) -> float:
-    """Of the answer of a row; the token at t is predicted at t - 1."""
-    end = len(row.ids)
-    log_KV = F.log_softmax(logits_TV[end - row.labelled - 1 : end - 1].double(), dim=-1)
-    picked = log_KV.gather(1, torch.tensor(row.ids[end - row.labelled :])[:, None])
+    """Of the labelled tokens of a row; the token at t is predicted at t - 1."""
+    places = torch.tensor(row.places)
+    log_KV = F.log_softmax(logits_TV[places - 1].double(), dim=-1)
+    picked = log_KV.gather(1, torch.tensor(row.ids)[places][:, None])
     return float(picked.sum())
 
 
