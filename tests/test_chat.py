@@ -23,7 +23,7 @@ from mobizo_compiler.text.chat_rows import asked, stretches
 from mobizo_compiler.text.chat_template import ChatTemplate
 from mobizo_compiler.text.conversations import ASSISTANT, Message, chat_form, conversation, without_oldest
 from mobizo_compiler.text.data import TextData
-from mobizo_compiler.text.evaluation import Generated, measure
+from mobizo_compiler.text.evaluation import Generated, generate, measure
 from mobizo_compiler.text.prompts import PromptConfig, samples
 from mobizo_compiler.text.rows import Row, read_rows
 
@@ -159,6 +159,7 @@ def test_forms_of_rows(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}, "message 2"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' is a list"),
         ({"messages": [{"from": "user", "value": "a"}]}, "needs 'role' and 'content'"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]}, "calls tools"),
         ({"messages": "a"}, "no list of messages"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "'from' is 'narrator'"),
         ({"instruction": "a"}, "no column 'output'"),
@@ -244,16 +245,18 @@ def test_only_programs_that_write_take_conversations(program: mobizo.Program, to
         PromptConfig(chat="emails")
 
 
-def test_what_is_asked_begins_as_the_tokenizer_begins() -> None:
-    """Which puts the token there itself when text is generated."""
-    tokenizer = tokenizer_of("llama3")
+@pytest.mark.parametrize("family", [name for name, of in FAMILIES.items() if of["begin"] and "written" in of])
+def test_what_is_asked_are_the_tokens_before_the_answer(family: str) -> None:
+    """Also where the tokenizer puts a token in front of texts, which the template may do or not."""
+    tokenizer = tokenizer_of(family)
+    begin = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", tokenizer.bos_token_id)]
+        single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
     )
-    text = asked(messages(TURNS[0]), tokenizer, PromptConfig(chat="messages"))
-    ids = ChatTemplate(tokenizer).encode(messages(*TURNS[:2]), "here")[0]
-    found = tokenizer(text).input_ids
-    assert ids[: len(found)] == found and found[0] == tokenizer.bos_token_id != found[1]
+    ids, spans = ChatTemplate(tokenizer).encode(messages(*TURNS), "here")
+    for answer, (first, _) in enumerate(spans):
+        asking = messages(*TURNS[: 2 * answer + 1])
+        assert asked(asking, tokenizer, PromptConfig(chat="messages")) == ids[:first]
 
 
 def test_a_run_on_conversations(
@@ -279,11 +282,11 @@ def test_a_run_on_conversations(
     assert "mobizo generate" in out and "predict" not in out
     prompt = json.loads((tmp_path / "run" / "run.json").read_text())["data"]["prompt"]
     assert prompt["chat"] == "conversations" and prompt["chat_template"] == tokenizer.chat_template
-    seen: list[str] = []
+    seen: list[list[int]] = []
 
-    def generated(session: Any, tokenizer: Any, text: str, *rest: Any) -> Generated:
-        seen.append(text)
-        return Generated("", (), "end")
+    def generated(session: Any, tokenizer: Any, prompt: list[int], *rest: Any) -> Generated:
+        seen.append(prompt)
+        return generate(session, tokenizer, prompt, 1)
 
     monkeypatch.setattr(text_commands, "generate", generated)
     tokenizer.chat_template, kept = "other {{ messages }}", tokenizer.chat_template
@@ -293,7 +296,7 @@ def test_a_run_on_conversations(
     finally:
         tokenizer.chat_template = kept
     assert found["rows"] == 3 and found["steps"] == 2, "with the template of the run, not that of now"
-    assert seen == [ChatTemplate(tokenizer).render(messages(TURNS[0]), "here", ask=True)]
+    assert seen == [asked(messages(TURNS[0]), tokenizer, PromptConfig(chat="messages"))]
     (tmp_path / "other.jinja").write_text("only this {{ messages[0].content }}")
     line = (*line, "--validation-share", 0, "--chat-template", tmp_path / "other.jinja")
     assert "changes what the assistant says" in run(*line, code=1)[1]

@@ -79,6 +79,11 @@ class ClassTable:
         return cls(file, config, {name: found[name] for name in sorted(found)}, prompts)
 
     @property
+    def empty_prompt(self) -> list[Piece]:
+        """The prompt of no row in particular: what its template ends in is before all answers."""
+        return self.config.pieces(dict.fromkeys(self.config.columns, "x"))
+
+    @property
     def options(self) -> dict[str, dict[str, Any]]:
         """The recipe, as options of compile by section."""
         rank = min(len(self.counts) - 1, _MOST_RANK)  # of one direction less than there are classes

@@ -207,7 +207,7 @@ def compile_model(
         table = ClassTable.read(classes, answer_column or "answer", template, encoding)
         check_free(table, task, loss, words, adapter)
         lora, zo = ({**table.options[name], **given} for name, given in (("lora", lora), ("zo", zo)))
-        split_prefix = max_rows is None and max_tokens is None  # they exclude each other
+        split_prefix = split_prefix or (max_rows is None and max_tokens is None)  # they exclude each other
         template, loss = table.config.template, {**loss, "kind": "choice"}
     elif answer_column is not None:
         raise ConfigError("the answer column is that of --classify, which is not given")
@@ -252,7 +252,7 @@ def compile_model(
     if texts or kind == "choice":
         speller = Speller(load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code))
     if table is not None and speller is not None:
-        words = words or label_words_of(list(table.counts), speller, table.prompts[0])
+        words = words or label_words_of(list(table.counts), speller, table.empty_prompt)
         fitting, cut = row_tokens(table.prompts, speller)
         rows, tokens = rows or CLASS_ROWS, tokens or fitting
         if options.lora.target_modules is None:

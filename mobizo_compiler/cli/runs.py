@@ -66,8 +66,8 @@ def prompt_of(given: dict[str, Any], file: Path, record: Mapping[str, Any]) -> P
     return PromptConfig.from_json({**(before or {}), **given})
 
 
-def asked_text(text: str, tokenizer: Any, record: Mapping[str, Any]) -> str:
-    """What a model is to go on with: the text, as the user's part of a conversation if the run was trained on some."""
+def asked_of(text: str, tokenizer: Any, record: Mapping[str, Any]) -> str | list[int]:
+    """What a model is to go on with: the text, or, if the run was trained on conversations, the tokens that ask it."""
     prompt = PromptConfig.from_json(record.get("data", {}).get("prompt", {}))
     return text if prompt.chat is None else asked([Message(USER, text)], tokenizer, prompt)
 

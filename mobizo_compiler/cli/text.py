@@ -36,7 +36,7 @@ from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
 from mobizo_compiler.cli.progress import Bar, TimeLeft, shown
 from mobizo_compiler.cli.runs import (
-    asked_text,
+    asked_of,
     check_file,
     opened,
     prompt_of,
@@ -263,7 +263,7 @@ def generate_text(
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
     session = opened(program)
     restored(session, run, best)
-    text = asked_text(sys.stdin.read() if prompt == "-" else unescaped(prompt) or "", spelling, record)
+    text = asked_of(sys.stdin.read() if prompt == "-" else unescaped(prompt) or "", spelling, record)
     shown = (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
     found = generate(session, spelling, text, max_new_tokens, shown)
     if as_json:

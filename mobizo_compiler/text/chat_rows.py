@@ -62,8 +62,8 @@ class ChatRows:
         return Encoded(tuple(ids), labelled, None, whole - len(ids), (), spans)
 
 
-def asked(messages: Sequence[Message], tokenizer: Any, config: PromptConfig) -> str:
-    """The text that asks for the next answer of a conversation, without what the tokenizer itself puts in front.
+def asked(messages: Sequence[Message], tokenizer: Any, config: PromptConfig) -> list[int]:
+    """The tokens that ask for the next answer of a conversation, as training has them before it.
 
     Args:
         messages: What was said; the last one by the user.
@@ -74,7 +74,7 @@ def asked(messages: Sequence[Message], tokenizer: Any, config: PromptConfig) -> 
         DataError: The template refuses the conversation.
     """
     text = ChatTemplate(tokenizer, config.chat_template).render(messages, "the prompt", ask=True)
-    return text.removeprefix(tokenizer.decode(Speller(tokenizer).front))
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def stretches(row: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:

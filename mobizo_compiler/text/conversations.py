@@ -117,6 +117,10 @@ def _listed(row: Row, column: str, who: str, what: str, role_of: Callable[[str],
         where = f"{row.where}, message {number}"
         if not isinstance(item, Mapping) or not {who, what} <= item.keys():
             raise DataError(f"a message of {column!r} needs {who!r} and {what!r}", where=where)
+        if item.get("tool_calls"):
+            raise DataError(
+                "the message calls tools, which are no text", where=where, hint="leave out such conversations"
+            )
         role, content = item[who], item[what]
         known = role_of(role) if isinstance(role, str) else None
         if known is None:

@@ -206,7 +206,7 @@ class Generated:
 def generate(
     session: Session,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Sequence[int],
     most: int = 64,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generated:
@@ -219,6 +219,7 @@ def generate(
         session: With the state to generate with.
         tokenizer: The model's.
         prompt: Taken as it is, special tokens included; a space at its end is the model's to write, as in training.
+            Tokens in place of a text have all that stands in front of it.
         most: Most tokens to add.
         on_text: Told each piece of text when it is there.
 
@@ -229,7 +230,10 @@ def generate(
     if layout.classes is not None:
         raise DataError("the program classifies rows; it does not generate text")
     data = TextData((), layout, None, (), filling(layout, speller), PromptConfig())
-    ids = speller.front + speller.spell(speller.prompt([Piece(prompt, True)]))
+    if isinstance(prompt, str):
+        ids = speller.front + speller.spell(speller.prompt([Piece(prompt, True)]))
+    else:
+        ids = list(prompt)
     if not ids or len(ids) >= layout.tokens or max(ids) >= layout.vocabulary:
         raise DataError(
             f"the prompt has {len(ids)} tokens; it must have 1 to {layout.tokens - 1}, below {layout.vocabulary}",

@@ -15,7 +15,7 @@ from mobizo_compiler.errors import DataError
 from mobizo_compiler.text.data import TextData
 from mobizo_compiler.text.evaluation import measure
 from mobizo_compiler.text.prompts import PromptConfig, Sample
-from mobizo_compiler.text.rows import Row
+from mobizo_compiler.text.rows import Row, row_of
 
 HINT = "--template and --prompt-column choose"
 
@@ -61,7 +61,7 @@ class Classifier:
         self._answer = self.choices[lengths.index(max(lengths))]
 
     def predict(
-        self, rows: Sequence[Mapping[str, str] | Row], done: Callable[[int], None] = lambda rows: None
+        self, rows: Sequence[Mapping[str, Any] | Row], done: Callable[[int], None] = lambda rows: None
     ) -> list[Prediction]:
         """The answers of rows.
 
@@ -72,7 +72,7 @@ class Classifier:
         Raises:
             DataError: A row lacks a column of the prompt, or its prompt does not fit the program.
         """
-        named = [row if isinstance(row, Row) else Row(row, f"row {n}") for n, row in enumerate(rows, start=1)]
+        named = [row if isinstance(row, Row) else row_of(row, f"row {n}") for n, row in enumerate(rows, start=1)]
         columns = self._config.columns
         texts = [
             Sample({column: row.cell(column, HINT) for column in columns}, self._answer, row.where) for row in named

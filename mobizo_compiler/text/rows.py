@@ -121,7 +121,7 @@ def _objects(text: str, path: Path) -> Iterable[Row]:
     for where, value in pairs:
         if not isinstance(value, dict):
             raise DataError(f"the row is a {type(value).__name__}, not an object with columns", where=where)
-        yield _row(value, where)
+        yield row_of(value, where)
 
 
 def _value(line: str, where: str) -> Any:
@@ -141,10 +141,10 @@ def _saved(folder: Path) -> Iterable[Row]:
         parts = ", ".join(f"{folder / name}" for name in loaded)
         raise DataError("the folder holds several splits", where=str(folder), hint=f"name one of them: {parts}")
     for number, values in enumerate(loaded):
-        yield _row(values, f"{folder}, row {number}")
+        yield row_of(values, f"{folder}, row {number}")
 
 
-def _row(values: Mapping[Any, Any], where: str) -> Row:
+def row_of(values: Mapping[Any, Any], where: str) -> Row:
     """A row of values; pandas writes NaN where there is nothing."""
     cells, nested = dict[str, str](), dict[str, Any]()
     for name, value in values.items():
