@@ -104,6 +104,7 @@ def compile(
     options: Options | None = None,
     example_labels: Tensor | None = None,
     answers: Sequence[str] | None = None,
+    prompt: Mapping[str, Any] | None = None,
     new_weights: Sequence[str] = (),
     base_model: str | None = None,
     dump_dir: str | PathLike[str] | None = None,
@@ -128,6 +129,8 @@ def compile(
             position) a dict from axis to `torch.export.Dim(name, max=...)`. The row axis may be among them.
         answers: Names of the classes, or of the choices of a `ChoiceLoss`, in their order, kept in the program for
             those who have rows with names; if None, classes have the names that the model's configuration gives.
+        prompt: How rows become prompts, as `PromptConfig.to_json` says it, kept in the program for the commands that
+            make them.
         new_weights: Names of parameters that the base model lacks, as a head that was drawn for this: they are kept in
             the program and travel with exported adapters, as `modules_to_save` of peft.
         base_model: Name or folder of the model, kept in the program for those who load its tokenizer or the adapter.
@@ -218,6 +221,7 @@ def compile(
         manifest,
         answers=answer_names(answers, model, manifest),
         padding=padding_of(model, manifest),
+        prompt=prompt,
         saved=saved_weights(new_weights, model),
     )
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:

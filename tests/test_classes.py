@@ -17,6 +17,7 @@ from mobizo_compiler import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError, DataError
 from mobizo_compiler.text.data import TextData
 from mobizo_compiler.text.evaluation import generate, score
+from mobizo_compiler.text.prediction import Classifier
 from mobizo_compiler.text.prompts import PromptConfig, Sample
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "day", "night", "a", "the", "rain", "sun"]
@@ -97,6 +98,20 @@ def test_the_names_travel_with_the_file(tmp_path: Any) -> None:
     assert Manifest.from_json(program.manifest.to_json(), "here") == program.manifest
     with pytest.raises(ConfigError, match="3 classes or choices"):
         compiled(bert(), answers=["x", "y"])
+
+
+def test_new_rows_get_the_names_of_classes(named: mobizo.Program, nameless: mobizo.Program) -> None:
+    """Or their numbers where nobody named them."""
+    model, tokenizer = bert(id2label=NAMES), words()
+    texts = ["good day", "bad night rain", "sun", "the a the"]
+    found = Classifier(mobizo.Session(named), tokenizer, PROMPT).predict([{"text": t} for t in texts])
+    for text, one in zip(texts, found, strict=True):
+        with torch.no_grad():
+            wanted = F.softmax(model(**tokenizer(text, return_tensors="pt")).logits[0], dim=-1)
+        assert list(one.probabilities) == list(NAMES.values())
+        torch.testing.assert_close(torch.tensor(list(one.probabilities.values())), wanted, atol=1e-5, rtol=0)
+        assert one.answer == NAMES[int(wanted.argmax())]
+    assert Classifier(mobizo.Session(nameless), tokenizer, PROMPT).choices == ("0", "1", "2")
 
 
 def test_ratings_are_not_class_numbers(named: mobizo.Program, nameless: mobizo.Program) -> None:

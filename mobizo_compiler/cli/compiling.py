@@ -28,6 +28,10 @@ from mobizo_compiler.cli.app import (
     megabytes,
     print_json,
 )
+from mobizo_compiler.cli.classes import writes_text
+from mobizo_compiler.cli.classify import ROWS as CLASS_ROWS
+from mobizo_compiler.cli.classify import ClassTable, check_free, output_layer, row_tokens, say_recipe
+from mobizo_compiler.cli.classify import label_words as label_words_of
 from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.losses import LOSSES, LossChoice, loss_kind, loss_of, unescaped
 from mobizo_compiler.cli.model_inputs import check_room, example_inputs
@@ -49,6 +53,7 @@ from mobizo_compiler.text.rows import TEXT, UTF8, read_rows
 from mobizo_compiler.text.speller import Speller
 
 _DRY_PHASES = ("capture", "rewrite")
+ROWS, TOKENS = 2, 64  # of a batch, where nothing else is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +110,12 @@ def compile_model(
         Path | None, typer.Option("--output", "-o", help="The program file to write.", show_default=False)
     ] = None,
     task: Annotated[str, typer.Option(help=f"What to load the model for: {' or '.join(TASKS)}.")] = "causal-lm",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch; every lane has as many.")] = 2,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row; shorter ones are padded.")] = 64,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help=f"Rows of a batch; every lane has as many. [default: {ROWS}]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help=f"Tokens of a row; shorter ones are padded. [default: {TOKENS}]")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=3, help="Take every length up to this, in place of one.", show_default=False)
     ] = None,
@@ -156,6 +165,19 @@ def compile_model(
             show_default=False,
         ),
     ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            "--classify",
+            help="Rows with classes: loss, words, prompt, adapters, estimate, rows and tokens are chosen for "
+            "them; what is given goes first.",
+            show_default=False,
+        ),
+    ] = None,
+    answer_column: Annotated[
+        str | None,
+        typer.Option(help="Column of the classes in the rows of --classify. [default: answer]", show_default=False),
+    ] = None,
     encoding: Encoding = UTF8,
     adapter: Annotated[
         Path | None,
@@ -188,7 +210,16 @@ def compile_model(
     remark = Remarks(quiet)
     _check(task, output, dry_run, graph, tokens, max_tokens, rows, max_rows)
     words = read_label_words(label_words.split(",")) if label_words else {}
-    kind = loss_kind(loss, task, words)
+    table = None
+    if classes is not None:
+        table = ClassTable.read(classes, answer_column or "answer", template, encoding)
+        check_free(table, task, loss, words, adapter)
+        lora, zo = ({**table.options[name], **given} for name, given in (("lora", lora), ("zo", zo)))
+        split_prefix = split_prefix or (max_rows is None and max_tokens is None)  # they exclude each other
+        template, loss = table.config.template, {**loss, "kind": "choice"}
+    elif answer_column is not None:
+        raise ConfigError("the answer column is that of --classify, which is not given")
+    kind = loss_kind(loss, task, words, table is not None)
     options = Options.from_json(
         {
             "lora": lora,
@@ -208,7 +239,7 @@ def compile_model(
         if lora:
             raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
         read_peft(adapter)
-    texts = _texts(examples, template, encoding, kind)
+    texts = _texts(examples, template, encoding, kind) or (table.prompts if table is not None else [])
     started = time.monotonic()
 
     def say(line: str) -> None:
@@ -229,6 +260,17 @@ def compile_model(
     speller = None
     if texts or kind == "choice":
         speller = Speller(load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code))
+    if table is not None and speller is not None:
+        words = words or label_words_of(list(table.counts), speller, table.empty_prompt)
+        fitting, cut = row_tokens(table.prompts, speller)
+        rows, tokens = rows or CLASS_ROWS, tokens or fitting
+        if options.lora.target_modules is None:
+            found = dataclasses.replace(options.lora, target_modules=(output_layer(loaded),))
+            options = dataclasses.replace(options, lora=found)
+        say_recipe(remark, table, words, options, rows, tokens)
+        if cut and tokens <= fitting:
+            remark(f"{cut} of {len(table.prompts)} rows are longer than {fitting} tokens: --tokens", "yellow")
+    rows, tokens = rows or ROWS, tokens or TOKENS
     inputs = example_inputs(loaded, task, speller, texts, rows, tokens)
     if not texts and options.quantization is not None and _measures(options.quantization):
         remark(
@@ -243,6 +285,7 @@ def compile_model(
             dynamic_shapes=_dynamic(inputs, max_rows, max_tokens),
             adapter=adapter,
             answers=tuple(words) or None,
+            prompt=None if table is None else table.config.to_json(),
             new_weights=tuple(name for name, _ in loaded.named_parameters() if name in new),
             base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
             dump_dir=None if dry_run else dump_dir,
@@ -259,6 +302,8 @@ def compile_model(
         print_json(described)
     elif dry_run or not quiet:
         _show(program, described, dry_run)
+        if output is not None and not dry_run:
+            _recommend(program, output, table)
 
 
 def _check(
@@ -266,9 +311,9 @@ def _check(
     output: Path | None,
     dry_run: bool,
     graph: Path | None,
-    tokens: int,
+    tokens: int | None,
     max_tokens: int | None,
-    rows: int,
+    rows: int | None,
     max_rows: int | None,
 ) -> None:
     """What can be said before anything is loaded."""
@@ -281,7 +326,7 @@ def _check(
             raise ConfigError("there is no such folder", where=str(path.parent))
     if graph is not None:
         check_format(graph)
-    for name, size, most in (("tokens", tokens, max_tokens), ("rows", rows, max_rows)):
+    for name, size, most in (("tokens", tokens or TOKENS, max_tokens), ("rows", rows or ROWS, max_rows)):
         if most is not None and size > most:
             raise ConfigError(f"--{name} is {size}, which is more than --max-{name} {most}")
 
@@ -388,3 +433,11 @@ def _show(program: Program, described: dict[str, Any], dry_run: bool) -> None:
     for name, text in rows.items():
         table.add_row(name, Text(text))
     Console().print(table)
+
+
+def _recommend(program: Program, file: Path, table: ClassTable | None) -> None:
+    """The commands that come next."""
+    data, more = (table.file, f" {table.training}") if table is not None else ("ROWS", "")
+    last = "generate {} --run RUN PROMPT" if writes_text(program.manifest) else "predict {} --run RUN TEXT"
+    typer.echo(f"next: mobizo finetune {file} --data {data} --run RUN{more}")
+    typer.echo(f"      mobizo {last.format(file)}")

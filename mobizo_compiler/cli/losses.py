@@ -38,8 +38,8 @@ class LossChoice:
     options: dict[str, Any] | None = None
 
 
-def loss_kind(given: dict[str, Any], task: str, words: Mapping[str, str]) -> str:
-    """Which loss, as given or as the task has it.
+def loss_kind(given: dict[str, Any], task: str, words: Mapping[str, str], from_rows: bool = False) -> str:
+    """Which loss, as given or as the task has it; with `from_rows`, its choices are still to be chosen.
 
     Raises:
         ConfigError: There is no such loss, rows of text are not trained with it, or its choices are missing.
@@ -53,7 +53,8 @@ def loss_kind(given: dict[str, Any], task: str, words: Mapping[str, str]) -> str
             f"loss is {kind!r}, which rows of text for the task {task} are not trained with",
             hint=f"use {' or '.join(_OF_TASK[task])}; others are for compile and finetune of Python",
         )
-    if (kind == "choice") != ("choices" in given or bool(words)) or ("choices" in given and words):
+    named = "choices" in given or bool(words) or from_rows
+    if (kind == "choice") != named or ("choices" in given and words):
         raise ConfigError(
             "the loss choice goes with --loss-choices or --label-words",
             hint='--loss choice --loss-choices "yes,no", or --label-words "1=yes,0=no"',

@@ -1,20 +1,33 @@
-"""What commands about runs share: a session that is opened quietly, and a folder that is looked at first."""
+"""What commands about runs share: a session that is opened quietly, a folder that is looked at first, its prompts."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mobizo_compiler.cli.engine_lines import without_engine_lines
+from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.device.run import JOURNAL
 from mobizo_compiler.device.session import Session
-from mobizo_compiler.errors import ArtifactError, JournalError, JournalLockedError, MobizoError, ModelSourceError
+from mobizo_compiler.errors import (
+    ArtifactError,
+    ConfigError,
+    JournalError,
+    JournalLockedError,
+    MobizoError,
+    ModelSourceError,
+)
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Program
+from mobizo_compiler.load import load
+from mobizo_compiler.text.chat_rows import asked
+from mobizo_compiler.text.conversations import USER, Message
 from mobizo_compiler.text.hub import load_tokenizer
+from mobizo_compiler.text.prompts import PromptConfig
+from mobizo_compiler.text.training import read_record, restore_best
 
 
 def check_file(file: Path) -> None:
@@ -27,6 +40,43 @@ def check_run(run: Path) -> None:
     """Raise `JournalError` unless the folder has a run."""
     if not (run / JOURNAL).exists():
         raise JournalError("there is no run in this folder", where=str(run))
+
+
+def record_of(run: Path | None, best: bool) -> dict[str, Any]:
+    """The record of a run, before anything is loaded for it; empty without a run."""
+    if run is None:
+        if best:
+            raise ConfigError("--best is about a run", hint="--run FOLDER")
+        return {}
+    check_run(run)
+    return read_record(run)
+
+
+def prompt_of(given: dict[str, Any], file: Path, record: Mapping[str, Any]) -> PromptConfig:
+    """How rows become prompts: as given, else as in a run before, else as the program has it."""
+    before = record.get("data", {}).get("prompt")
+    if before is None and not {"template", "prompt_column"} & given.keys():
+        before = load(file, verify=False).manifest.prompt
+    given = dict(given)
+    for name in ("template", "pair_template"):
+        if name in given:
+            given[name] = unescaped(given[name])
+    if "chat_template" in given and "{" not in given["chat_template"]:  # else it is the template itself
+        given["chat_template"] = Path(given["chat_template"]).read_text(encoding="utf-8")
+    return PromptConfig.from_json({**(before or {}), **given})
+
+
+def asked_of(text: str, tokenizer: Any, record: Mapping[str, Any]) -> str | list[int]:
+    """What a model is to go on with: the text, or, if the run was trained on conversations, the tokens that ask it."""
+    prompt = PromptConfig.from_json(record.get("data", {}).get("prompt", {}))
+    return text if prompt.chat is None else asked([Message(USER, text)], tokenizer, prompt)
+
+
+def restored(session: Session, run: Path | None, best: bool) -> int:
+    """Steps of the state that the session has then."""
+    if run is None:
+        return 0
+    return restore_best(session, run) if best else session.restore(run)
 
 
 def opened(program: Program | Path, prefix: Path | None = None) -> Session:

@@ -30,19 +30,30 @@ from mobizo_compiler.cli.app import (
     app,
     print_json,
 )
+from mobizo_compiler.cli.chat import say_first_row
+from mobizo_compiler.cli.classes import confusion_table, writes_text
 from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
 from mobizo_compiler.cli.progress import Bar, TimeLeft, shown
-from mobizo_compiler.cli.runs import check_file, check_run, opened, tokenizer_for, training_in
-from mobizo_compiler.device.session import Session
-from mobizo_compiler.errors import ConfigError, MissingPackageError
+from mobizo_compiler.cli.runs import (
+    asked_of,
+    check_file,
+    opened,
+    prompt_of,
+    record_of,
+    restored,
+    tokenizer_for,
+    training_in,
+)
+from mobizo_compiler.errors import MissingPackageError
 from mobizo_compiler.load import load
+from mobizo_compiler.text.confusion import Confusion
 from mobizo_compiler.text.data import TextData
-from mobizo_compiler.text.evaluation import Score, generate, score
+from mobizo_compiler.text.evaluation import Score, generate, measure
 from mobizo_compiler.text.plot import plot_run
 from mobizo_compiler.text.prompts import PromptConfig, Sample, empty_prompts, samples, split
 from mobizo_compiler.text.rows import UTF8, read_rows
-from mobizo_compiler.text.training import Outcome, TrainingConfig, read_record, restore_best, train
+from mobizo_compiler.text.training import Outcome, TrainingConfig, read_record, train
 from mobizo_compiler.text.tuning import Trial, tune
 
 PROMPTS = Section("prompts", (PromptConfig,), "", "Prompts and answers")
@@ -85,11 +96,12 @@ def finetune_program(
     on with; its exit code is 130.
     """
     remark = Remarks(quiet)
-    options, prompt = TrainingConfig.from_json(training), _prompt(prompts)
+    options = TrainingConfig.from_json(training)
     check_file(file)
-    learnt, measured = _samples(data, prompt, encoding), []
+    prompt = prompt_of(prompts, file, {})
+    (learnt, prompt), measured = _read(data, prompt, encoding), list[Sample]()
     if validation is not None:
-        measured = _samples(validation, prompt, encoding)
+        measured, _ = _read(validation, prompt, encoding)
     elif options.validation_share:
         learnt, measured = split(learnt, options.validation_share, options.seed)
     program = load(file)
@@ -100,6 +112,8 @@ def finetune_program(
     if measured:
         held_out = TextData.encode(measured[: options.validation_rows], manifest, spelling, rows.config)
     _say_data(remark, rows, held_out, len(measured), empty_prompts(learnt) + empty_prompts(measured))
+    if rows.config.chat is not None:
+        say_first_row(remark, rows, spelling)
     notes = {"program": str(file), "data_file": str(data), "tokenizer": source, "eps_used": options.eps or manifest.eps}
     with training_in(run), _interruptible(remark) as interrupted:
         session = opened(program, run / PREFIX if manifest.prefix else None)  # before the bar takes hold of stderr
@@ -129,7 +143,7 @@ def finetune_program(
     if as_json:
         print_json(_result(outcome, run, drawn))
     elif not quiet:
-        _show_outcome(Console(), outcome, file, run, drawn)
+        _show_outcome(Console(), outcome, file, run, drawn, rows.choices is not None, writes_text(manifest))
     if outcome.why == "interrupted":
         remark(
             f"interrupted after step {outcome.summary.steps} of {outcome.steps}; the same command goes on from there"
@@ -156,9 +170,9 @@ def tune_program(
 ) -> None:
     """Search for the size of the perturbation and the learning rate of a run, in a small part of its steps."""
     remark = Remarks(quiet)
-    prompt = _prompt(prompts)
     check_file(file)
-    learnt = _samples(data, prompt, encoding)
+    prompt = prompt_of(prompts, file, {})
+    learnt, prompt = _read(data, prompt, encoding)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code)
     rows = TextData.encode(learnt, program.manifest, spelling, prompt)
@@ -196,26 +210,31 @@ def evaluate_program(
     """
     remark = Remarks(quiet)
     check_file(file)
-    record = _record(run, best)
-    prompt = _prompt(prompts, record)
-    asked = _samples(data, prompt, encoding)
+    record = record_of(run, best)
+    prompt = prompt_of(prompts, file, record)
+    asked, prompt = _read(data, prompt, encoding)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
     rows = TextData.encode(asked, program.manifest, spelling, prompt)
     session = opened(program)
-    steps = _restored(session, run, best)
+    steps = restored(session, run, best)
     _say_data(remark, rows, None, 0, empty_prompts(asked))
     with Bar(remark) as bar:
         bar.begin(0, len(rows), "evaluating")
-        found = score(session, rows, bar.done)
-    assert found is not None
+        measured = measure(session, rows, bar.done)
+    assert measured is not None
+    found, confusion = measured.score, None
+    if measured.log_NC is not None and rows.choices is not None:
+        confusion = Confusion.of(measured.log_NC.argmax(dim=-1), measured.answers, rows.choices)
     if as_json:
-        print_json({"steps": steps, "choices": rows.choices, **dataclasses.asdict(found)})
+        print_json({"steps": steps, "choices": rows.choices, **dataclasses.asdict(found), **_as_json(confusion)})
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in {"after steps": str(steps), "rows": str(found.rows), **shown(found)}.items():
         table.add_row(name, value)
     Console().print(table)
+    if confusion is not None:
+        Console().print(confusion_table(confusion))
     _say_bias(remark, found, rows.choices)
 
 
@@ -239,12 +258,12 @@ def generate_text(
     Each token is a forward pass over the whole length that the program was compiled for. A line break is written \n.
     """
     check_file(file)
-    record = _record(run, best)
+    record = record_of(run, best)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
     session = opened(program)
-    _restored(session, run, best)
-    text = sys.stdin.read() if prompt == "-" else unescaped(prompt) or ""
+    restored(session, run, best)
+    text = asked_of(sys.stdin.read() if prompt == "-" else unescaped(prompt) or "", spelling, record)
     shown = (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
     found = generate(session, spelling, text, max_new_tokens, shown)
     if as_json:
@@ -253,35 +272,11 @@ def generate_text(
         typer.echo()
 
 
-def _prompt(given: dict[str, Any], record: dict[str, Any] | None = None) -> PromptConfig:
-    """How rows become prompts: as given, and as in a run before."""
-    before = (record or {}).get("data", {}).get("prompt", {})
-    given = dict(given)
-    for name in ("template", "pair_template"):
-        if name in given:
-            given[name] = unescaped(given[name])
-    return PromptConfig.from_json({**before, **given})
-
-
-def _samples(path: Path, prompt: PromptConfig, encoding: str) -> list[Sample]:
-    return samples(read_rows(path, encoding), prompt)
-
-
-def _record(run: Path | None, best: bool) -> dict[str, Any]:
-    """The record of a run, before anything is loaded for it."""
-    if run is None:
-        if best:
-            raise ConfigError("--best is about a run", hint="--run FOLDER")
-        return {}
-    check_run(run)
-    return read_record(run)
-
-
-def _restored(session: Session, run: Path | None, best: bool) -> int:
-    """Steps of the state that the session has then."""
-    if run is None:
-        return 0
-    return restore_best(session, run) if best else session.restore(run)
+def _read(path: Path, prompt: PromptConfig, encoding: str) -> tuple[list[Sample], PromptConfig]:
+    """The samples of a file, and how they become prompts."""
+    rows = read_rows(path, encoding)
+    prompt = prompt.for_rows(rows)
+    return samples(rows, prompt), prompt
 
 
 def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measured: int, empty: int) -> None:
@@ -301,7 +296,10 @@ def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measur
     for name, data in (("", rows), ("validation ", held_out)):
         if data is not None and data.cut:
             where = "their first tokens" if data.config.cut == "front" else "the end of their longest column"
-            remark(f"{data.cut} of {len(data)} {name}prompts are too long and lose {where} (--cut)", "yellow")
+            what = f"prompts are too long and lose {where} (--cut)"
+            if data.config.chat is not None:
+                what = "conversations are too long and lose their oldest turns, or the end of the last answer"
+            remark(f"{data.cut} of {len(data)} {name}{what}", "yellow")
 
 
 def _say_unchanged(remark: Remarks, outcome: Outcome) -> None:
@@ -370,7 +368,15 @@ def _result(outcome: Outcome, run: Path, drawn: bool) -> dict[str, Any]:
     }
 
 
-def _show_outcome(console: Console, outcome: Outcome, file: Path, run: Path, drawn: bool) -> None:
+def _as_json(confusion: Confusion | None) -> dict[str, Any]:
+    if confusion is None:
+        return {"confusion": None, "classes": None, "macro_f1": None}
+    return {"confusion": confusion.counts, "classes": confusion.by_choice(), "macro_f1": confusion.macro_f1}
+
+
+def _show_outcome(
+    console: Console, outcome: Outcome, file: Path, run: Path, drawn: bool, closed: bool, writes: bool
+) -> None:
     ended = {"done": "trained", "stopped early": "stopped early", "interrupted": "interrupted"}[outcome.why]
     console.print(f"{ended} after {outcome.summary.steps} steps", highlight=False)
     if outcome.summary.void:
@@ -388,5 +394,8 @@ def _show_outcome(console: Console, outcome: Outcome, file: Path, run: Path, dra
     console.print(f"in {run}: {', '.join(files)}", highlight=False, markup=False)
     if outcome.why != "interrupted":
         console.print(f"next: mobizo evaluate {file} --run {run} --data FILE", highlight=False, markup=False)
-        console.print(f"      mobizo generate {file} --run {run} PROMPT", highlight=False, markup=False)
+        if closed:
+            console.print(f"      mobizo predict {file} --run {run} TEXT", highlight=False, markup=False)
+        if writes:
+            console.print(f"      mobizo generate {file} --run {run} PROMPT", highlight=False, markup=False)
         console.print(f"      mobizo export-adapter {file} {run} FOLDER", highlight=False, markup=False)

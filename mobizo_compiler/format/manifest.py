@@ -162,6 +162,7 @@ class Manifest:
         base_model: Name or folder of the model, for those who load its tokenizer or the adapter; None if not told.
         answers: Names of the classes, or of the choices, in their order; None if not told.
         padding: The token that the model takes for padding; None if it has none, or does not tell.
+        prompt: How rows become prompts where nothing else is said, as JSON of `PromptConfig`; None if not told.
         saved: Weights of the model that its folder lacks (a head that was drawn), by name.
         history: The passes that made each method, in order, as text.
         outline: The model as blocks, for people.
@@ -196,6 +197,7 @@ class Manifest:
     base_model: str | None = None
     answers: tuple[str, ...] | None = None
     padding: int | None = None
+    prompt: Mapping[str, Any] | None = None
     saved: Mapping[str, SavedWeight] = dataclasses.field(default_factory=dict)
     history: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     outline: tuple[Block, ...] = ()

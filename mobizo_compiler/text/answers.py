@@ -17,10 +17,11 @@ class Encoded:
 
     Args:
         ids: The whole row without padding.
-        labelled: How many of the last tokens are the answer; 0 where the row has a class.
+        labelled: How many tokens are labelled; 0 where the row has a class.
         choice: Number of its choice or class; None if answers are not a closed set.
         cut: How many tokens of the prompt had to go.
         types: Token types of the row; empty if all are 0.
+        spans: First and last of each run of labelled tokens, the last one not included; empty if the last tokens are.
     """
 
     ids: tuple[int, ...]
@@ -28,6 +29,17 @@ class Encoded:
     choice: int | None
     cut: int
     types: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def places(self) -> list[int]:
+        """Where the labelled tokens are.
+
+        >>> Encoded((5, 6, 7, 8), 2, None, 0).places, Encoded((5, 6, 7, 8), 2, None, 0, (), ((1, 2), (3, 4))).places
+        ([2, 3], [1, 3])
+        """
+        spans = self.spans or ((len(self.ids) - self.labelled, len(self.ids)),)
+        return [place for first, end in spans for place in range(first, end)]
 
 
 def class_names(texts: Sequence[Sample], layout: BatchShape, config: PromptConfig) -> tuple[str, ...]:
@@ -51,7 +63,7 @@ def class_names(texts: Sequence[Sample], layout: BatchShape, config: PromptConfi
             )
     elif all(answer.isdecimal() for answer in answers):
         numbers = sorted(map(int, answers))
-        if numbers[0] != 0 or numbers[-1] >= classes:
+        if numbers and (numbers[0] != 0 or numbers[-1] >= classes):
             raise DataError(
                 f"answers are the numbers {numbers[0]} to {numbers[-1]}; classes have the numbers 0 to {classes - 1}",
                 hint=f"{hint}: --choices {','.join(str(numbers[0] + i) for i in range(classes))}",

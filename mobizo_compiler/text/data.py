@@ -27,6 +27,7 @@ from mobizo_compiler.errors import ConfigError, DataError
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.text.answers import AnswerRows, ClassRows, Encoded
 from mobizo_compiler.text.batch_shape import BatchShape
+from mobizo_compiler.text.chat_rows import ChatRows
 from mobizo_compiler.text.prompts import PromptConfig, Sample
 from mobizo_compiler.text.speller import Speller
 
@@ -65,7 +66,7 @@ class TextData:
             DataError: A sample cannot be made to fit; the message names its line.
         """
         layout, speller = BatchShape.of(manifest), Speller(tokenizer)
-        make = ClassRows if layout.classes is not None else AnswerRows
+        make = ChatRows if config.chat is not None else ClassRows if layout.classes is not None else AnswerRows
         maker = make(texts, layout, speller, config)
         encoded = tuple(maker.row(sample) for sample in texts)
         for row, sample in zip(encoded, texts, strict=True):
@@ -78,6 +79,8 @@ class TextData:
         nobody = layout.classes is not None and layout.names is None and config.choices is None
         assumed = nobody and not all(name.isdecimal() for name in maker.choices or ())
         found = dataclasses.replace(config, choices=maker.choices, end_answers=maker.ends)
+        if isinstance(maker, ChatRows):
+            found = dataclasses.replace(found, chat_template=maker.template.text)
         filler, left = filling(layout, speller), _left(layout, speller)
         return cls(encoded, layout, maker.choices, maker.spelled, filler, found, left, assumed)
 
@@ -92,7 +95,8 @@ class TextData:
     @property
     def digest(self) -> str:
         """SHA-256 of what the program gets to see."""
-        rows = [[row.ids, row.labelled, row.choice, *([row.types] if row.types else [])] for row in self.encoded]
+        parts = [[*filter(None, (row.types, row.spans))] for row in self.encoded]
+        rows = [[row.ids, row.labelled, row.choice, *more] for row, more in zip(self.encoded, parts, strict=True)]
         return hashlib.sha256(json.dumps([rows, self.choices]).encode()).hexdigest()
 
     def batches(self, seed: int, balanced: bool = False) -> Callable[[int], tuple[dict[str, Tensor], Tensor]]:
@@ -155,7 +159,7 @@ class TextData:
         length = max(self.layout.shortest, *(len(row.ids) for row in rows))
         labels = torch.full((len(rows), length), IGNORED)
         for place, row in enumerate(rows):
-            labels[place, len(row.ids) - row.labelled : len(row.ids)] = torch.tensor(row.ids[-row.labelled :])
+            labels[place, row.places] = torch.tensor(row.ids)[row.places]
         return labels
 
 

@@ -50,7 +50,30 @@ class Score:
         return self.calibrated is not None and self.calibrated - (self.accuracy or 0.0) > 0.05
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A score, and what it is made of.
+
+    Args:
+        score: The numbers.
+        log_NC: Log-probability of each choice, float64 [samples, choices]; None if answers are not a closed set.
+        answers: Number of the right choice of each sample, int64 [samples]; -1 for an answer that is no choice.
+    """
+
+    score: Score
+    log_NC: Tensor | None
+    answers: Tensor
+
+
 def score(session: Session, data: TextData, done: Callable[[int], bool | None] = lambda rows: None) -> Score | None:
+    """The score of `measure` alone."""
+    found = measure(session, data, done)
+    return None if found is None else found.score
+
+
+def measure(
+    session: Session, data: TextData, done: Callable[[int], bool | None] = lambda rows: None
+) -> Measured | None:
     """Measure samples with the session's state.
 
     Args:
@@ -70,10 +93,14 @@ def score(session: Session, data: TextData, done: Callable[[int], bool | None] =
         if done(len(losses)):
             return None
     loss = math.fsum(loss for loss, _ in losses) / sum(count for _, count in losses)
-    if not chosen:
-        return Score(len(losses), loss)
     answers = torch.tensor([-1 if row.choice is None else row.choice for row in data.encoded])
+    if not chosen:
+        return Measured(Score(len(losses), loss), None, answers)
     log_NC = F.log_softmax(torch.stack(chosen).double(), dim=-1)
+    return Measured(_score_of_choices(log_NC, answers, loss), log_NC, answers)
+
+
+def _score_of_choices(log_NC: Tensor, answers: Tensor, loss: float) -> Score:
     right = log_NC.argmax(dim=-1) == answers
     known = answers >= 0
     choice_loss = -log_NC[known].gather(1, answers[known, None]).mean() if bool(known.any()) else torch.tensor(math.nan)
@@ -81,7 +108,7 @@ def score(session: Session, data: TextData, done: Callable[[int], bool | None] =
     shares = F.one_hot(log_NC.argmax(dim=-1), log_NC.shape[1]).double().mean(dim=0)
     calibrated = ((log_NC - log_NC.mean(dim=0)).argmax(dim=-1) == answers).double().mean()
     accuracy = float(right.double().mean())
-    return Score(len(losses), loss, float(choice_loss), accuracy, area, tuple(map(float, shares)), float(calibrated))
+    return Score(len(answers), loss, float(choice_loss), accuracy, area, tuple(map(float, shares)), float(calibrated))
 
 
 def auc(scores: Tensor, answers: Tensor) -> float | None:
@@ -153,10 +180,10 @@ def _with_answer(row: Encoded, answer: tuple[int, ...], tokens: int) -> Encoded:
 
 
 def _log_probability(logits_TV: Tensor, row: Encoded) -> float:
-    """Of the answer of a row; the token at t is predicted at t - 1."""
-    end = len(row.ids)
-    log_KV = F.log_softmax(logits_TV[end - row.labelled - 1 : end - 1].double(), dim=-1)
-    picked = log_KV.gather(1, torch.tensor(row.ids[end - row.labelled :])[:, None])
+    """Of the labelled tokens of a row; the token at t is predicted at t - 1."""
+    places = torch.tensor(row.places)
+    log_KV = F.log_softmax(logits_TV[places - 1].double(), dim=-1)
+    picked = log_KV.gather(1, torch.tensor(row.ids)[places][:, None])
     return float(picked.sum())
 
 
@@ -179,7 +206,7 @@ class Generated:
 def generate(
     session: Session,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | Sequence[int],
     most: int = 64,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generated:
@@ -192,6 +219,7 @@ def generate(
         session: With the state to generate with.
         tokenizer: The model's.
         prompt: Taken as it is, special tokens included; a space at its end is the model's to write, as in training.
+            Tokens in place of a text have all that stands in front of it.
         most: Most tokens to add.
         on_text: Told each piece of text when it is there.
 
@@ -202,7 +230,10 @@ def generate(
     if layout.classes is not None:
         raise DataError("the program classifies rows; it does not generate text")
     data = TextData((), layout, None, (), filling(layout, speller), PromptConfig())
-    ids = speller.front + speller.spell(speller.prompt([Piece(prompt, True)]))
+    if isinstance(prompt, str):
+        ids = speller.front + speller.spell(speller.prompt([Piece(prompt, True)]))
+    else:
+        ids = list(prompt)
     if not ids or len(ids) >= layout.tokens or max(ids) >= layout.vocabulary:
         raise DataError(
             f"the prompt has {len(ids)} tokens; it must have 1 to {layout.tokens - 1}, below {layout.vocabulary}",

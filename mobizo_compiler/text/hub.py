@@ -85,6 +85,23 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
 
 
+def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model alone.
+
+    Args:
+        source: A folder, or a name on the hub.
+        trust_remote_code: Whether code that lies beside the model may be run.
+
+    Raises:
+        ModelSourceError: There is no such model.
+    """
+    with quiet():
+        transformers = optional("transformers", "reading the configuration of a model")
+    place = find_source(source, "config.json")
+    with _explained(source, "configuration"):
+        return transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+
+
 @contextlib.contextmanager
 def _without_bar(transformers: Any, wanted: bool) -> Iterator[None]:
     """A folder is loaded at once; a bar is for downloads."""

@@ -10,8 +10,10 @@ from typing import Literal
 
 from mobizo_compiler.errors import ConfigError, DataError
 from mobizo_compiler.options import JsonConfig
+from mobizo_compiler.text.conversations import ASSISTANT, FORMS, Message, chat_form, conversation
 from mobizo_compiler.text.rows import Row
 
+_PLAIN = ("template", "pair_template", "choices", "label_words")
 MOST_CHOICES = 10  # answers that are found in the data are a closed set up to here
 
 
@@ -43,6 +45,9 @@ class PromptConfig(JsonConfig):
             its columns, so that the words of the template stay.
         end_answers: Whether the end-of-text token is part of an answer, so that generation learns to stop. If not
             given, it is, unless answers are a closed set or the loss takes few labels.
+        chat: The form of conversations, which a chat template then writes in place of all of the above: messages,
+            conversations, instruction or completion; found out from the columns if no prompt is given.
+        chat_template: The template of conversations, as Jinja text or a file of it; the tokenizer's if not given.
 
     Raises:
         ConfigError: A field is not allowed.
@@ -56,8 +61,16 @@ class PromptConfig(JsonConfig):
     label_words: tuple[str, ...] | None = None
     cut: Literal["front", "longest"] = "front"
     end_answers: bool | None = None
+    chat: str | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
+        if self.chat is not None and self.chat not in FORMS:
+            raise ConfigError(f"chat is {self.chat!r}", hint=f"use {', '.join(FORMS)}")
+        if self.chat is not None and (plain := [name for name in _PLAIN if getattr(self, name) is not None]):
+            raise ConfigError(
+                f"{plain[0]} is for plain prompts, and chat for conversations", hint="leave out one of them"
+            )
         if self.cut not in ("front", "longest"):
             raise ConfigError(f"cut is {self.cut!r}", hint='use "front" or "longest"')
         if self.choices is not None:
@@ -75,9 +88,22 @@ class PromptConfig(JsonConfig):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that make the prompt."""
+        """The columns that make the prompt; none where a chat template makes it."""
+        if self.chat is not None:
+            return ()
         first = (self.prompt_column,) if self.template is None else _columns(self.template)
         return first if self.pair_template is None else (*first, *_columns(self.pair_template))
+
+    def for_rows(self, rows: Sequence[Row]) -> PromptConfig:
+        """The same, for conversations where the rows hold some and nothing says how else they become prompts.
+
+        >>> row = Row({"prompt": "1 + 1", "completion": "2"}, "here")
+        >>> PromptConfig().for_rows([row]).chat, PromptConfig(template="{prompt}").for_rows([row]).chat
+        ('completion', None)
+        """
+        plain = self.template is not None or {self.prompt_column, self.answer_column} <= rows[0].cells.keys()
+        form = None if plain or self.chat is not None else chat_form(rows[0])
+        return self if form is None else dataclasses.replace(self, chat=form)
 
     @property
     def words(self) -> dict[str, str]:
@@ -141,11 +167,12 @@ def read_label_words(items: Sequence[str]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A row as it is learnt: the cells of its prompt, its answer, and where it is."""
+    """A row as it is learnt: the cells of its prompt, its answer, where it is, and the whole of a conversation."""
 
     cells: Mapping[str, str]
     answer: str
     where: str
+    messages: tuple[Message, ...] = ()
 
 
 def samples(rows: Sequence[Row], config: PromptConfig) -> list[Sample]:
@@ -155,6 +182,8 @@ def samples(rows: Sequence[Row], config: PromptConfig) -> list[Sample]:
         DataError: A row lacks a column, or has an empty answer or one that is no choice.
     """
     found = []
+    if config.chat is not None:
+        return [_chat_sample(row, config.chat) for row in rows]
     hint = "--template, --prompt-column and --answer-column choose"
     for row in rows:
         cells = {column: row.cell(column, hint) for column in config.columns}
@@ -165,6 +194,14 @@ def samples(rows: Sequence[Row], config: PromptConfig) -> list[Sample]:
             raise DataError(f"the answer {answer!r} is none of {list(config.choices)}", where=row.where)
         found.append(Sample(cells, answer, row.where))
     return found
+
+
+def _chat_sample(row: Row, form: str) -> Sample:
+    """A conversation; what is said before the first answer is its prompt."""
+    messages = conversation(row, form)
+    first = next(place for place, message in enumerate(messages) if message.role == ASSISTANT)
+    asked = "\n".join(message.content for message in messages[:first])
+    return Sample({form: asked}, messages[-1].content, row.where, messages)
 
 
 def empty_prompts(texts: Sequence[Sample]) -> int:

@@ -27,12 +27,12 @@ class Row:
     Args:
         cells: Text by column; what is missing is empty.
         where: Where it is, for messages.
-        nested: Columns that hold something else than text or a number, and what.
+        nested: What columns hold that is neither text nor a number: lists and objects.
     """
 
     cells: Mapping[str, str]
     where: str
-    nested: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    nested: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def cell(self, column: str, hint: str) -> str:
         """The text of a column.
@@ -42,7 +42,9 @@ class Row:
         """
         if column in self.nested:
             raise DataError(
-                f"column {column!r} is a {self.nested[column]}, not text or a number", where=self.where, hint=hint
+                f"column {column!r} is a {type(self.nested[column]).__name__}, not text or a number",
+                where=self.where,
+                hint=hint,
             )
         if column not in self.cells:
             names = ", ".join([*self.cells, *self.nested])
@@ -119,7 +121,7 @@ def _objects(text: str, path: Path) -> Iterable[Row]:
     for where, value in pairs:
         if not isinstance(value, dict):
             raise DataError(f"the row is a {type(value).__name__}, not an object with columns", where=where)
-        yield _row(value, where)
+        yield row_of(value, where)
 
 
 def _value(line: str, where: str) -> Any:
@@ -139,12 +141,12 @@ def _saved(folder: Path) -> Iterable[Row]:
         parts = ", ".join(f"{folder / name}" for name in loaded)
         raise DataError("the folder holds several splits", where=str(folder), hint=f"name one of them: {parts}")
     for number, values in enumerate(loaded):
-        yield _row(values, f"{folder}, row {number}")
+        yield row_of(values, f"{folder}, row {number}")
 
 
-def _row(values: Mapping[Any, Any], where: str) -> Row:
+def row_of(values: Mapping[Any, Any], where: str) -> Row:
     """A row of values; pandas writes NaN where there is nothing."""
-    cells, nested = {}, {}
+    cells, nested = dict[str, str](), dict[str, Any]()
     for name, value in values.items():
         if value is None or (isinstance(value, float) and math.isnan(value)):
             cells[str(name)] = ""
@@ -153,5 +155,5 @@ def _row(values: Mapping[Any, Any], where: str) -> Row:
         elif isinstance(value, (bool, int, float)):
             cells[str(name)] = json.dumps(value)
         else:
-            nested[str(name)] = type(value).__name__
+            nested[str(name)] = value
     return Row(cells, where, nested)

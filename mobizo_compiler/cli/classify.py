@@ -1,0 +1,205 @@
+"""`mobizo compile --classify`: what a program needs for a table with classes, chosen from the table and the tokenizer.
+
+The recipe is the one that the accuracy benchmark found best for choices: an adapter on the output layer alone, of which
+the choice reads a few rows; what comes before it, kept for every row; many directions; and their losses normalized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mobizo_compiler.cli.losses import unescaped
+from mobizo_compiler.compiling.options import Options
+from mobizo_compiler.errors import ConfigError, DataError
+from mobizo_compiler.text.prompts import Piece, PromptConfig, samples
+from mobizo_compiler.text.rows import read_rows
+from mobizo_compiler.text.speller import Speller
+
+ROWS, MOST_TOKENS, STEPS = 32, 128, 2000
+_QUERIES, _MOST_RANK, _UNEVEN = 32, 16, 3
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassTable:
+    """A file of rows with classes.
+
+    Args:
+        file: Where it is.
+        config: How its rows become prompts.
+        counts: How many rows each class has, by its name, in the order of the names.
+        prompts: The prompts of all rows.
+    """
+
+    file: Path
+    config: PromptConfig
+    counts: Mapping[str, int]
+    prompts: list[list[Piece]]
+
+    @classmethod
+    def read(cls, file: Path, answer_column: str, template: str | None, encoding: str) -> ClassTable:
+        """Read the classes from the answers, and a prompt from the columns if none is given.
+
+        Raises:
+            DataError: The rows cannot be read, or their answers are no classes.
+            ConfigError: There are several columns that the prompt could have.
+        """
+        rows = read_rows(file, encoding)
+        if template is None:
+            others = [column for column in rows[0].cells if column != answer_column]
+            rows[0].cell(answer_column, "--answer-column names that of the classes")
+            shown = f"{{0}}: {{{{{{1}}}}}}\n{_titled(answer_column)}:"
+            if len(others) != 1:
+                column = max(others, key=lambda name: sum(len(row.cells.get(name, "")) for row in rows), default="text")
+                example = shown.format(_titled(column), column).replace("\n", "\\n")
+                raise ConfigError(
+                    f"the prompt could be made of the columns {', '.join(others) or 'none'}",
+                    where=str(file),
+                    hint=f'--template "{example}"',
+                )
+            template = shown.format(_titled(others[0]), others[0])
+        config = PromptConfig(template=unescaped(template), answer_column=answer_column)
+        texts = samples(rows, config)
+        found = Counter(sample.answer for sample in texts)
+        if len(found) < 2 or 2 * len(found) > len(texts):
+            what = "one answer" if len(found) < 2 else f"{len(found)} different answers"
+            raise DataError(
+                f"there {'is' if len(found) < 2 else 'are'} {what} in {len(texts)} rows; classes are two or more, with "
+                "two rows each on average",
+                where=f"{file}, column {answer_column!r}",
+                hint="--answer-column names that of the classes; texts are trained with --loss causal-lm",
+            )
+        prompts = [config.pieces(sample.cells) for sample in texts]
+        return cls(file, config, {name: found[name] for name in sorted(found)}, prompts)
+
+    @property
+    def empty_prompt(self) -> list[Piece]:
+        """The prompt of no row in particular: what its template ends in is before all answers."""
+        return self.config.pieces(dict.fromkeys(self.config.columns, "x"))
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """The recipe, as options of compile by section."""
+        rank = min(len(self.counts) - 1, _MOST_RANK)  # of one direction less than there are classes
+        return {
+            "lora": {"r": rank, "lora_alpha": 2 * rank, "train_a": True},
+            "zo": {"queries": _QUERIES, "normalize": True},
+        }
+
+    @property
+    def training(self) -> str:
+        """Options of finetune that fit."""
+        uneven = max(self.counts.values()) > _UNEVEN * min(self.counts.values())
+        return f"--steps {STEPS} --validate-every {STEPS // 4}" + (" --balanced" if uneven else "")
+
+
+def check_free(
+    table: ClassTable, task: str, loss: Mapping[str, Any], words: Mapping[str, str], adapter: Path | None
+) -> None:
+    """Raise `ConfigError` where other options say what the table says."""
+    if task != "causal-lm":
+        raise ConfigError(
+            f"--classify chooses between words, with a causal-lm, not with the task {task}",
+            hint=f"leave out --classify: a model for {task} has its classes",
+        )
+    if loss.get("kind", "choice") != "choice" or "choices" in loss:
+        raise ConfigError("--classify says which loss there is, and which choices", hint="leave out --loss")
+    if adapter is not None:
+        raise ConfigError("--classify and --adapter both say which layers are adapted", hint="leave out one of them")
+    if words and set(words) != set(table.counts):
+        raise ConfigError(f"the classes {list(table.counts)} need words, and --label-words has {list(words)}")
+
+
+def say_recipe(
+    remark: Callable[[str], None], table: ClassTable, words: Mapping[str, str], options: Options, rows: int, tokens: int
+) -> None:
+    """What was chosen, in words."""
+    counts = ", ".join(f"{name} ({count})" for name, count in table.counts.items())
+    shown = (table.config.template or "").replace("\n", "\\n")
+    targets = options.lora.target_modules
+    layers = targets if isinstance(targets, str) else ", ".join(targets or ())
+    kept = "; what comes before is kept for every row" if options.split_prefix else ""
+    remark(f"{len(table.counts)} classes in {len(table.prompts)} rows: {counts}")
+    remark(f"prompt '{shown}', answers: {', '.join(f'{name} as {word!r}' for name, word in words.items())}")
+    remark(
+        f"adapters of rank {options.lora.r} on {layers}, {options.zo.queries} directions{kept}; batches of {rows} rows "
+        f"of {tokens} tokens"
+    )
+
+
+def label_words(names: Sequence[str], speller: Speller, prompt: Sequence[Piece]) -> dict[str, str]:
+    """A word for each class, one token of its own behind the prompt: its name, a part of it, a number, or a letter.
+
+    Args:
+        names: The classes.
+        speller: The tokenizer's.
+        prompt: A prompt; what its template ends in is what counts.
+
+    Raises:
+        ConfigError: There are more classes than words.
+    """
+    unknown = getattr(speller.tokenizer, "unk_token_id", None)
+    taken: dict[int, str] = {}
+    words: dict[str, str] = {}
+
+    def take(name: str, candidates: Iterator[str] | Sequence[str]) -> None:
+        for word in candidates if name not in words else ():
+            ids = speller.answer(prompt, word)
+            if len(ids) == 1 and ids[0] not in taken and ids[0] != unknown:
+                taken[ids[0]], words[name] = name, word
+                return
+
+    for candidates in (lambda name: [name.strip()], _parts, lambda name: _LETTERS):
+        for name in names:
+            take(name, candidates(name))
+    if missing := [name for name in names if name not in words]:
+        raise ConfigError(
+            f"there is no word of one token for {', '.join(missing[:4])}" + (" ..." if len(missing) > 4 else ""),
+            hint=f'--label-words "{missing[0]}=WORD,..." for all classes; or leave out --classify: with the loss '
+            "causal-lm, answers of several tokens are scored as wholes",
+        )
+    return {name: words[name] for name in names}
+
+
+def _parts(name: str) -> list[str]:
+    """Words that remind of a name: of its parts, or of its number.
+
+    >>> _parts("account_access"), _parts("2"), _parts("loginIssue")[:2]
+    (['account', 'access', 'Account', 'Access'], ['two'], ['login', 'Issue'])
+    """
+    if name.isdecimal():
+        return list(_NUMBERS[int(name) : int(name) + 1])
+    parts = [part for part in re.split(r"[\W_\d]+|(?<=[a-z])(?=[A-Z])", name) if part]
+    return list(dict.fromkeys([*parts, *map(str.capitalize, parts), *map(str.lower, parts)]))
+
+
+def row_tokens(prompts: Sequence[Sequence[Piece]], speller: Speller) -> tuple[int, int]:
+    """Tokens of a row that takes all prompts with an answer of one token, a multiple of 8; and how many are cut."""
+    more = len(speller.front) + 1
+    lengths = [len(speller.spell(speller.prompt(pieces))) + more for pieces in prompts]
+    tokens = min(MOST_TOKENS, -8 * (-max(lengths) // 8))
+    return tokens, sum(length > tokens for length in lengths)
+
+
+def output_layer(model: Any) -> str:
+    """The name of the layer that makes logits.
+
+    Raises:
+        ConfigError: The model does not tell.
+    """
+    layer = model.get_output_embeddings()
+    names = [str(name) for name, module in model.named_modules() if module is layer]
+    if not names:
+        raise ConfigError("the model does not say which layer makes its logits", hint="--lora-target-modules names it")
+    return names[0]
+
+
+def _titled(column: str) -> str:
+    words = column.replace("_", " ").strip()
+    return words[:1].upper() + words[1:]

@@ -1,0 +1,104 @@
+"""Adapters for llama.cpp: names, order and scale of what is added to the weights that its converter writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+from typer.testing import CliRunner
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import LoraConfig, cli
+from mobizo_compiler.device.run import begin
+from mobizo_compiler.errors import AdapterError
+from mobizo_compiler.format.gguf_adapter import write_gguf
+from mobizo_compiler.format.peft import PeftAdapter
+
+pytestmark = pytest.mark.xdist_group("cli")  # one process, so that its programs are made once
+
+SIZES: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 40}
+SIZES |= {"num_key_value_heads": 2, "tie_word_embeddings": False, "vocab_size": 50}
+OUTPUTS = {"self_attn.q_proj": 24, "self_attn.k_proj": 12, "self_attn.v_proj": 12, "mlp.down_proj": 24}
+NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+NAMES |= {"mlp.down_proj": "ffn_down"}
+
+
+def adapter_of(*layers: str, r: int = 3) -> PeftAdapter:
+    """Random A and B of layers."""
+    torch.manual_seed(0)
+    ends = {layer: next((n for end, n in OUTPUTS.items() if layer.endswith(end)), 50) for layer in layers}
+    a = {layer: torch.randn(r, 40 if layer.endswith("down_proj") else 24) for layer in layers}
+    b = {layer: torch.randn(r, size) for layer, size in ends.items()}
+    return PeftAdapter(LoraConfig(r=r, lora_alpha=5, target_modules=tuple(layers)), a, b)
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The fields and the tensors of a file, as gguf reads them."""
+    reader = gguf.GGUFReader(path)
+    return (
+        {name: field.contents() for name, field in reader.fields.items()},
+        {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors},
+    )
+
+
+@pytest.mark.parametrize("make", [LlamaConfig, Qwen2Config, Gemma2Config])
+def test_what_is_added_is_what_peft_adds(make: Any, tmp_path: Path) -> None:
+    """In the order that the weights of a GGUF file have, from which transformers reads them back."""
+    layers = [f"model.layers.{block}.{name}" for block in (0, 1) for name in OUTPUTS]
+    adapter, config = adapter_of(*layers), make(**SIZES)
+    write_gguf(adapter, config, tmp_path / "a.gguf")
+    fields, tensors = read(tmp_path / "a.gguf")
+    assert (fields["general.type"], fields["adapter.type"], fields["adapter.lora.alpha"]) == ("adapter", "lora", 5.0)
+    assert fields["general.architecture"] == config.model_type and len(tensors) == 2 * len(layers)
+    back = LlamaTensorProcessor(config=config.to_dict())
+    for layer in layers:
+        block, _, end = layer.removeprefix("model.layers.").partition(".")
+        name = f"blk.{block}.{NAMES[end]}.weight"
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        added = (5 / a.shape[0] * b @ a).numpy()
+        if make is LlamaConfig:
+            added = back.process(added, name).weights
+        expected = adapter.lora.scaling * adapter.b[layer].t() @ adapter.a[layer]
+        torch.testing.assert_close(torch.from_numpy(added), expected, atol=1e-5, rtol=1e-5)
+        assert a.shape == adapter.a[layer].shape and b.shape == adapter.b[layer].t().shape
+
+
+def test_an_output_layer_of_its_own(tmp_path: Path) -> None:
+    write_gguf(adapter_of("lm_head"), LlamaConfig(**SIZES), tmp_path / "a.gguf")
+    assert set(read(tmp_path / "a.gguf")[1]) == {"output.weight.lora_a", "output.weight.lora_b"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "match"),
+    [
+        ("lm_head", LlamaConfig(**SIZES | {"tie_word_embeddings": True}), "reads and writes words with the same one"),
+        ("model.embed_tokens", LlamaConfig(**SIZES), "no weight of its own"),
+        ("model.layers.7.mlp.down_proj", LlamaConfig(**SIZES), "no weight of its own"),
+        ("model.classifier", LlamaConfig(**SIZES), "no weight of its own"),
+        ("transformer.h.0.attn.c_attn", GPT2Config(), "type 'gpt2' is not known"),
+    ],
+)
+def test_layers_that_llama_cpp_has_not(layer: str, config: Any, match: str, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=match):
+        write_gguf(adapter_of(layer), config, tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(tiny_program: Path, tmp_path: Path) -> None:
+    session = mobizo.Session(tiny_program)
+    session.load_state(torch.randn(len(session.state())))
+    begin(session, tmp_path / "run")
+    line = ["export-gguf", str(tiny_program), str(tmp_path / "run"), str(tmp_path / "a.gguf"), "--json"]
+    result = CliRunner().invoke(cli.app, line, catch_exceptions=False)
+    assert result.exit_code == 0 and json.loads(result.stdout)["layers"] == 2, result.output
+    _, tensors = read(tmp_path / "a.gguf")
+    for site in session.program.sites:
+        name = {"v_proj": "attn_v", "down_proj": "ffn_down"}[site.fqn.rpartition(".")[2]]
+        b = tensors[f"blk.0.{name}.weight.lora_b"]
+        torch.testing.assert_close(b, site.lora_b(session.state()).t())
