@@ -27,7 +27,7 @@ from mobizo_compiler.analysis.axes import has_rule
 from mobizo_compiler.errors import CaptureError, ExampleInputError, MobizoError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.example import Example, Leaf, doubled, flat_names
-from mobizo_compiler.graph.nodes import source_line
+from mobizo_compiler.graph.nodes import operator_name, source_line
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
 from mobizo_compiler.upstream import pytree
 
@@ -63,6 +63,13 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
                 "the program was exported in training mode: it has dropout in it",
                 where=source_line(node),
                 hint="call model.eval() before torch.export.export",
+            )
+        if operator_name(node).startswith("quantized_decomposed::"):
+            raise CaptureError(
+                "the program was quantized by PT2E: its layers have no weights of their own that an adapter could be "
+                "added to, and activations are rounded for all rows at once",
+                where=source_line(node),
+                hint='compile the model as it was before, with quantization="8da8w" or another recipe',
             )
     old = exported.graph_signature
     if old.buffers_to_mutate or old.user_inputs_to_mutate:

@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+    XNNPACKQuantizer,
+    get_symmetric_quantization_config,
+)
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import nn
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, MSELoss, ZOConfig
@@ -26,6 +31,13 @@ def sites(model: Any, inputs: Any = TOKENS, target: str = "up", **options: Any) 
     return [site.fqn for site in program.sites]
 
 
+def quantized_by_pt2e() -> torch.export.ExportedProgram:
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(torch.export.export(nn.Sequential(nn.Linear(4, 5)).eval(), X).module(), quantizer)
+    prepared(*X)
+    return torch.export.export(convert_pt2e(prepared), X)
+
+
 def test_what_wraps_a_model_is_taken_off() -> None:
     model = TokenWise().eval()
     for wrapped in (torch.compile(model), nn.DataParallel(model), nn.DataParallel(torch.compile(model))):
@@ -40,6 +52,8 @@ def test_models_that_cannot_be_taken_say_why() -> None:
     exported = torch.export.export(TokenWise().eval(), TOKENS)
     with pytest.raises(CaptureError, match=r"as modules of exported programs are(.|\n)*pass an ExportedProgram"):
         sites(exported.module())
+    with pytest.raises(CaptureError, match=r"quantized by PT2E(.|\n)*as it was before, with quantization="):
+        sites(quantized_by_pt2e(), X, "0", loss=MSELoss())
     dropping = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3))
     with pytest.raises(CaptureError, match=r"exported in training mode(.|\n)*before torch.export"):
         sites(torch.export.export(dropping.train(), X), X, "0", loss=MSELoss())

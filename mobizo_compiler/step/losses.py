@@ -321,7 +321,7 @@ def _token_labels(loss: _TokenLoss | ChoiceLoss, outputs: Any, first: int) -> La
     rows, tokens, vocabulary = _output(loss, outputs, "[rows, tokens, vocabulary]").shape
     if isinstance(tokens, int) and tokens <= first:
         raise LossError(
-            f"{type(loss).__name__} predicts a token from the position before; the logits have {tokens} position in all",
+            f"{type(loss).__name__} predicts a token from the one before; the logits have {tokens} position in all",
             hint="take rows of two tokens or more, and let the model return all logits (no logits_to_keep=1): "
             "max_labels=1 makes those of the labelled position alone",
         )
