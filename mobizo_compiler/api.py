@@ -26,7 +26,7 @@ from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.verify import check_program
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError
-from mobizo_compiler.format.peft import read_peft
+from mobizo_compiler.format.peft import check_base, read_peft
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.pipeline import Insertion
@@ -188,6 +188,7 @@ def compile(
         passes=passes,
     )
     given: Mapping[str, tuple[Tensor, Tensor]] = {}
+    found = None
     if adapter is not None:
         if lora is not None or chosen.lora != LoraConfig():
             raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
@@ -217,6 +218,8 @@ def compile(
 
     captured, methods, store = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
     manifest = described_program(captured, methods, example, chosen, target.name, base_model)
+    if found is not None:
+        check_base(found, manifest.weights, str(adapter))
     manifest = dataclasses.replace(
         manifest,
         answers=answer_names(answers, model, manifest),

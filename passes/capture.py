@@ -24,10 +24,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, ExportGraphSignature
 
 from mobizo_compiler.analysis.axes import has_rule
-from mobizo_compiler.errors import CaptureError, ExampleInputError, UnsupportedGraphError
+from mobizo_compiler.errors import CaptureError, ExampleInputError, MobizoError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
-from mobizo_compiler.graph.example import Example, Leaf, doubled
-from mobizo_compiler.graph.nodes import source_line
+from mobizo_compiler.graph.example import Example, Leaf, doubled, flat_names
+from mobizo_compiler.graph.nodes import operator_name, source_line
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
 from mobizo_compiler.upstream import pytree
 
@@ -63,6 +63,13 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
                 "the program was exported in training mode: it has dropout in it",
                 where=source_line(node),
                 hint="call model.eval() before torch.export.export",
+            )
+        if operator_name(node).startswith("quantized_decomposed::"):
+            raise CaptureError(
+                "the program was quantized by PT2E: its layers have no weights of their own that an adapter could be "
+                "added to, and activations are rounded for all rows at once",
+                where=source_line(node),
+                hint='compile the model as it was before, with quantization="8da8w" or another recipe',
             )
     old = exported.graph_signature
     if old.buffers_to_mutate or old.user_inputs_to_mutate:
@@ -165,6 +172,8 @@ def _export(model: nn.Module, example: Example, symbolic: bool) -> ExportedProgr
     rows = (example.rows_dim or Dim("mobizo_rows", min=2, max=MAX_ROWS)) if symbolic else None
     try:
         return _export_once(model, example, rows)
+    except MobizoError:
+        raise
     except Exception as error:
         how = " with a symbolic number of rows" if symbolic else ""
         raise CaptureError(
@@ -187,7 +196,12 @@ def _export_once(model: nn.Module, example: Example, rows: Any) -> ExportedProgr
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
         except Exception as error:
-            if "not a known type" not in str(error) or not _register_dataclasses(model(*args, **kwargs)):
+            if "not a known type" not in str(error):
+                raise
+            outputs = model(*args, **kwargs)
+            registered = _register_dataclasses(outputs)
+            _check_outputs(outputs)
+            if not registered:
                 raise
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
@@ -202,6 +216,17 @@ def _register_dataclasses(outputs: Any) -> bool:
             _register_dataclasses([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
             found = True
     return found
+
+
+def _check_outputs(outputs: Any) -> None:
+    """Raise `CaptureError` for an output that torch cannot take apart, as a cache of keys and values is."""
+    for name, leaf in flat_names(outputs):
+        if not isinstance(leaf, (Tensor, int, float, bool, str, type(None))):
+            place = f" as output {name!r}" if name else ""
+            raise CaptureError(
+                f"the model returns a {type(leaf).__name__}{place}, which is no tensor",
+                hint="return the logits alone; a step uses no cache of keys and values: leave use_cache=True out",
+            )
 
 
 def _shapes(shapes: Any, inputs: Any) -> Any:
@@ -226,17 +251,16 @@ def _by_argument(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Ask a transformers model not to return its key-value cache, which training does not use."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is not True:
-        yield
-        return
-    config.use_cache = False  # type: ignore[union-attr]
+    """Ask models of transformers, also inside of others, not to return a key-value cache: training uses none."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    asking = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    for config in asking:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before  # type: ignore[union-attr]
+        for config in asking:
+            config.use_cache = True
 
 
 def _frozen(tensor: Tensor) -> Tensor:

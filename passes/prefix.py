@@ -5,6 +5,8 @@ Result:   input %mobizo_prefix_0 : f32[rows, 5, 12]       %repeat = repeat(%mobi
           and, as a program of its own, input %ids, input %mobizo_labels, return prefix_0 = %h
 Numbers: exact.
 
+Where rows share the first axis with others, as in %h : f32[5*rows, 12], the input is f32[rows, 5, 12].
+
 No adapter comes before that point, so what a row is there never changes: it is computed once and kept on disk, and
 later epochs start from it. With adapters in the last blocks of a network that is most of the work of a step.
 """
@@ -40,10 +42,14 @@ class AfterPrefix(Pass):
         for index, value in enumerate(values):
             repeated = [copy for copy in copies if operand(copy) is value]
             axis = copies[repeated[0]] if repeated else edit.rows.get(value.name)
+            labels, entries = edit.inputs[LABELS_INPUT], _entries_of_a_row(edit, value, axis)
             shape, dtype = value.meta["val"].shape, value.meta["val"].dtype
-            given = edit.add_input(f"{PREFIX}{index}", shape, dtype, before=edit.inputs[LABELS_INPUT], row_axis=axis)
+            kept = (labels.meta["val"].shape[0], entries, *shape[1:]) if entries else shape
+            given = edit.add_input(f"{PREFIX}{index}", kept, dtype, before=labels, row_axis=axis)
             for copy in repeated:
-                copy.args = (given, copy.args[1])
+                with edit.graph.inserting_before(copy):
+                    whole = edit.call(aten.reshape.default, given, [-1, *shape[1:]]) if entries else given
+                copy.args = (whole, copy.args[1])
             if value.op == "placeholder":
                 edit.replace(value, given)
         for name, node in edit.inputs.items():
@@ -63,9 +69,15 @@ class Prefix(Pass):
         """Return the values at the cut; a value that is an input is copied."""
         outputs = {}
         with edit.graph.inserting_before(edit.graph.output_node()):
+            axes = {operand(copy): axis for copy, axis in _copies(edit).items()}
             for index, value in enumerate(cut(edit)):
-                copied = value.op == "placeholder"
-                outputs[f"prefix_{index}"] = edit.call(aten.clone.default, value) if copied else value
+                if entries := _entries_of_a_row(edit, value, axes.get(value)):
+                    sizes = [-1, entries, *value.meta["val"].shape[1:]]
+                    outputs[f"prefix_{index}"] = edit.call(aten.reshape.default, value, sizes)
+                elif value.op == "placeholder":
+                    outputs[f"prefix_{index}"] = edit.call(aten.clone.default, value)
+                else:
+                    outputs[f"prefix_{index}"] = value
         edit.set_outputs(outputs)
         edit.drop_state()
 
@@ -86,6 +98,14 @@ def cut(edit: Editor) -> list[fx.Node]:
         node for name, node in edit.inputs.items() if name != LABELS_INPUT and node in needed and node not in values
     ]
     return values + shared
+
+
+def _entries_of_a_row(edit: Editor, value: fx.Node, axis: int | None) -> int | None:
+    """How many entries of the first axis a row has, where that are several; whatever is repeated has rows outermost."""
+    size, rows = value.meta["val"].shape[:1], edit.inputs[LABELS_INPUT].meta["val"].shape[:1]
+    if axis != 0 or size == rows:
+        return None
+    return int(size[0].node.expr / rows[0].node.expr)
 
 
 def _copies(edit: Editor) -> dict[fx.Node, int]:

@@ -52,9 +52,10 @@ class Specialize(Pass):
         _check_shapes("output", *outputs)
 
     def _size(self, edit: Editor, size: int | torch.SymInt) -> int | torch.SymInt:
-        """Rows are the only symbol that was not asked for."""
-        keep = isinstance(size, int) or str(size.node.expr) in edit.before.dynamic
-        return size if keep else self.rows
+        """Rows are the only symbol that was not asked for; a size may be a multiple of them."""
+        if isinstance(size, int) or str(size.node.expr) in edit.before.dynamic:
+            return size
+        return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, self.rows)))
 
 
 def _check_shapes(kind: str, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:

@@ -253,6 +253,33 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Path]:
     return session, session.export_adapter(tmp_path_factory.mktemp("adapter"))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_the_head_brings_the_models_weights(tied: bool, tmp_path: Path) -> None:
+    """peft stores the weight of an adapted head too, which is taken where it is the model's; and names as in memory."""
+    base, inputs = llama(), words()
+    if tied:
+        base.lm_head.weight = base.model.embed_tokens.weight
+    adapted = get_peft_model(copy.deepcopy(base), PeftLoraConfig(r=3, target_modules=["v_proj", "lm_head"])).eval()
+    for path, parameter in adapted.named_parameters():
+        if "lora_B" in path:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(2))
+    adapted.save_pretrained(str(tmp_path))
+    stored = load_file(tmp_path / WEIGHTS)
+    assert "base_model.model.lm_head.base_layer.weight" in stored
+    in_memory = {name: value.contiguous() for name, value in adapted.state_dict().items() if "lora_" in name}
+    assert all(".default.weight" in name for name in in_memory)
+    program = mobizo.compile(base, inputs, zo=ZOConfig(queries=1), backend="eager", adapter=tmp_path)
+    session = Session(program)
+    for tensors in (stored, in_memory):
+        save_file(tensors, tmp_path / WEIGHTS)
+        session.load_state(torch.zeros_like(session.state()))
+        session.import_adapter(tmp_path)
+        close(logits(session.evaluate(inputs)), run(adapted, inputs))
+    save_file({name: value + ("base_layer" in name) for name, value in stored.items()}, tmp_path / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"brings lm_head.weight, and it is not the model's"):
+        mobizo.compile(base, inputs, zo=ZOConfig(queries=1), backend="eager", adapter=tmp_path)
+
+
 def edited(source: Path, folder: Path, *, tensors: Any = None, **config: Any) -> Path:
     values = json.loads((source / CONFIG).read_text()) | config
     (folder / CONFIG).write_text(json.dumps(values))
@@ -262,6 +289,10 @@ def edited(source: Path, folder: Path, *, tensors: Any = None, **config: Any) ->
 
 def without_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(list(tensors.items())[1:])
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {change(name): tensor for name, tensor in tensors.items()}
 
 
 def without_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -281,7 +312,23 @@ def without_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
         ({"tensors": without_first}, "has no A and B of rank 4"),
         ({"tensors": without_layer}, "lacks layers"),
-        ({"tensors": lambda t: {**t, "other": torch.zeros(2)}}, "other is not a finite A or B"),
+        ({"tensors": lambda t: {**t, "other": torch.zeros(2)}}, "other is not A or B of a LoRA"),
+        (
+            {"tensors": renamed(lambda name: name.removeprefix("base_model.model."))},
+            r"names begin with base_model.model.(.|\n)*save_pretrained",
+        ),
+        (
+            {"tensors": renamed(lambda name: name.replace("_A.", "_A.first." if "layers.0" in name else "_A.second."))},
+            r"several adapters: first, one without a name, second(.|\n)*save_pretrained",
+        ),
+        (
+            {"tensors": lambda t: {**t, "base_model.model.emb.lora_embedding_A": torch.ones(4, 3)}},
+            r"lora_embedding_A is not A or B(.|\n)*embeddings are not adapted",
+        ),
+        (
+            {"tensors": lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(23, 20)}},
+            r"brings lm_head.weight, and it is not the model's(.|\n)*save_embedding_layers=False",
+        ),
         ({"tensors": lambda t: {name: v * torch.nan for name, v in t.items()}}, "is not a finite A or B"),
         ({"tensors": lambda t: {name: v + 1 for name, v in t.items()}}, r"is not the program's(.|\n)*adapter=folder"),
     ],

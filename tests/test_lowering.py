@@ -93,3 +93,14 @@ def test_wrong_numbers_are_a_compile_error_that_names_the_method(method: str) ->
 
 def test_a_right_backend_passes_the_same_check() -> None:
     mobizo.compile(TokenWise().eval(), TOKENS, LORA, ZOConfig(queries=2), backend=CrookedBackend("none"))
+
+
+def test_a_constant_with_the_bytes_of_the_state_is_not_taken_for_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 12), torch.nn.Linear(12, 22), torch.nn.Linear(22, 11)).eval()
+    torch.nn.init.zeros_(model[1].bias)
+    lora = LoraConfig(r=2, target_modules=("2",))
+    program = mobizo.compile(model, TOKENS, lora, ZOConfig(queries=1), backend="portable")
+    assert program.manifest.state_size == 22
+    session = mobizo.Session(program)
+    session.train_step(TOKENS, torch.ones_like(TOKENS[0]), seed=1, learning_rate=0.1)
+    assert bool(session.state().any()) and not bool(mobizo.Session(program).state().any())

@@ -16,7 +16,7 @@ from mobizo_compiler.analysis.costs import multiply_adds
 from mobizo_compiler.device.prefix_cache import PrefixCacheWarning
 from mobizo_compiler.errors import ConfigError, InputError, JournalLockedError
 from mobizo_compiler.step.losses import CausalLMLoss
-from mobizo_compiler.testing import TinyCausalLM
+from mobizo_compiler.testing import TinyCausalLM, zoo
 
 pytestmark = pytest.mark.xdist_group("prefix")  # one process, so that its programs are made once
 
@@ -181,6 +181,24 @@ def test_a_place_that_is_no_file_is_left_unlocked(tmp_path: Path) -> None:
         Session(split, prefix_cache=tmp_path / "rows")
     (tmp_path / "rows").rmdir()
     Session(split, prefix_cache=tmp_path / "rows").close()
+
+
+def test_rows_that_share_an_axis_are_kept_apart(tmp_path: Path) -> None:
+    """GPT-2 multiplies [rows * tokens, width]: the prefix ends there, and is kept row by row."""
+    case = zoo()["gpt2"]
+    lora = LoraConfig(r=2, target_modules=("c_fc",), layers_to_transform=1)
+    inputs, options = case.inputs(), {"backend": "eager"}
+    whole, split = (
+        Session(mobizo.compile(case.model(), inputs, lora, ZOConfig(queries=1), split_prefix=split, **options), **kept)
+        for split, kept in ((False, {}), (True, {"prefix_cache": tmp_path / "rows"}))
+    )
+    order = torch.tensor([2, 0, 1])
+    for turned in (slice(None), order):
+        rows = {name: value[turned] for name, value in inputs.items()}
+        steps = [s.train_step(rows, rows["input_ids"], seed=1, learning_rate=0.05, eps=0.05) for s in (whole, split)]
+        torch.testing.assert_close(steps[0].lane_losses, steps[1].lane_losses, rtol=0, atol=2e-5)
+    cache: Any = split._prefix_cache
+    assert cache.rows == 3
 
 
 def test_what_has_no_prefix_is_refused(tmp_path: Path) -> None:

@@ -112,19 +112,16 @@ def _look_up_state(emitted: EmitterOutput) -> None:
 
 
 def _write_state_once(emitted: EmitterOutput) -> None:
-    """Let all methods start from one copy of the initial state."""
-    first: dict[bytes, int] = {}
-    kept: list[schema.Buffer] = []
-    position: dict[int, int] = {}
-    for index, buffer in enumerate(emitted.mutable_data or ()):
-        if buffer.storage not in first:
-            first[buffer.storage] = len(kept)
-            kept.append(buffer)
-        position[index] = first[buffer.storage]
-    for tensor in _planned_tensors(emitted.program):
-        if tensor.data_buffer_idx:
-            tensor.data_buffer_idx = position[tensor.data_buffer_idx]
-    emitted.mutable_data = kept
+    """Let all methods start from one copy of the initial state, which is all that is planned and has data.
+
+    Where a constant has the same bytes (as many zeros, say), ExecuTorch gives the number of that constant.
+    """
+    state = [tensor for tensor in _planned_tensors(emitted.program) if tensor.data_buffer_idx]
+    written = [buffer for buffer in emitted.mutable_data or () if buffer.storage]
+    first = written[0] if written else emitted.program.constant_buffer[state[0].data_buffer_idx]
+    emitted.mutable_data = [schema.Buffer(b""), first]
+    for tensor in state:
+        tensor.data_buffer_idx = 1
 
 
 def _planned_tensors(program: schema.Program) -> Iterator[schema.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from mobizo_compiler.step.sites import Site, initial_state
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+# The name of the adapter stands in the names that peft has in memory, and not in those of its files.
+_PART = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 MADE_BY = "mobizo_compiler"
 # Options of peft that an adapter may have, because they do not change what it computes once it is trained: where its
 # layers are is read from the tensors, and a dropout is for training alone.
@@ -70,6 +73,8 @@ class PeftAdapter:
         b: By path, float32 [r, out_features].
         model: Digest of the model that it was trained on, as in the manifest; None where it is not told.
         saved: Whole weights that come along, by name: those that the base model lacks.
+        base: Checksum by name of weights that are said to be the base model's, which peft stores as well where an
+            adapter is on an embedding or a head.
     """
 
     lora: LoraConfig
@@ -77,6 +82,7 @@ class PeftAdapter:
     b: Mapping[str, Tensor]
     model: str | None = None
     saved: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    base: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | None) -> None:
@@ -167,6 +173,11 @@ def read_peft(folder: Path) -> PeftAdapter:
     saved = {name.removeprefix(PREFIX): tensors.pop(name) for name in brought}
     _check_plain(config | ({"modules_to_save": None} if saved else {}), str(folder))
     a, b = _pairs(tensors, str(folder))
+    base = {
+        name.removeprefix(PREFIX).replace(".base_layer.", "."): checksum.of_values(tensor)
+        for name, tensor in tensors.items()
+        if not _PART.fullmatch(name)
+    }
     for fqn in sorted(set(a) | set(b)):
         if any(fqn not in side or side[fqn].shape[0] != r for side in (a, b)):
             raise AdapterError(f"layer {fqn} has no A and B of rank {r}", where=str(folder))
@@ -174,7 +185,7 @@ def read_peft(folder: Path) -> PeftAdapter:
         # A rank-stabilized LoRA is scaled by alpha / sqrt(r), which a plain one of another alpha does.
         scaled = LoraConfig(r=r, lora_alpha=alpha).lora_alpha * (math.sqrt(r) if config.get("use_rslora") else 1)
         lora = LoraConfig(r=r, lora_alpha=scaled, target_modules=tuple(sorted(a)))
-        return PeftAdapter(lora, a, b, described.get("model"), saved)
+        return PeftAdapter(lora, a, b, described.get("model"), saved, base)
     except MobizoError as error:
         raise AdapterError(f"the adapter cannot be used: {error.problem}", where=str(folder)) from None
 
@@ -192,6 +203,7 @@ def state_of(program: Program, adapter: PeftAdapter, where: str) -> Tensor:
             where=where,
             hint="compile(..., adapter=folder) takes it over to this model, where that is meant",
         )
+    check_base(adapter, program.manifest.weights, where)
     kept = program.manifest.saved
     if adapter.saved.keys() != kept.keys() or any(not torch.equal(adapter.saved[n], kept[n].tensor()) for n in kept):
         raise AdapterError(
@@ -323,13 +335,50 @@ def _check_plain(config: Mapping[str, Any], where: str) -> None:
 
 
 def _pairs(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {".lora_A.weight": {}, ".lora_B.weight": {}}
+    """A and B by layer; what is neither may be a weight of the base model."""
+    found: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    adapters = set()
     for name, tensor in tensors.items():
-        ending = next((ending for ending in found if name.endswith(ending)), None)
-        if ending is None or not name.startswith(PREFIX) or tensor.dim() < 2 or not bool(tensor.isfinite().all()):
-            raise AdapterError(f"{name} is not a finite A or B of a LoRA", where=where)
-        found[ending][name[len(PREFIX) : -len(ending)]] = tensor
+        part = _PART.fullmatch(name)
+        if part is None and (not name.startswith(PREFIX) or ".lora_" in name):
+            raise AdapterError(f"{name} is not A or B of a LoRA on a layer", where=where, hint=_way_out(name))
+        if part is not None:
+            if tensor.dim() < 2 or not bool(tensor.isfinite().all()):
+                raise AdapterError(f"{name} is not a finite A or B of a LoRA", where=where)
+            adapters.add(part["adapter"])
+            found[part["side"]][part["layer"]] = tensor
+    if len(adapters) > 1:
+        names = sorted(name or "one without a name" for name in adapters)
+        raise AdapterError(
+            f"the file has several adapters: {', '.join(names)}",
+            where=where,
+            hint="save one with save_pretrained of peft",
+        )
     a, b = found.values()
     if not a:
         raise AdapterError("the adapter has no layers", where=where)
     return a, {fqn: matrix.reshape(matrix.shape[0], -1).t().contiguous() for fqn, matrix in b.items()}
+
+
+def _way_out(name: str) -> str | None:
+    """What to do about a tensor whose name is not understood."""
+    if ".lora_embedding_" in name:
+        return "embeddings are not adapted: merge it into the model with peft (merge_and_unload), and compile that"
+    known = ".lora_A." in name or ".lora_B." in name
+    return f"names begin with {PREFIX} in the files of peft: save it with its save_pretrained" if known else None
+
+
+def check_base(adapter: PeftAdapter, weights: Mapping[str, int], where: str) -> None:
+    """Compare the weights of the base model that an adapter brings with those that a manifest has checksums of.
+
+    Raises:
+        AdapterError: One is another, as after a vocabulary was made larger. A name may be that of a tied weight.
+    """
+    for name, digest in adapter.base.items():
+        if digest != weights.get(name) and (name in weights or digest not in weights.values()):
+            raise AdapterError(
+                f"the adapter brings {name}, and it is not the model's",
+                where=where,
+                hint="load it with peft, merge_and_unload, and compile that model; where the weight was not changed, "
+                "save_pretrained(..., save_embedding_layers=False) leaves it out",
+            )

@@ -319,6 +319,12 @@ def get_loss(loss: str | Mapping[str, Any] | Loss) -> Loss:
 
 def _token_labels(loss: _TokenLoss | ChoiceLoss, outputs: Any, first: int) -> LabelSpec:
     rows, tokens, vocabulary = _output(loss, outputs, "[rows, tokens, vocabulary]").shape
+    if isinstance(tokens, int) and tokens <= first:
+        raise LossError(
+            f"{type(loss).__name__} predicts a token from the one before; the logits have {tokens} position in all",
+            hint="take rows of two tokens or more, and let the model return all logits (no logits_to_keep=1): "
+            "max_labels=1 makes those of the labelled position alone",
+        )
     return LabelSpec((rows, tokens), torch.int64, 0, int(vocabulary) - 1, loss.ignore_index, first, loss.max_labels)
 
 
