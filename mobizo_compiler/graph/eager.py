@@ -30,6 +30,9 @@ class EagerArtifact:
         """The same: nothing is rounded that the graphs do not round."""
         return self.runner()
 
+    def planned_bytes(self, method: str) -> None:
+        """Nothing is planned."""
+
     def save(self, path: Path) -> None:
         """Refused: this backend has no file format."""
         raise NotSupportedYetError(
