@@ -20,10 +20,10 @@ from mobizo_compiler.compiling.cache import cached
 from mobizo_compiler.compiling.captured_step import CapturedStep
 from mobizo_compiler.compiling.described import described_program
 from mobizo_compiler.compiling.methods import captured_and_rewritten
-from mobizo_compiler.compiling.model_config import answer_names, padding_of, saved_weights
+from mobizo_compiler.compiling.model_config import answer_names, generation, padding_of, saved_weights
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.verify import check_program
-from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError
 from mobizo_compiler.format.peft import read_peft
 from mobizo_compiler.format.program import Program
@@ -47,6 +47,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "state": "shared",
     "split_prefix": False,
     "passes": (),
+    "generate": None,
 }
 
 
@@ -98,6 +99,7 @@ def compile(
     rule: str | UpdateRule = "sgd",
     split_prefix: bool = False,
     passes: Sequence[Insertion | str] = (),
+    generate: GenerateConfig | None = None,
     options: Options | None = None,
     example_labels: Tensor | None = None,
     answers: Sequence[str] | None = None,
@@ -144,8 +146,10 @@ def compile(
         split_prefix: Make what no adapter reaches a method of its own, whose results a `Session` can keep on disk; for
             adapters in the last blocks (`LoraConfig.layers_to_transform`).
         passes: Passes of one's own, each with its place; see docs/writing_a_pass.md.
-        options: `lora`, `zo`, `loss`, `rule`, `quantization`, `state`, `split_prefix` and `passes` in one, in place of
-            them.
+        generate: Add a method `forward` with a cache of keys and values, which `Session.generate` and the language
+            model runner of ExecuTorch call; for decoders of transformers.
+        options: `lora`, `zo`, `loss`, `rule`, `quantization`, `state`, `split_prefix`, `passes` and `generate` in one,
+            in place of them.
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
@@ -177,6 +181,7 @@ def compile(
         state=state,
         split_prefix=split_prefix,
         passes=passes,
+        generate=generate,
     )
     given: Mapping[str, tuple[Tensor, Tensor]] = {}
     if adapter is not None:
@@ -202,17 +207,23 @@ def compile(
             f"programs of backend {target.name!r} cannot look up their state in a data file",
             hint='state="shared", and Session.import_ptd',
         )
+    if chosen.generate is not None and not target.caches:
+        raise BackendRefusedError(
+            f"programs of backend {target.name!r} cannot keep a cache of keys and values between calls",
+            hint='backend="xnnpack", or leave generate out',
+        )
     if chosen.split_prefix and dynamic_shapes:
         raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
 
-    captured, methods, store = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
+    captured, methods, store, cached_one = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
     manifest = described_program(captured, methods, example, chosen, target.name, base_model)
     manifest = dataclasses.replace(
         manifest,
         answers=answer_names(answers, model, manifest),
         padding=padding_of(model, manifest),
         saved=saved_weights(new_weights, model),
+        generate=generation(chosen.generate, model, cached_one),
     )
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))

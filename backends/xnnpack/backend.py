@@ -33,6 +33,7 @@ class XnnpackBackend(ExecuTorchBackend):
     """The default on CPUs."""
 
     name = "xnnpack"
+    caches = True
 
     def unavailable(self) -> None:
         """It comes with the packages that this one needs."""

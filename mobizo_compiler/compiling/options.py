@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
 from mobizo_compiler.compiling.insertions import get_insertion, name_of
-from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.graph.pipeline import Insertion
 from mobizo_compiler.options import shown
@@ -37,6 +37,7 @@ class Options:
         state: "shared", "data" or "io"; see `compile`.
         split_prefix: Whether what no adapter reaches is a method of its own.
         passes: Passes of one's own, each with its place in the pipelines, or the name of an installed one.
+        generate: How the program goes on with a text; None for a program that does not.
 
     Raises:
         ConfigError: A field is out of range.
@@ -56,6 +57,7 @@ class Options:
     state: Literal["shared", "data", "io"] = "shared"
     split_prefix: bool = False
     passes: tuple[Insertion, ...] = ()
+    generate: GenerateConfig | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("lora", LoraConfig), ("zo", ZOConfig)):
@@ -68,6 +70,13 @@ class Options:
             raise ConfigError(f"state is {self.state!r}", hint='use state="shared", state="data" or state="io"')
         if not isinstance(self.split_prefix, bool):
             raise ConfigError(f"split_prefix is {self.split_prefix!r}; it must be True or False")
+        if self.generate is not None and not isinstance(self.generate, GenerateConfig):
+            raise ConfigError(f"generate must be a GenerateConfig or None, not {shown(self.generate)}")
+        if self.generate is not None and self.state == "io":
+            raise ConfigError(
+                "generate and state='io' exclude each other: whoever calls forward has no place for the state",
+                hint="state='data', with the adapter in a .ptd beside the program",
+            )
         passes = (self.passes,) if isinstance(self.passes, (Insertion, str)) else self.passes
         object.__setattr__(self, "passes", tuple(map(get_insertion, passes)))
 
@@ -89,6 +98,7 @@ class Options:
             "state": self.state,
             "split_prefix": self.split_prefix,
             "passes": [name_of(own) for own in self.passes],
+            "generate": None if self.generate is None else self.generate.to_json(),
         }
 
     @classmethod
@@ -102,8 +112,8 @@ class Options:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"Options has no field {unknown[0]!r}", hint=f"its fields are {', '.join(sorted(known))}")
         found = dict(values)
-        for name, kind in (("lora", LoraConfig), ("zo", ZOConfig)):
-            if name in found:
+        for name, kind in (("lora", LoraConfig), ("zo", ZOConfig), ("generate", GenerateConfig)):
+            if found.get(name) is not None:
                 found[name] = kind.from_json(found[name])
         return cls(**found)
 
