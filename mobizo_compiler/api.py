@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from mobizo_compiler.analysis.ranges import explain_lookup
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
+from mobizo_compiler.compiling.captured_forward import CapturedForward
 from mobizo_compiler.compiling.captured_step import CapturedStep
 from mobizo_compiler.compiling.described import described_program
 from mobizo_compiler.compiling.methods import captured_and_rewritten
@@ -232,10 +233,14 @@ def compile(
         lora_a = methods["train_step"].lora_a
         wanted = CapturedStep(captured, manifest.sites, lora_a, example.rows, store, chosen.zo, chosen.loss)
         at_zero = _outputs(model, wanted, example)
+        forward = None
+        if cached_one is not None and manifest.generate is not None:
+            itself = model if isinstance(model, nn.Module) and not store else None
+            forward = CapturedForward(cached_one, manifest.sites, lora_a, store, manifest.generate, itself)
         say("lower")
         program = Program(manifest, target.lower(methods, manifest), lora_a, methods)
         say("check")
-        if reason := check_program(program, wanted, example, at_zero):
+        if reason := check_program(program, wanted, example, at_zero, forward):
             say(f"not run: {reason}; the program can be saved, but its graphs alone were compared with the model")
         return program
 
