@@ -59,7 +59,8 @@ def capture_cache(model: object, captured: GraphProgram, context: int) -> GraphP
     exported = functional(_export(model, context))
     _drop_counters(exported)
     _without_wrapper(exported)
-    known = {path: tensor.data_ptr() for path, tensor in captured.tensors().values()}
+    read = {node.name for node in captured.graph.find_nodes(op="placeholder") if node.users}
+    known = {path: tensor.data_ptr() for name, (path, tensor) in captured.tensors().items() if name in read}
     inputs, tensors = _by_path(exported, known)
     signature = ExportGraphSignature(inputs, exported.graph_signature.output_specs)
     constants: dict[str, Any] = {
@@ -181,7 +182,8 @@ def _by_path(
 ) -> tuple[list[InputSpec], dict[str, tuple[InputKind, Tensor]]]:
     """The inputs with the model's own paths, and kind and value of every tensor by path.
 
-    Two modules that share a weight have a path each in `known`, where this capture has one for both.
+    A weight that modules share has the path that it has in `known`, or, where it has several there, that of the module
+    which reads it.
     """
     inputs: list[InputSpec] = []
     tensors: dict[str, tuple[InputKind, Tensor]] = {}
@@ -192,10 +194,12 @@ def _by_path(
             inputs.append(spec)
             continue
         path, value, node = spec.target.removeprefix(_INSIDE), frozen(every[spec.target]), nodes[spec.arg.name]
+        names = [name for name, place in known.items() if place == value.data_ptr()]
+        path = path if path in names or not names else names[0]
         readers: dict[str, list[fx.Node]] = {}
         for user in node.users:
             own = f"{_module(user)}.{path.rpartition('.')[2]}"
-            readers.setdefault(own if known.get(own) == value.data_ptr() else path, []).append(user)
+            readers.setdefault(own if own in names else path, []).append(user)
         for name, users in readers.items():
             node = nodes[spec.arg.name] if name == next(iter(readers)) else _another(exported.graph, node, users)
             inputs.append(InputSpec(spec.kind, TensorArgument(node.name), name, spec.persistent))

@@ -9,6 +9,7 @@ from executorch.exir.passes.reinplace import reinplace_pass
 from torch.export import ExportedProgram
 
 from mobizo_compiler.format.manifest import Generation
+from mobizo_compiler.upstream import edge_operators
 
 FORWARD = "forward"
 
@@ -33,5 +34,10 @@ def runner_methods(generation: Generation | None) -> Mapping[str, Any]:
 
 def write_in_place(methods: Mapping[str, ExportedProgram]) -> None:
     """Let new keys and values be written into the cache, which is else copied twice a layer in every call."""
-    if FORWARD in methods:
-        reinplace_pass(methods[FORWARD])
+    if FORWARD not in methods:
+        return
+    program = reinplace_pass(methods[FORWARD])
+    for node in program.graph.find_nodes(op="call_function", target=edge_operators.edge.aten.index_put_.default):
+        # What such a call returns is the cache itself, but a view of it would be one of memory that nobody planned.
+        for reader in [user for user in node.users if user.op != "output"]:
+            reader.replace_input_with(node, node.args[0])

@@ -16,6 +16,7 @@ from mobizo_compiler.cli.options import ConfigFile
 from mobizo_compiler.compiling.insertions import INSERTIONS
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.pipelines import METHODS, Parts, methods_of
+from mobizo_compiler.config import GenerateConfig
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.passes import Quantize
 
@@ -28,6 +29,9 @@ def show_passes(
     ] = None,
     state: Annotated[str, typer.Option(help="shared, data or io.")] = "shared",
     split_prefix: Annotated[bool, typer.Option("--split-prefix", help="As for mobizo compile.")] = False,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="With the method that generates with a cache of keys and values.")
+    ] = False,
     own_passes: Annotated[
         list[str] | None,
         typer.Option("--pass", help="A pass of an installed package; may be given again.", show_default=False),
@@ -41,7 +45,7 @@ def show_passes(
     `before` and `after` of a pass of your own name them; see docs/writing_a_pass.md.
     """
     given: dict[str, Any] = {"quantization": quantization, "state": state, "passes": tuple(own_passes or ())}
-    options = Options(split_prefix=split_prefix, **given)
+    options = Options(split_prefix=split_prefix, generate=GenerateConfig() if generate else None, **given)
     store = () if options.quantization is None else (Quantize(options.quantization),)
     parts = Parts(quantize=store, backend=tuple(get_backend(backend).passes()))
     listed = {name: [_described(step) for step in METHODS[name](options, parts)] for name in methods_of(options)}

@@ -66,6 +66,9 @@ class Sampling:
         return int(tokens[torch.multinomial(shares, 1, generator=generator)])
 
 
+MOST_LIKELY = Sampling()
+
+
 def prompt_of(tokens: Sequence[int] | Tensor, generation: Generation) -> Tensor:
     """The tokens of a prompt as `forward` takes them, int64 [1, T].
 
