@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -245,11 +245,16 @@ def frozen(tensor: Tensor) -> Tensor:
     return nn.Parameter(detached, requires_grad=False) if isinstance(tensor, nn.Parameter) else detached
 
 
-def functional(exported: ExportedProgram) -> ExportedProgram:
-    """Without in-place operators; composite operators are kept whole where the axis analysis knows them."""
+def functional(exported: ExportedProgram, first: Sequence[Any] = ()) -> ExportedProgram:
+    """Without in-place operators; composite operators are kept whole where the axis analysis knows them.
+
+    Args:
+        exported: The program.
+        first: Operators that are known not to be kept, so that they are not looked for.
+    """
     with torch.no_grad():
-        functional: ExportedProgram = exported.run_decompositions({})
         table = torch.export.default_decompositions()
+        functional: ExportedProgram = exported.run_decompositions({target: table[target] for target in first})
         done: set[Any] = set()
         while True:
             calls = [node for node in functional.graph.nodes if node.op == "call_function" and not has_rule(node)]

@@ -56,7 +56,7 @@ def capture_cache(model: object, captured: GraphProgram, context: int) -> GraphP
             hint="leave generate out: evaluate gives the logits of whole rows",
         )
     assert isinstance(model, nn.Module)
-    exported = functional(_export(model, context))
+    exported = functional(_export(model, context), (aten.index_copy.default,))
     _drop_counters(exported)
     _without_wrapper(exported)
     read = {node.name for node in captured.graph.find_nodes(op="placeholder") if node.users}
