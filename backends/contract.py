@@ -23,6 +23,9 @@ class Backend(Protocol):
     data_files: bool = False
     """Whether its programs can look up their initial state in a data file (`state="data"`)."""
 
+    caches: bool = False
+    """Whether a method of its programs can keep what only it reads from one call to the next (`generate`)."""
+
     suffix: str | None = ".pte"
     """Ending of the names of its program files; None if it has no file format."""
 
@@ -62,4 +65,4 @@ class Backend(Protocol):
         raise NotSupportedYetError(f"backend {self.name!r} has no file format", where=str(path))
 
 
-MEMBERS = ("name", "unavailable", "unsupported", "passes", "lower", "reads", "load", "data_files", "suffix")
+MEMBERS = ("name", "unavailable", "unsupported", "passes", "lower", "reads", "load", "data_files", "caches", "suffix")

@@ -25,6 +25,7 @@ from mobizo_compiler import backends, noise, passes
 from mobizo_compiler.backends import get_backend
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.pipelines import METHODS, Parts, methods_of
+from mobizo_compiler.config import GenerateConfig
 from mobizo_compiler.errors import MobizoError, raised_errors
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.quantization.weights import DEFAULT_EPS
@@ -54,7 +55,7 @@ def passes_page() -> str:
 
 def _pipelines() -> list[str]:
     """Which passes make which method, with the default options on the default backend."""
-    options = Options(split_prefix=True)
+    options = Options(split_prefix=True, generate=GenerateConfig())
     parts = Parts(backend=tuple(get_backend("xnnpack").passes()))
     lines = [
         "A method is the captured graph after a list of passes (`mobizo_compiler.compiling.pipelines`). For XNNPACK,",

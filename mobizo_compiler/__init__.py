@@ -13,7 +13,7 @@ import mobizo_compiler.quiet  # noqa: F401  (it holds back what torchao logs abo
 if TYPE_CHECKING:
     from mobizo_compiler.api import compile
     from mobizo_compiler.compiling.options import Options
-    from mobizo_compiler.config import LoraConfig, ZOConfig
+    from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
     from mobizo_compiler.device.journal import JournalWarning
     from mobizo_compiler.device.run import RunSummary
     from mobizo_compiler.device.schedules import schedule
@@ -40,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalLMLoss",
     "ChoiceLoss",
+    "GenerateConfig",
     "JournalWarning",
     "LabelSpec",
     "LoraConfig",
@@ -68,6 +69,7 @@ __all__ = [
 _HOMES = {
     "CausalLMLoss": "mobizo_compiler.step.losses",
     "ChoiceLoss": "mobizo_compiler.step.losses",
+    "GenerateConfig": "mobizo_compiler.config",
     "JournalWarning": "mobizo_compiler.device.journal",
     "LabelSpec": "mobizo_compiler.step.losses",
     "LoraConfig": "mobizo_compiler.config",

@@ -18,13 +18,14 @@ from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.analysis.ranges import explain_lookup
 from mobizo_compiler.backends import Backend, get_backend
 from mobizo_compiler.compiling.cache import cached
+from mobizo_compiler.compiling.captured_forward import CapturedForward
 from mobizo_compiler.compiling.captured_step import CapturedStep
 from mobizo_compiler.compiling.described import described_program
 from mobizo_compiler.compiling.methods import captured_and_rewritten
-from mobizo_compiler.compiling.model_config import answer_names, padding_of, saved_weights
+from mobizo_compiler.compiling.model_config import answer_names, generation, padding_of, saved_weights
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.verify import check_program
-from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError
 from mobizo_compiler.format.peft import check_base, read_peft
 from mobizo_compiler.format.program import Program
@@ -49,6 +50,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "split_prefix": False,
     "activation_memory_bytes": None,
     "passes": (),
+    "generate": None,
 }
 
 
@@ -101,6 +103,7 @@ def compile(
     split_prefix: bool = False,
     activation_memory_bytes: int | None = None,
     passes: Sequence[Insertion | str] = (),
+    generate: GenerateConfig | None = None,
     options: Options | None = None,
     example_labels: Tensor | None = None,
     answers: Sequence[str] | None = None,
@@ -152,8 +155,10 @@ def compile(
         activation_memory_bytes: For `ZOConfig(estimator="exact")`: the most bytes of values that a step keeps at a
             time; what does not fit is computed again, which takes up to half as long again. None for no limit.
         passes: Passes of one's own, each with its place; see docs/writing_a_pass.md.
-        options: `lora`, `zo`, `loss`, `rule`, `quantization`, `state`, `split_prefix`, `activation_memory_bytes` and
-            `passes` in one, in place of them.
+        generate: Add a method `forward` with a cache of keys and values, which `Session.generate` and the language
+            model runner of ExecuTorch call; for decoders of transformers.
+        options: `lora`, `zo`, `loss`, `rule`, `quantization`, `state`, `split_prefix`, `activation_memory_bytes`,
+            `passes` and `generate` in one, in place of them.
         example_labels: Labels for a loss that is a function; the first axis is rows.
         progress: Called with a line of text when a phase begins: capture, rewrite, lower, check.
 
@@ -186,6 +191,7 @@ def compile(
         split_prefix=split_prefix,
         activation_memory_bytes=activation_memory_bytes,
         passes=passes,
+        generate=generate,
     )
     given: Mapping[str, tuple[Tensor, Tensor]] = {}
     found = None
@@ -212,11 +218,16 @@ def compile(
             f"programs of backend {target.name!r} cannot look up their state in a data file",
             hint='state="shared", and Session.import_ptd',
         )
+    if chosen.generate is not None and not target.caches:
+        raise BackendRefusedError(
+            f"programs of backend {target.name!r} cannot keep a cache of keys and values between calls",
+            hint='backend="xnnpack", or leave generate out',
+        )
     if chosen.split_prefix and dynamic_shapes:
         raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
 
-    captured, methods, store = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
+    captured, methods, store, cached_one = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
     manifest = described_program(captured, methods, example, chosen, target.name, base_model)
     if found is not None:
         check_base(found, manifest.weights, str(adapter))
@@ -226,6 +237,7 @@ def compile(
         padding=padding_of(model, manifest),
         prompt=prompt,
         saved=saved_weights(new_weights, model),
+        generate=generation(chosen.generate, model, cached_one),
     )
     if reasons := [f"{method}: {reason}" for method, p in methods.items() for reason in target.unsupported(p)]:
         raise BackendRefusedError(f"backend {target.name!r} cannot run this program:\n  - " + "\n  - ".join(reasons))
@@ -234,12 +246,16 @@ def compile(
         lora_a = methods["train_step"].lora_a
         wanted = CapturedStep(captured, manifest.sites, lora_a, example.rows, store, chosen.zo, chosen.loss)
         at_zero = _outputs(model, wanted, example)
+        forward = None
+        if cached_one is not None and manifest.generate is not None:
+            itself = model if isinstance(model, nn.Module) and not store else None
+            forward = CapturedForward(cached_one, manifest.sites, lora_a, store, manifest.generate, itself)
         say("lower")
         program = Program(manifest, target.lower(methods, manifest), lora_a, methods)
         if (most := chosen.activation_memory_bytes) is not None:
             _check_planned(program, most, say)
         say("check")
-        if reason := check_program(program, wanted, example, at_zero):
+        if reason := check_program(program, wanted, example, at_zero, forward):
             say(f"not run: {reason}; the program can be saved, but its graphs alone were compared with the model")
         return program
 

@@ -103,6 +103,38 @@ class LoraConfig(JsonConfig):
         return index is not None and int(index.group(1)) in self.layers_to_transform
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig(JsonConfig):
+    """How a program goes on with a text: with a cache of keys and values, one row at a time.
+
+    Args:
+        context: Most tokens of a prompt and what is generated for it, for which the cache has room.
+        stop_ids: Tokens that end a text; if None, those that the model's generation configuration names.
+        all_logits: Whether a call returns the logits of every token that it is given, in place of the last one's.
+
+    Raises:
+        ConfigError: A field is out of range.
+
+    >>> GenerateConfig.from_json(GenerateConfig(context=64, stop_ids=(2,)).to_json())
+    GenerateConfig(context=64, stop_ids=(2,), all_logits=False)
+    """
+
+    context: int = 1024
+    stop_ids: tuple[int, ...] | None = None
+    all_logits: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("GenerateConfig.context", self.context, 8, 1 << 20)
+        stops: Any = self.stop_ids
+        if stops is not None:
+            stops = (stops,) if isinstance(stops, int) else tuple(stops)
+            for token in stops:
+                check_int("GenerateConfig.stop_ids", token, 0, MAX_SEED)
+            object.__setattr__(self, "stop_ids", stops)
+        if not isinstance(self.all_logits, bool):
+            raise ConfigError(f"GenerateConfig.all_logits is {self.all_logits!r}; it must be True or False")
+
+
 def _strings(name: str, value: Sequence[str]) -> tuple[str, ...]:
     try:
         strings = tuple(value)

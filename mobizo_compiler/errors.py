@@ -115,11 +115,12 @@ class ExampleInputError(MobizoError, ValueError):
 
 
 class CaptureError(MobizoError):
-    """The model cannot be captured with a symbolic number of rows.
+    """The model cannot be captured, with a symbolic number of rows or with a cache of keys and values.
 
     `torch.export` could not trace the model, and its own message is part of this one. Check that the model is in
     eval mode and runs on the example inputs; then take out of it what depends on the values of tensors (`if x.sum()
     > 0`, `.item()`, loops over data). Mixtures of experts have a switch for that, see the sharp edges.
+    `generate` is for decoders of transformers, whose caches are the ones that can be captured.
     """
 
     code = "MBZ202"
@@ -297,9 +298,10 @@ class StateError(MobizoError, ValueError):
 
 
 class SessionBusyError(MobizoError, RuntimeError):
-    """Two threads use one session at once.
+    """Two threads use one session at once, or a second prompt was begun before the first one ended.
 
-    Give every thread a session of its own; sessions of one program do not disturb each other.
+    Give every thread a session of its own; sessions of one program do not disturb each other. A session has one cache
+    of keys and values, which belongs to the prompt that was begun last.
     """
 
     code = "MBZ605"

@@ -64,6 +64,7 @@ PRIVATE: dict[str, Private] = {
     "read_program": Private(
         "executorch.exir._serialize._program", "_flatbuffer_to_program", "what a .pte runs (mobizo inspect)"
     ),
+    "edge_operators": Private("executorch.exir.dialects._ops", "ops", "a cache of keys and values written in place"),
     "serialize_for_executorch": Private(
         "executorch.exir._serialize._serialize", "serialize_for_executorch", "the state in a .pte once, or beside it"
     ),

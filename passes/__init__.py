@@ -4,6 +4,7 @@ from mobizo_compiler.passes.add_clean_lane import AddCleanLane
 from mobizo_compiler.passes.attach_loss import AttachLoss
 from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.passes.capture import capture, empty_program, outputs_of
+from mobizo_compiler.passes.capture_cache import capture_cache
 from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.passes.difference_losses import DifferenceLosses
 from mobizo_compiler.passes.differentiate import Differentiate, DifferentiateCleanLane
@@ -11,6 +12,7 @@ from mobizo_compiler.passes.duplicate_lanes import DuplicateLanes
 from mobizo_compiler.passes.free_rows import FreeRows
 from mobizo_compiler.passes.hoist_picks import HoistPicks
 from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
+from mobizo_compiler.passes.last_token import LastToken
 from mobizo_compiler.passes.merge_siblings import MergeSiblings
 from mobizo_compiler.passes.pass_state import PassState
 from mobizo_compiler.passes.perturb import Perturb
@@ -36,6 +38,7 @@ __all__ = [
     "FreeRows",
     "HoistPicks",
     "InsertMPLoRA",
+    "LastToken",
     "MergeSiblings",
     "PassState",
     "Perturb",
@@ -48,6 +51,7 @@ __all__ = [
     "Tidy",
     "UpdateState",
     "capture",
+    "capture_cache",
     "empty_program",
     "outputs_of",
 ]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,10 +48,10 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
         UnsupportedGraphError: The graph has inputs or outputs that are not tensors, or weights that change.
     """
     if isinstance(model, ExportedProgram):
-        exported = _functional(model)
+        exported = functional(model)
     elif isinstance(model, nn.Module):
         _check_weights(model)
-        exported = _functional(_export(model, example, symbolic))
+        exported = functional(_export(model, example, symbolic))
     else:
         raise CaptureError(
             f"cannot compile a {type(model).__name__}", hint="pass an nn.Module or a torch.export.ExportedProgram"
@@ -81,7 +81,7 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
         root=nn.Module(),
         graph=exported.graph,
         graph_signature=signature,
-        state_dict={name: _frozen(tensor) for name, tensor in exported.state_dict.items()},
+        state_dict={name: frozen(tensor) for name, tensor in exported.state_dict.items()},
         range_constraints=exported.range_constraints,
         module_call_graph=flat_call_graph(len(signature.user_inputs), len(signature.user_outputs)),
         constants={k: v.detach() if isinstance(v, Tensor) else v for k, v in exported.constants.items()},
@@ -263,17 +263,22 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _frozen(tensor: Tensor) -> Tensor:
+def frozen(tensor: Tensor) -> Tensor:
     """The same storage without a gradient; ExecuTorch takes no tensor that wants one."""
     detached = tensor.detach()
     return nn.Parameter(detached, requires_grad=False) if isinstance(tensor, nn.Parameter) else detached
 
 
-def _functional(exported: ExportedProgram) -> ExportedProgram:
-    """Without in-place operators; composite operators are kept whole where the axis analysis knows them."""
+def functional(exported: ExportedProgram, first: Sequence[Any] = ()) -> ExportedProgram:
+    """Without in-place operators; composite operators are kept whole where the axis analysis knows them.
+
+    Args:
+        exported: The program.
+        first: Operators that are known not to be kept, so that they are not looked for.
+    """
     with torch.no_grad():
-        functional: ExportedProgram = exported.run_decompositions({})
         table = torch.export.default_decompositions()
+        functional: ExportedProgram = exported.run_decompositions({target: table[target] for target in first})
         done: set[Any] = set()
         while True:
             calls = [node for node in functional.graph.nodes if node.op == "call_function" and not has_rule(node)]

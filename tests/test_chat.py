@@ -23,7 +23,8 @@ from mobizo_compiler.text.chat_rows import asked, stretches
 from mobizo_compiler.text.chat_template import ChatTemplate
 from mobizo_compiler.text.conversations import ASSISTANT, Message, chat_form, conversation, without_oldest
 from mobizo_compiler.text.data import TextData
-from mobizo_compiler.text.evaluation import Generated, generate, measure
+from mobizo_compiler.text.evaluation import measure
+from mobizo_compiler.text.generation import Generated, generate
 from mobizo_compiler.text.prompts import PromptConfig, samples
 from mobizo_compiler.text.rows import Row, read_rows
 

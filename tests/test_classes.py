@@ -16,7 +16,8 @@ import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError, DataError
 from mobizo_compiler.text.data import TextData
-from mobizo_compiler.text.evaluation import generate, score
+from mobizo_compiler.text.evaluation import score
+from mobizo_compiler.text.generation import generate
 from mobizo_compiler.text.prediction import Classifier
 from mobizo_compiler.text.prompts import PromptConfig, Sample
 

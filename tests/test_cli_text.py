@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 import mobizo_compiler as mobizo
 from mobizo_compiler import cli
 from mobizo_compiler.text.data import TextData
-from mobizo_compiler.text.evaluation import generate, score
+from mobizo_compiler.text.evaluation import score
+from mobizo_compiler.text.generation import generate
 from mobizo_compiler.text.prompts import PromptConfig, samples
 from mobizo_compiler.text.rows import read_rows
 from mobizo_compiler.text.training import restore_best

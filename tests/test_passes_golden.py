@@ -38,7 +38,9 @@ from mobizo_compiler.backends.vulkan.vectors_for_scalars import VectorsForScalar
 from mobizo_compiler.backends.xnnpack.decoded_weights import DecodedWeights
 from mobizo_compiler.backends.xnnpack.float_exit import FloatExit
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.backends.xnnpack.one_unknown_size import OneUnknownSize
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
+from mobizo_compiler.backends.xnnpack.rotation_as_product import RotationAsProduct
 from mobizo_compiler.backends.xnnpack.round_group_scales import RoundGroupScales
 from mobizo_compiler.backends.xnnpack.separate_readers import SeparateReaders
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
@@ -214,6 +216,7 @@ CASES: dict[str, Case] = {
     "hoist_picks": of(
         passes.HoistPicks(), DECODER, passes.AttachLoss(CausalLMLoss(max_labels=2)), passes.Canonicalize()
     ),
+    "last_token": of(passes.LastToken(), DECODER, passes.Canonicalize()),
     "slice_outputs": of(
         passes.SliceOutputs(),
         """
@@ -501,6 +504,33 @@ CASES: dict[str, Case] = {
           %add = add.Tensor(%repeat, %repeat_2)
         return output_0 = %add
         return output_1 = %repeat_1
+        """,
+    ),
+    "rotation_as_product": of(
+        RotationAsProduct(),
+        """
+        input  %x: f32[2, 3, tokens, 8]
+          %slice_1 = slice.Tensor(%x, 3, 0, 4)
+          %slice_2 = slice.Tensor(%x, 3, 4, end)
+          %neg = neg(%slice_2)
+          %cat = cat([%neg, %slice_1], -1)
+          %cat_1 = cat([%slice_1, %neg], -1)
+          %add = add.Tensor(%cat, %cat_1)
+        return output_0 = %add
+        """,
+    ),
+    "one_unknown_size": of(
+        OneUnknownSize(),
+        """
+        input  %x: f32[2, tokens, 12]
+          %n = sym_size.int(%x, 1)
+          %reshape = reshape(%x, [2, %n, -1, 4])
+          %transpose = transpose.int(%reshape, 1, 2)
+          %reshape_1 = reshape(%transpose, [6, %n, 4])
+          %unsqueeze = unsqueeze(%reshape_1, 1)
+          %reshape_2 = reshape(%unsqueeze, [-1, 1])
+        return output_0 = %unsqueeze
+        return output_1 = %reshape_2
         """,
     ),
     "separate_readers": of(

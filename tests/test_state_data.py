@@ -101,6 +101,11 @@ def test_backends_without_data_files_refuse(backend: str) -> None:
         compiled(backend, "data")
 
 
+def test_who_has_caches() -> None:
+    for name in ("portable", "xnnpack", "vulkan", "eager", "aot_inductor", "cuda"):
+        assert get_backend(name).caches == (name in {"portable", "xnnpack", "eager"})
+
+
 def test_who_has_data_files() -> None:
     having = {"portable", "xnnpack", "vulkan"}
     for name in ("portable", "xnnpack", "vulkan", "eager", "aot_inductor", "cuda"):

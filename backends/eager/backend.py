@@ -15,6 +15,7 @@ class EagerBackend(Backend):
     """The comparison point; also the quickest way to try a model."""
 
     name = EAGER
+    caches = True
     suffix = None
 
     def unavailable(self) -> None:

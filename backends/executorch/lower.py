@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
+from mobizo_compiler.backends.executorch.cache import runner_methods, write_in_place
 from mobizo_compiler.backends.executorch.emit import emission_config, emit, hear
 from mobizo_compiler.backends.executorch.one_copy import share_equal_data
 from mobizo_compiler.backends.executorch.partition import KeepStateOutside
@@ -94,7 +95,11 @@ def _lower(
     methods: Mapping[str, GraphProgram], manifest: Manifest, lora_a: Tensor, partitioners: Partitioners
 ) -> tuple[ExecutorchProgramManager, dict[str, Delegation]]:
     by_method = partitioners if isinstance(partitioners, Mapping) else dict.fromkeys(methods, partitioners)
-    constant_methods = {MANIFEST_METHOD: manifest.to_json(), LORA_A_METHOD: lora_a}
+    constant_methods = {
+        MANIFEST_METHOD: manifest.to_json(),
+        LORA_A_METHOD: lora_a,
+        **runner_methods(manifest.generate),
+    }
     edge = to_edge_transform_and_lower(
         {name: program.exported for name, program in methods.items()},
         transform_passes=[_without_copies],
@@ -113,6 +118,7 @@ def _lower(
             if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
                 node.meta["et_init_buffer"] = True
         _sizes_for_strides(program)
+    write_in_place(lowered)
     hear(lowered, constant_methods, manifest.state)
     return emit(edge, emission_config(), manifest.state), delegation
 

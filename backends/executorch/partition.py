@@ -13,7 +13,7 @@ from mobizo_compiler.graph.program import STATE
 
 
 class KeepStateOutside(Partitioner):  # type: ignore[misc]
-    """A partitioner that never gives the state to a delegate; otherwise the wrapped one."""
+    """A partitioner that never gives the state, or another buffer that changes, to a delegate; else the wrapped one."""
 
     def __init__(self, inner: Partitioner) -> None:
         super().__init__()
@@ -39,8 +39,9 @@ class KeepStateOutside(Partitioner):  # type: ignore[misc]
     def partition(self, exported: ExportedProgram) -> PartitionResult:
         """Partition, then take the tag off the state, which makes it an input of the delegate."""
         result = self.inner.partition(exported)
-        buffers = exported.graph_signature.inputs_to_buffers
+        signature = exported.graph_signature
+        buffers, kept = signature.inputs_to_buffers, {STATE, *signature.buffers_to_mutate.values()}
         for node in result.tagged_exported_program.graph.nodes:
-            if node.op == "placeholder" and buffers.get(node.name) == STATE:
+            if node.op == "placeholder" and buffers.get(node.name) in kept:
                 node.meta.pop("delegation_tag", None)
         return result

@@ -19,6 +19,7 @@ class PortableBackend(ExecuTorchBackend):
     """The slowest and most general backend on a device."""
 
     name = "portable"
+    caches = True
 
     def unavailable(self) -> None:
         """It comes with the packages that this one needs."""

@@ -15,7 +15,9 @@ from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellO
 from mobizo_compiler.backends.xnnpack.decoded_weights import DecodedWeights
 from mobizo_compiler.backends.xnnpack.float_exit import FloatExit
 from mobizo_compiler.backends.xnnpack.mean_as_linear import MeanAsLinear
+from mobizo_compiler.backends.xnnpack.one_unknown_size import OneUnknownSize
 from mobizo_compiler.backends.xnnpack.repeat_as_product import RepeatAsProduct
+from mobizo_compiler.backends.xnnpack.rotation_as_product import RotationAsProduct
 from mobizo_compiler.backends.xnnpack.round_group_scales import RoundGroupScales
 from mobizo_compiler.backends.xnnpack.separate_readers import SeparateReaders
 from mobizo_compiler.backends.xnnpack.spell_out_gelu import SpellOutGelu
@@ -33,6 +35,7 @@ class XnnpackBackend(ExecuTorchBackend):
     """The default on CPUs."""
 
     name = "xnnpack"
+    caches = True
 
     def unavailable(self) -> None:
         """It comes with the packages that this one needs."""
@@ -52,11 +55,13 @@ class XnnpackBackend(ExecuTorchBackend):
             MeanAsLinear(),
             SpellOutGelu(),
             RepeatAsProduct(),
+            RotationAsProduct(),
             RoundGroupScales(),
             SpellOutQuantization(keep_dynamic=True),
             DecodedWeights(),
             FloatExit(),
             SeparateReaders(),
+            OneUnknownSize(),
             Canonicalize(),
             CoreAten(),
         )

@@ -38,7 +38,7 @@ from mobizo_compiler.cli.model_inputs import check_room, example_inputs
 from mobizo_compiler.cli.options import ConfigFile, Section, chosen, with_sections
 from mobizo_compiler.compiling.dry_run import DryRun, estimate
 from mobizo_compiler.compiling.options import Options
-from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
 from mobizo_compiler.errors import BackendUnavailableError, ConfigError
 from mobizo_compiler.extensions import spelled
@@ -88,6 +88,7 @@ SECTIONS = (
     Section("zo", (EstimatorChoice, ZOConfig), "zo", "Gradient estimate", alone=("estimator", "estimator_options")),
     Section("rule", (RuleChoice, *_RULES), "rule", "Update rule", head="rule"),
     Section("loss", (LossChoice, *LOSSES.values()), "loss", "Loss", head="kind", text=("choices",)),
+    Section("generate", (GenerateConfig,), "generate", "Generation with a cache of keys and values"),
     Section("quantization", (QuantizationConfig,), "quantization", "Quantization of the frozen weights", head="recipe"),
 )
 
@@ -99,6 +100,7 @@ def compile_model(
     zo: dict[str, Any],
     rule: dict[str, Any],
     loss: dict[str, Any],
+    generate: dict[str, Any],
     quantization: dict[str, Any],
     model: Annotated[
         str,
@@ -230,6 +232,7 @@ def compile_model(
             "split_prefix": split_prefix,
             "activation_memory_bytes": activation_memory_bytes,
             "passes": own_passes or [],
+            "generate": generate or None,
         }
     )
     target: Backend = get_backend(backend)

@@ -16,7 +16,7 @@ from mobizo_compiler.cli.options import ConfigFile
 from mobizo_compiler.compiling.insertions import INSERTIONS
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.pipelines import METHODS, Parts, methods_of
-from mobizo_compiler.config import ZOConfig
+from mobizo_compiler.config import GenerateConfig, ZOConfig
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.passes import Quantize
 
@@ -30,6 +30,9 @@ def show_passes(
     state: Annotated[str, typer.Option(help="shared, data or io.")] = "shared",
     split_prefix: Annotated[bool, typer.Option("--split-prefix", help="As for mobizo compile.")] = False,
     estimator: Annotated[str, typer.Option(help="two-sided, exact, ...; see mobizo extensions.")] = "two-sided",
+    generate: Annotated[
+        bool, typer.Option("--generate", help="With the method that generates with a cache of keys and values.")
+    ] = False,
     own_passes: Annotated[
         list[str] | None,
         typer.Option("--pass", help="A pass of an installed package; may be given again.", show_default=False),
@@ -43,7 +46,12 @@ def show_passes(
     `before` and `after` of a pass of your own name them; see docs/writing_a_pass.md.
     """
     given: dict[str, Any] = {"quantization": quantization, "state": state, "passes": tuple(own_passes or ())}
-    options = Options(zo=ZOConfig(estimator=estimator), split_prefix=split_prefix, **given)
+    options = Options(
+        zo=ZOConfig(estimator=estimator),
+        split_prefix=split_prefix,
+        generate=GenerateConfig() if generate else None,
+        **given,
+    )
     store = () if options.quantization is None else (Quantize(options.quantization),)
     parts = Parts(quantize=store, backend=tuple(get_backend(backend).passes()))
     listed = {name: [_described(step) for step in METHODS[name](options, parts)] for name in methods_of(options)}

@@ -45,11 +45,13 @@ from mobizo_compiler.cli.runs import (
     tokenizer_for,
     training_in,
 )
+from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.errors import MissingPackageError
 from mobizo_compiler.load import load
 from mobizo_compiler.text.confusion import Confusion
 from mobizo_compiler.text.data import TextData
-from mobizo_compiler.text.evaluation import Score, generate, measure
+from mobizo_compiler.text.evaluation import Score, measure
+from mobizo_compiler.text.generation import generate
 from mobizo_compiler.text.plot import plot_run
 from mobizo_compiler.text.prompts import PromptConfig, Sample, empty_prompts, samples, split
 from mobizo_compiler.text.rows import UTF8, read_rows
@@ -57,6 +59,7 @@ from mobizo_compiler.text.training import Outcome, TrainingConfig, read_record, 
 from mobizo_compiler.text.tuning import Trial, tune
 
 PROMPTS = Section("prompts", (PromptConfig,), "", "Prompts and answers")
+SAMPLING = Section("sampling", (Sampling,), "", "Choice of the next token")
 DataFile = Annotated[
     Path,
     typer.Option(
@@ -239,7 +242,9 @@ def evaluate_program(
 
 
 @app.command("generate")
+@with_sections(SAMPLING)
 def generate_text(
+    sampling: dict[str, Any],
     file: ProgramFile,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="Text to go on with; - reads it from stdin.", show_default=False)
@@ -253,10 +258,12 @@ def generate_text(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    r"""Go on with a prompt, always with the most likely token, with the adapter that a run has trained.
+    r"""Go on with a prompt, with the adapter that a run has trained. A line break is written \n.
 
-    Each token is a forward pass over the whole length that the program was compiled for. A line break is written \n.
+    A program that was compiled with --generate-context has a cache of keys and values; with another one, each token is
+    a forward pass over the whole length that it was compiled for.
     """
+    chosen = Sampling(**sampling)
     check_file(file)
     record = record_of(run, best)
     program = load(file)
@@ -265,7 +272,7 @@ def generate_text(
     restored(session, run, best)
     text = asked_of(sys.stdin.read() if prompt == "-" else unescaped(prompt) or "", spelling, record)
     shown = (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
-    found = generate(session, spelling, text, max_new_tokens, shown)
+    found = generate(session, spelling, text, max_new_tokens, shown, chosen)
     if as_json:
         print_json(dataclasses.asdict(found))
     else:

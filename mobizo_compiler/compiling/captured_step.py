@@ -55,6 +55,15 @@ class AddAdapters(Pass):
                 edit.replace(target.result, total, keep=total)
 
 
+def given_adapters(sites: Sequence[Site], lora_a: Mapping[str, Tensor], trained: Tensor) -> list[Tensor]:
+    """What `AddAdapters` adds as inputs, for these trained numbers, [P]."""
+    given = []
+    for site in sites:
+        a = lora_a[site.fqn] if site.a_offset is None else site.lora_a(trained)
+        given += [a.contiguous(), site.scaling * site.lora_b(trained).T]
+    return given
+
+
 def _delta(edit: Editor, target: LayerCall, a: fx.Node, b: fx.Node) -> fx.Node:
     if not target.kernel:
         return edit.call(aten.linear.default, edit.call(aten.linear.default, target.source, a), b)
@@ -109,7 +118,7 @@ class CapturedStep:
 
     def evaluate_exactly(self, inputs: Sequence[Tensor], trained: Tensor) -> list[Tensor]:
         """As `evaluate`, in float64."""
-        return _InFloat64(self.program).outputs([*inputs, *self._adapters(trained)])
+        return InFloat64(self.program).outputs([*inputs, *self._adapters(trained)])
 
     def gradient(self, inputs: Sequence[Tensor], labels: Tensor, trained: Tensor) -> Tensor:
         """The gradient of the loss by the trained numbers, [P], by PyTorch; rounding has the derivative 1."""
@@ -140,11 +149,7 @@ class CapturedStep:
         return self.loss(self.captured.nesting.unflatten(outputs), labels)
 
     def _adapters(self, trained: Tensor) -> list[Tensor]:
-        given = []
-        for site in self.sites:
-            a = self.lora_a[site.fqn] if site.a_offset is None else site.lora_a(trained)
-            given += [a.contiguous(), site.scaling * site.lora_b(trained).T]
-        return given
+        return given_adapters(self.sites, self.lora_a, trained)
 
 
 class _Interpreter(fx.Interpreter):
@@ -186,7 +191,7 @@ class _StraightThrough(_Interpreter):
         return before + (value - before).detach()
 
 
-class _InFloat64(_Interpreter):
+class InFloat64(_Interpreter):
     """Runs a program with every float32 number in float64, one weight at a time."""
 
     @torch.no_grad()
@@ -195,6 +200,7 @@ class _InFloat64(_Interpreter):
         return super().outputs(inputs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call on wide numbers."""
         args, kwargs = map_aggregate((args, kwargs), _wide)
         return super().call_function(target, args, kwargs)
 

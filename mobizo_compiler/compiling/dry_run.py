@@ -52,6 +52,11 @@ class DryRun(Backend):
         """As the backend says."""
         return self.inner.data_files
 
+    @property
+    def caches(self) -> bool:  # type: ignore[override]
+        """As the backend says."""
+        return self.inner.caches
+
     def unavailable(self) -> str | None:
         """As the backend says."""
         return self.inner.unavailable()

@@ -32,11 +32,15 @@ DUMP_VARIABLE = "MOBIZO_DUMP"
 
 
 class Graphs(NamedTuple):
-    """A captured graph, the methods that it was rewritten to, and what stores its weights in fewer bits."""
+    """A captured graph, the methods that it was rewritten to, and what stores its weights in fewer bits.
+
+    `cached` is the graph that was captured with a cache, where the program generates.
+    """
 
     captured: GraphProgram
     methods: dict[str, GraphProgram]
     store: tuple[passes.Quantize, ...]
+    cached: GraphProgram | None = None
 
 
 def captured_and_rewritten(
@@ -72,7 +76,17 @@ def captured_and_rewritten(
         )
         return Graphs(captured, rewritten(captured, options, parts, observer), parts.quantize)
 
-    return _symbolic_or_fixed(graphs, model, example, say)
+    found = _symbolic_or_fixed(graphs, model, example, say)
+    if options.generate is None:
+        return found
+    say("capture with a cache")
+    with quiet():
+        cached = passes.capture_cache(model, found.captured, options.generate.context)
+    train_step = found.methods["train_step"]
+    parts = pipelines.Parts(1, found.store, tuple(backend.passes()), given, train_step.sites, train_step.lora_a)
+    say("rewrite")
+    forward = Pipeline(pipelines.forward(options, parts), observer("forward")).run(cached)
+    return found._replace(methods={**found.methods, "forward": forward}, cached=cached)
 
 
 def _symbolic_or_fixed(

@@ -1,13 +1,17 @@
-"""What the configuration of a model of transformers says about its rows: names of classes, and padding."""
+"""What the configuration of a model of transformers says: names of classes, padding, and where texts end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
+from mobizo_compiler.analysis.ranges import input_ranges
+from mobizo_compiler.config import GenerateConfig
 from mobizo_compiler.errors import ConfigError
-from mobizo_compiler.format.manifest import Manifest, SavedWeight
+from mobizo_compiler.format.manifest import Generation, Manifest, SavedWeight
+from mobizo_compiler.graph.program import GraphProgram
 
 
 def answer_names(given: Sequence[str] | None, model: object, manifest: Manifest) -> tuple[str, ...] | None:
@@ -54,3 +58,16 @@ def padding_of(model: object, manifest: Manifest) -> int | None:
     if not isinstance(padding, int) or isinstance(padding, bool) or highest is None:
         return None
     return padding if 0 <= padding <= highest else None
+
+
+def generation(config: GenerateConfig | None, model: object, cached: GraphProgram | None) -> Generation | None:
+    """What `forward` takes, with the tokens that end a text as the model's generation configuration has them."""
+    if config is None or cached is None:
+        return None
+    stops: Any = config.stop_ids
+    if stops is None:
+        found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        stops = () if found is None else (found,) if isinstance(found, int) else tuple(found)
+    (ids, _), (logits,) = cached.inputs, cached.output_nodes.values()
+    highest = input_ranges(cached).get(ids, (0, logits.meta["val"].shape[-1] - 1))[1]
+    return Generation(config.context, highest + 1, stops, config.all_logits)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self, cast
 
 from mobizo_compiler.compiling.insertions import get_insertion, name_of
-from mobizo_compiler.config import LoraConfig, ZOConfig
+from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.graph.pipeline import Insertion
 from mobizo_compiler.options import check_int, shown
@@ -39,6 +39,7 @@ class Options:
         activation_memory_bytes: The most bytes of values that an exact gradient keeps at a time; what does not fit is
             computed again. None for no limit, which is fastest.
         passes: Passes of one's own, each with its place in the pipelines, or the name of an installed one.
+        generate: How the program goes on with a text; None for a program that does not.
 
     Raises:
         ConfigError: A field is out of range.
@@ -59,6 +60,7 @@ class Options:
     split_prefix: bool = False
     activation_memory_bytes: int | None = None
     passes: tuple[Insertion, ...] = ()
+    generate: GenerateConfig | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("lora", LoraConfig), ("zo", ZOConfig)):
@@ -83,6 +85,13 @@ class Options:
                     f"activation_memory_bytes has no meaning for the {self.zo.estimator} estimator: it keeps nothing",
                     hint='leave it out, or ZOConfig(estimator="exact")',
                 )
+        if self.generate is not None and not isinstance(self.generate, GenerateConfig):
+            raise ConfigError(f"generate must be a GenerateConfig or None, not {shown(self.generate)}")
+        if self.generate is not None and self.state == "io":
+            raise ConfigError(
+                "generate and state='io' exclude each other: whoever calls forward has no place for the state",
+                hint="state='data', with the adapter in a .ptd beside the program",
+            )
         passes = (self.passes,) if isinstance(self.passes, (Insertion, str)) else self.passes
         object.__setattr__(self, "passes", tuple(map(get_insertion, passes)))
 
@@ -105,6 +114,7 @@ class Options:
             "split_prefix": self.split_prefix,
             "activation_memory_bytes": self.activation_memory_bytes,
             "passes": [name_of(own) for own in self.passes],
+            "generate": None if self.generate is None else self.generate.to_json(),
         }
 
     @classmethod
@@ -118,8 +128,8 @@ class Options:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"Options has no field {unknown[0]!r}", hint=f"its fields are {', '.join(sorted(known))}")
         found = dict(values)
-        for name, kind in (("lora", LoraConfig), ("zo", ZOConfig)):
-            if name in found:
+        for name, kind in (("lora", LoraConfig), ("zo", ZOConfig), ("generate", GenerateConfig)):
+            if found.get(name) is not None:
                 found[name] = kind.from_json(found[name])
         return cls(**found)
 

@@ -80,17 +80,36 @@ def replay(options: Options, parts: Parts = Parts()) -> list[Pass]:
     return _with_own("replay", [alone, *_carry(options)], options)
 
 
+def forward(options: Options, parts: Parts = Parts()) -> list[Pass]:
+    """From the graph that was captured with a cache to the next token's logits, with the adapter on."""
+    last = [] if options.generate is not None and options.generate.all_logits else [passes.LastToken()]
+    adapted: list[Pass] = [
+        passes.Canonicalize(),
+        *last,
+        passes.HoistPicks(),
+        passes.InsertMPLoRA(options.lora, parts.sites, parts.given, options.rule),
+        passes.MergeSiblings(),
+    ]
+    alone = dataclasses.replace(parts, rows=1)
+    return _with_own("forward", [*adapted, *_finish(options, alone)], options)
+
+
 METHODS: Mapping[str, Callable[[Options, Parts], list[Pass]]] = {
     "train_step": train_step,
     "evaluate": evaluate,
     "replay": replay,
     "prefix": prefix,
+    "forward": forward,
 }
 
 
 def methods_of(options: Options) -> tuple[str, ...]:
     """The methods that a program with these options has."""
-    left_out = {"prefix": not options.split_prefix, "replay": options.zo.differentiates}
+    left_out = {
+        "prefix": not options.split_prefix,
+        "replay": options.zo.differentiates,
+        "forward": options.generate is None,
+    }
     return tuple(name for name in METHODS if not left_out.get(name, False))
 
 

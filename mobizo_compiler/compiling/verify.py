@@ -9,6 +9,7 @@ What is compared with what, each in float32 and on the rows of the example:
     the state after a step, and after replay        the update rule in PyTorch, with the gradient that was found
     evaluate, adapters at random, other rows        the captured graph
     what a prefix keeps of a row                    the same row in another place
+    forward, a prompt at once and token by token    the model itself; with adapters, the graph captured with a cache
 """
 
 from __future__ import annotations
@@ -20,6 +21,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mobizo_compiler.compiling import agreement
+from mobizo_compiler.compiling.agreement import (
+    CLOSE,
+    LOSS_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    ROUNDING,
+    Compare,
+    compare_outputs,
+    largest_difference,
+    may_differ,
+    root_mean_square,
+)
+from mobizo_compiler.compiling.captured_forward import CapturedForward
 from mobizo_compiler.compiling.captured_step import CapturedStep, rounds, without_rounding
 from mobizo_compiler.errors import LoweringError, UnsupportedGraphError
 from mobizo_compiler.format.manifest import Manifest
@@ -32,12 +46,6 @@ from mobizo_compiler.step.estimators import get_estimator, scaled
 from mobizo_compiler.step.rules import get_rule
 from mobizo_compiler.step.sites import in_their_places, trained_before
 
-# Two engines add float32 products in different orders. Losses then agree to LOSS_TOLERANCE of their size and outputs to
-# OUTPUT_TOLERANCE of the largest, whatever the model; most models agree much better, to CLOSE of the size of a loss and
-# of the root mean square of an output. What is not as close as that must be explained by the rounding that the model
-# itself shows: how far its own float32 numbers are from float64, FACTOR times.
-LOSS_TOLERANCE, OUTPUT_TOLERANCE = 1e-4, 2e-3
-CLOSE, FACTOR = 2e-5, 32.0
 # Given the losses, the projected gradient is a few operations on them; given the gradient, an update agrees to the last
 # bits of the noise, as a share of its norm, and a rule that takes signs may turn a few of them.
 ARITHMETIC = 1e-5
@@ -45,15 +53,17 @@ UPDATE_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 1e-3  # of an exact gradient, as a share of its norm
 LANE_TOLERANCE = 1e-5  # one engine, other batch sizes
 MOST_LANES = 8  # that are run alone; of more, as many from the first to the last
-# Where activations are rounded to integers, a value in the last place decides now and then which integer it is, and two
-# engines that agree to rounding part by up to what all the rounding does. That is measured, by leaving it out.
-ROUNDING = 4.0
 EPS, LEARNING_RATE, SEED, STATE_SCALE = 1e-2, 1e-3, 20, 1e-2
 DRAWS = 4  # of labels, until the loss is finite
-INTEGERS = 0.02  # share of integers in an output that may be others, as the best of values that are nearly equal are
 
 
-def check_program(program: Program, captured: CapturedStep, example: Example, at_zero: list[Tensor]) -> str | None:
+def check_program(
+    program: Program,
+    captured: CapturedStep,
+    example: Example,
+    at_zero: list[Tensor],
+    forward: CapturedForward | None = None,
+) -> str | None:
     """Compare a program with the model that it was compiled from.
 
     Args:
@@ -61,6 +71,7 @@ def check_program(program: Program, captured: CapturedStep, example: Example, at
         captured: The same on the captured graph.
         example: The example inputs.
         at_zero: Outputs of the model itself on the example inputs; of its graph, where weights were quantized.
+        forward: The same with a cache, where the program generates.
 
     Returns:
         Why the artifact was not run, where it says that it cannot run here; then the graphs are compared in its place.
@@ -71,7 +82,7 @@ def check_program(program: Program, captured: CapturedStep, example: Example, at
             numbers, and says whether the graphs that were lowered disagree already.
     """
     reason: str | None = program.artifact.cannot_run
-    check = _Check(program, captured, example, at_zero)
+    check = _Check(program, captured, example, at_zero, forward)
     graphs = EagerArtifact(dict(program.methods))
     if reason is not None:
         check.compare(graphs.runner(), "the graphs compute other numbers than the model")
@@ -99,8 +110,16 @@ class _Exact(NamedTuple):
 class _Check:
     """One comparison: the batches, the state, and what the captured graph makes of them, computed once."""
 
-    def __init__(self, program: Program, captured: CapturedStep, example: Example, at_zero: list[Tensor]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        captured: CapturedStep,
+        example: Example,
+        at_zero: list[Tensor],
+        forward: CapturedForward | None,
+    ) -> None:
         self.program, self.captured, self.example, self.manifest = program, captured, example, program.manifest
+        self.forward = forward
         generator = torch.Generator().manual_seed(SEED)
         self.first = [leaf.tensor.contiguous() for leaf in example.leaves]
         # The same rows in another order, because not every model takes every row; where there is one, it stays.
@@ -141,8 +160,10 @@ class _Check:
         """How far activations that are rounded to integers move losses and outputs."""
         smooth = self.captured.without_rounding()
         outputs = self._outputs(smooth, self.second, self._lane(0))
-        losses = _largest(self._lane_losses(smooth, outputs), self.losses)
-        return ROUNDING * losses, [ROUNDING * _largest(a, b) for a, b in zip(outputs, self.outputs, strict=True)]
+        losses = largest_difference(self._lane_losses(smooth, outputs), self.losses)
+        return ROUNDING * losses, [
+            ROUNDING * largest_difference(a, b) for a, b in zip(outputs, self.outputs, strict=True)
+        ]
 
     def _rounded_by_backend(self) -> tuple[float, list[float]] | None:
         """The same where it is the backend that rounds, to bfloat16: by its own graph, with rounding and without."""
@@ -158,8 +179,8 @@ class _Check:
                 runner = EagerArtifact({"evaluate": method}).runner()
                 runner.state().copy_(state)
                 both.append(runner.call("evaluate", self.second))
-            outputs = [max(most, _largest(a, b)) for most, a, b in zip(outputs, *both, strict=True)]
-            losses = max(losses, _largest(*(self.captured.loss_of(found, self.labels) for found in both)))
+            outputs = [max(most, largest_difference(a, b)) for most, a, b in zip(outputs, *both, strict=True)]
+            losses = max(losses, largest_difference(*(self.captured.loss_of(found, self.labels) for found in both)))
         return ROUNDING * losses, [ROUNDING * most for most in outputs]
 
     @functools.cached_property
@@ -170,11 +191,11 @@ class _Check:
         loss = float(self.captured.loss_of(exact, self.labels))
         found = float(self.captured.loss_of(self.outputs, self.labels))
         pairs = zip(exact, self.outputs, strict=True)
-        return abs(loss - found), [_root_mean_square((a.double() - b.double())[b.isfinite()]) for a, b in pairs]
+        return abs(loss - found), [root_mean_square((a.double() - b.double())[b.isfinite()]) for a, b in pairs]
 
     def compare(self, runner: Runner, problem: str) -> None:
         """Raise an error that begins with `problem` unless a runner computes what the captured graph does."""
-        compare = functools.partial(_compare, self.manifest.backend, problem)
+        compare = functools.partial(agreement.compare, self.manifest.backend, problem)
         zo, rule = self.manifest.zo, get_rule(self.manifest.rule)
         seed, rate, eps = torch.tensor([SEED], dtype=torch.int32), torch.tensor([LEARNING_RATE]), torch.tensor([EPS])
 
@@ -191,7 +212,13 @@ class _Check:
         rate = rate if exact is None else exact.rate
         (loss, losses, slopes), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
         size = max(1.0, float(self.losses.abs().max()))
-        allowed = self._allowed(_largest(losses[self.lanes], self.losses), CLOSE * size, LOSS_TOLERANCE * size, None)
+        allowed = may_differ(
+            largest_difference(losses[self.lanes], self.losses),
+            CLOSE * size,
+            LOSS_TOLERANCE * size,
+            None if self.rounded is None else self.rounded[0],
+            lambda: self._single_precision[0],
+        )
         try:
             compare("train_step", "lane losses", losses[self.lanes], self.losses, allowed)
         except LoweringError:
@@ -209,7 +236,8 @@ class _Check:
             compare("train_step", "projected gradient", slopes, wanted, allowed)
         if exact is not None:
             self._compare_exact(compare, after, slopes, exact)
-            return self._compare_evaluate(compare, run)
+            self._compare_evaluate(compare, run)
+            return self._compare_forward(compare, runner)
 
         def moved(state: Tensor, seed: int) -> Tensor:
             return updated_state(zo.queries, rule)(state, rate, slopes, self.captured.directions(seed))
@@ -224,6 +252,7 @@ class _Check:
             self._compare_updates(compare, "replay", what, again, moved(after, SEED + 1), after)
 
         self._compare_evaluate(compare, run)
+        self._compare_forward(compare, runner)
 
     def _prefix(self, compare: Callable[..., None], runner: Runner) -> list[Tensor]:
         """What the prefix makes of the second batch; a row must be made the same in any place, or cannot be kept."""
@@ -287,7 +316,7 @@ class _Check:
             where = f"{what}, where it is {name}"
             self._compare_updates(compare, "train_step", where, found, right, start, exact.tolerance)
 
-    def _compare_evaluate(self, compare: Callable[..., None], run: Callable[..., tuple[list[Tensor], Tensor]]) -> None:
+    def _compare_evaluate(self, compare: Compare, run: Callable[..., tuple[list[Tensor], Tensor]]) -> None:
         state = self.start.clone()
         state[: self.program.parameters] = self._lane(0)
         outputs, kept = run("evaluate", self.second, state)
@@ -295,9 +324,13 @@ class _Check:
             self._compare_outputs(compare, "evaluate", f"output {position}", position, found, wanted)
         compare("evaluate", "state", kept, state, 0.0)
 
+    def _compare_forward(self, compare: Compare, runner: Runner) -> None:
+        if self.forward is not None:
+            self.forward.check(runner, compare, self.zero, self.start)
+
     def _compare_updates(
         self,
-        compare: Callable[..., None],
+        compare: Compare,
         method: str,
         what: str,
         found: Tensor,
@@ -312,29 +345,10 @@ class _Check:
         compare(method, what, (found - wanted).norm(), torch.zeros(()), moved)
 
     def _compare_outputs(
-        self, compare: Callable[..., None], method: str, what: str, position: int, found: Tensor, wanted: Tensor
+        self, compare: Compare, method: str, what: str, position: int, found: Tensor, wanted: Tensor
     ) -> None:
-        if found.shape != wanted.shape or not wanted.dtype.is_floating_point:
-            share = float((found != wanted).float().mean()) if found.shape == wanted.shape else float("inf")
-            compare(method, f"the share of other integers in {what}", torch.tensor(share), torch.zeros(()), INTEGERS)
-            return
-        rounded = 0.0 if self.rounded is None else self.rounded[1][position]
-        counts = wanted.isfinite()
-        values = wanted[counts].float()
-        largest = max(1.0, float(values.abs().max())) if values.numel() else 1.0
-        compare(method, what, found.float(), wanted.float(), OUTPUT_TOLERANCE * largest + rounded)
-        size, error = _root_mean_square(values), _root_mean_square(found[counts].float() - values)
-        allowed = self._allowed(error, CLOSE * size + 1e-7, OUTPUT_TOLERANCE * size + 1e-7, position)
-        compare(method, f"root mean square of {what}", torch.tensor(error), torch.zeros(()), allowed)
-
-    def _allowed(self, error: float, close: float, most: float, output: int | None) -> float:
-        """What a difference may be; what the model itself shows in float32 is looked at where it is not close."""
-        if self.rounded is not None:
-            return most + (self.rounded[0] if output is None else self.rounded[1][output])
-        if error <= close:
-            return close
-        loss, outputs = self._single_precision
-        return min(most, max(close, FACTOR * (loss if output is None else outputs[output])))
+        rounded = None if self.rounded is None else self.rounded[1][position]
+        compare_outputs(compare, method, what, found, wanted, rounded, lambda: self._single_precision[1][position])
 
     def _check_rows_apart(self, allowed: float) -> None:
         """Raise `UnsupportedGraphError` if the captured model itself gives rows other losses among other rows."""
@@ -350,7 +364,7 @@ class _Check:
         row_loss, row_weight = both.row_losses(outputs, torch.cat([self.labels, self.labels]))
         rows = self.labels.shape[0]
         among = row_loss[:rows].sum() / row_weight[:rows].sum()
-        if not _largest(among, self.losses[0]) <= max(allowed, LANE_TOLERANCE):
+        if not largest_difference(among, self.losses[0]) <= max(allowed, LANE_TOLERANCE):
             alone = float(self.losses[0])
             raise UnsupportedGraphError(
                 f"the model mixes rows: they have loss {alone:.6g} alone and {float(among):.6g} beside others",
@@ -372,37 +386,6 @@ def _slope(losses: Tensor, normalize: bool) -> float:
         return 1 / EPS
     smallest = 2.0**-22 * max(1e-3, float(losses.abs().max()))  # lanes may all have one loss
     return 1 / max(float(losses.std()), smallest)
-
-
-def _largest(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference; what is infinite or no number must be so in both."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    finite = wanted.isfinite()
-    same = torch.where(finite, found.isfinite(), (found == wanted) | (found.isnan() & wanted.isnan()))
-    if not bool(same.all()):
-        return float("inf")
-    return float((found[finite] - wanted[finite]).abs().max()) if bool(finite.any()) else 0.0
-
-
-def _root_mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt()) if values.numel() else 0.0
-
-
-def _compare(
-    backend: str, problem: str, method: str, what: str, found: Tensor, wanted: Tensor, tolerance: float
-) -> None:
-    error = _largest(found, wanted)
-    if not error <= tolerance:
-        raise LoweringError(
-            f"{problem}: {what} of {method} differ by {error:.3g}, more than {tolerance:.3g}",
-            where=f"backend {backend!r}, {method}: found {_few(found)}, expected {_few(wanted)}",
-            hint="report this with the program text (MOBIZO_DUMP=folder), and try another backend",
-        )
-
-
-def _few(values: Tensor) -> str:
-    return "[" + ", ".join(f"{float(v):.6g}" for v in values.flatten()[:4]) + ", ...]"
 
 
 def random_labels(manifest: Manifest, inputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:

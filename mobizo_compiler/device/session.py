@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mobizo_compiler.device.run as runs
 from mobizo_compiler.device.batches import filled, labelled, without_labels
+from mobizo_compiler.device.generation import Ending, Sampling, continued, prompt_of
 from mobizo_compiler.device.journal import fingerprint, read_journal, replayed
 from mobizo_compiler.device.prefix_cache import PrefixCache
 from mobizo_compiler.device.scalars import float32, scalar_tensor, seed_tensor, whole
@@ -92,6 +93,7 @@ class Session:
         self._nesting = _nesting(program.manifest.nesting)
         self._sizes = {size.name: size for size in program.manifest.sizes}
         self._lock = threading.RLock()
+        self._cache_of: object = None  # the generation that the cache of keys and values belongs to
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
@@ -160,6 +162,63 @@ class Session:
         if self._nesting is None:
             return outputs[0] if len(outputs) == 1 else tuple(outputs)
         return self._nesting.unflatten(outputs)
+
+    def generate(
+        self,
+        tokens: Sequence[int] | Tensor,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Generator[int, None, Ending]:
+        """Go on with a prompt: token ids, one after the other, with the adapter as it is when each is computed.
+
+        It is a generator, so that it can be left at any token; the next prompt begins with an empty cache. Its result
+        (`reason = yield from session.generate(...)`) is "end" at a stop token, which is not handed out, "limit" after
+        `max_new_tokens`, or "length" where the cache is full.
+
+        Args:
+            tokens: Token ids of the prompt, [T] or [1, T], with what the model wants before a text.
+            max_new_tokens: Most tokens to add.
+            temperature: 0 takes the most likely token; else one is drawn from the logits divided by it.
+            top_p: Draw among the most likely tokens that have this share of the probability together.
+            top_k: Draw among so many of the most likely tokens; 0 for all.
+            seed: 0..2^31-1; the same seed draws the same tokens.
+            stop_ids: Tokens that end the text; if None, those of the program (`manifest.generate.stop_ids`).
+
+        Raises:
+            ConfigError: The program was compiled without `generate`.
+            InputError: The prompt is too long or no token ids, or a number is out of range. Nothing has run then.
+            SessionBusyError: Another prompt was begun meanwhile, and has the cache.
+        """
+        generation = self.program.manifest.generate
+        if generation is None:
+            raise ConfigError(
+                "the program has no method that generates with a cache of keys and values",
+                hint="compile(..., generate=GenerateConfig())",
+            )
+        prompt = prompt_of(tokens, generation)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        most = whole("max_new_tokens", max_new_tokens, 1)
+        stops = frozenset(
+            whole("stop_ids", stop, 0) for stop in (generation.stop_ids if stop_ids is None else stop_ids)
+        )
+        mine = self._cache_of = object()
+
+        def forward(ids: Tensor, positions: Tensor) -> Tensor:
+            with self._held():
+                if self._cache_of is not mine:
+                    raise SessionBusyError(
+                        "another prompt was begun, and has the cache of keys and values",
+                        hint="take one prompt after the other, or a second Session(session.program)",
+                    )
+                (logits,) = self._runner.call("forward", [ids, positions])
+                return logits
+
+        return continued(forward, prompt, generation.context, most, sampling, stops)
 
     @_by_one_thread
     def replay(self, seed: int, projected_gradient: Tensor | Sequence[float], learning_rate: float) -> None:

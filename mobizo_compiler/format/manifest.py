@@ -21,10 +21,11 @@ from mobizo_compiler.errors import (
     UnknownExtensionError,
 )
 from mobizo_compiler.graph.program import DynamicSize, Nesting
+from mobizo_compiler.options import JsonConfig
 from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,23 @@ class SavedWeight:
 
 
 @dataclasses.dataclass(frozen=True)
+class Generation(JsonConfig):
+    """What the method `forward` takes: tokens int64 [1, T] and their positions int64 [T], for T in 1..context-1.
+
+    Args:
+        context: Tokens that the cache has room for.
+        vocabulary: Tokens are below this.
+        stop_ids: Tokens that end a text.
+        all_logits: Whether it returns logits [1, T, vocabulary], in place of [1, 1, vocabulary], of the last token.
+    """
+
+    context: int
+    vocabulary: int
+    stop_ids: tuple[int, ...] = ()
+    all_logits: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Everything a host needs to call the program.
 
@@ -164,6 +182,7 @@ class Manifest:
         padding: The token that the model takes for padding; None if it has none, or does not tell.
         prompt: How rows become prompts where nothing else is said, as JSON of `PromptConfig`; None if not told.
         saved: Weights of the model that its folder lacks (a head that was drawn), by name.
+        generate: How the method `forward` goes on with a text; None without it.
         history: The passes that made each method, in order, as text.
         outline: The model as blocks, for people.
         format_version: Version of this format; see `docs/program_format.md`.
@@ -199,6 +218,7 @@ class Manifest:
     padding: int | None = None
     prompt: Mapping[str, Any] | None = None
     saved: Mapping[str, SavedWeight] = dataclasses.field(default_factory=dict)
+    generate: Generation | None = None
     history: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     outline: tuple[Block, ...] = ()
     format_version: int = FORMAT_VERSION
@@ -212,7 +232,8 @@ class Manifest:
     def methods(self) -> tuple[str, ...]:
         """The methods that a session calls."""
         replay = [] if self.zo.differentiates else ["replay"]
-        return ("train_step", "evaluate", *replay, *(["prefix"] if self.prefix else []))
+        forward = [] if self.generate is None else ["forward"]
+        return ("train_step", "evaluate", *replay, *(["prefix"] if self.prefix else []), *forward)
 
     def initial_memory(self) -> Tensor:
         """What the rule remembers before the first step, float32 [memory]."""
@@ -261,6 +282,7 @@ class Manifest:
             lora, zo = LoraConfig.from_json(values.pop("lora")), _zo(values.pop("zo"), values["lanes"])
             history = {name: tuple(steps) for name, steps in values.pop("history", {}).items()}
             answers = values.pop("answers", None)
+            generate = values.pop("generate", None)
             weights = values.pop("saved", {})
             saved = {name: SavedWeight(tuple(item["shape"]), item["data"]) for name, item in weights.items()}
             blocks = tuple(Block.from_json(item) for item in values.pop("outline", ()))
@@ -274,6 +296,7 @@ class Manifest:
                 zo=zo,
                 answers=None if answers is None else tuple(answers),
                 saved=saved,
+                generate=None if generate is None else Generation.from_json(generate),
                 history=history,
                 outline=blocks,
             )

@@ -52,7 +52,11 @@ class EagerRunner:
 
     def _placeholders(self, program: GraphProgram) -> list[Tensor | None]:
         """What each placeholder stands for: a tensor, the live state, or None for a user input."""
-        known = {name: self._state if path == STATE else value for name, (path, value) in program.tensors().items()}
+        kept = set(program.exported.graph_signature.buffers_to_mutate.values()) - {STATE}
+        known = {
+            name: self._state if path == STATE else value.clone() if path in kept else value
+            for name, (path, value) in program.tensors().items()
+        }
         return [known.get(node.name) for node in program.graph.nodes if node.op == "placeholder"]
 
     def state(self) -> Tensor:
@@ -66,9 +70,11 @@ class EagerRunner:
         arguments = [next(given) if tensor is None else tensor for tensor in self._tensors[method]]
         with torch.no_grad():
             results = list(program.exported.graph_module(*arguments))
-        if program.exported.graph_signature.buffers_to_mutate:
-            self._state.copy_(results.pop(0))
-        elif STATE_INPUT in program.outputs:
+        signature = program.exported.graph_signature
+        kept = {spec.target: tensor for spec, tensor in zip(signature.input_specs, arguments, strict=True)}
+        for buffer in signature.buffers_to_mutate.values():
+            kept[buffer].copy_(results.pop(0))
+        if STATE_INPUT in program.outputs:
             self._state.copy_(results.pop())
         return [result.clone() for result in results]
 

@@ -1,4 +1,4 @@
-"""What a session makes of text: losses of answers, the choice between them, and generated text."""
+"""What a session makes of text: losses of answers, and the choice between them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from torch import Tensor
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import DataError
 from mobizo_compiler.text.answers import Encoded
-from mobizo_compiler.text.batch_shape import BatchShape
-from mobizo_compiler.text.data import TextData, filling
-from mobizo_compiler.text.prompts import Piece, PromptConfig
-from mobizo_compiler.text.speller import Speller
+from mobizo_compiler.text.data import TextData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,74 +182,3 @@ def _log_probability(logits_TV: Tensor, row: Encoded) -> float:
     log_KV = F.log_softmax(logits_TV[places - 1].double(), dim=-1)
     picked = log_KV.gather(1, torch.tensor(row.ids)[places][:, None])
     return float(picked.sum())
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """Text that a session wrote.
-
-    Args:
-        text: Without the prompt.
-        tokens: Its token ids; the end of text is not among them.
-        stopped: "end": the model ended the text. "limit": as many tokens as were asked for. "length": the rows of the
-            program are full.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    stopped: str
-
-
-def generate(
-    session: Session,
-    tokenizer: Any,
-    prompt: str | Sequence[int],
-    most: int = 64,
-    on_text: Callable[[str], None] = lambda text: None,
-) -> Generated:
-    """Go on with a prompt, each time with the most likely token.
-
-    Every token is a call of `evaluate` on a whole batch, of which one row is used: a program has no cache of keys and
-    values, so this is for looking at what was learnt, not for serving.
-
-    Args:
-        session: With the state to generate with.
-        tokenizer: The model's.
-        prompt: Taken as it is, special tokens included; a space at its end is the model's to write, as in training.
-            Tokens in place of a text have all that stands in front of it.
-        most: Most tokens to add.
-        on_text: Told each piece of text when it is there.
-
-    Raises:
-        DataError: The prompt does not fit, or the program gives no logits of tokens.
-    """
-    layout, speller = BatchShape.of(session.program.manifest), Speller(tokenizer)
-    if layout.classes is not None:
-        raise DataError("the program classifies rows; it does not generate text")
-    data = TextData((), layout, None, (), filling(layout, speller), PromptConfig())
-    if isinstance(prompt, str):
-        ids = speller.front + speller.spell(speller.prompt([Piece(prompt, True)]))
-    else:
-        ids = list(prompt)
-    if not ids or len(ids) >= layout.tokens or max(ids) >= layout.vocabulary:
-        raise DataError(
-            f"the prompt has {len(ids)} tokens; it must have 1 to {layout.tokens - 1}, below {layout.vocabulary}",
-            hint="compile with more --tokens" if len(ids) >= layout.tokens else None,
-        )
-    first, shown, stopped = len(ids), "", "limit"
-    while len(ids) - first < most:
-        if len(ids) == layout.tokens:
-            stopped = "length"
-            break
-        token = int(logits_of(session, data, [Encoded(tuple(ids), 0, None, 0)])[0, len(ids) - 1].argmax())
-        if token == speller.end:
-            stopped = "end"
-            break
-        ids.append(token)
-        text = tokenizer.decode(ids[first:])
-        if not text.endswith("\ufffd"):  # else the last character is not whole yet
-            on_text(text[len(shown) :])
-            shown = text
-    text = tokenizer.decode(ids[first:])
-    on_text(text[len(shown) :])
-    return Generated(text, tuple(ids[first:]), stopped)

@@ -1,0 +1,117 @@
+"""A prompt on the graph that was captured with a cache: what `compile` compares the method `forward` with.
+
+One call has the whole prompt. Adapters are added as in `captured_step.py`, and with adapters at zero the logits are
+those of the model itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mobizo_compiler.compiling.agreement import (
+    ROUNDING,
+    Compare,
+    compare_outputs,
+    largest_difference,
+    root_mean_square,
+)
+from mobizo_compiler.compiling.captured_step import AddAdapters, InFloat64, given_adapters, rounds, without_rounding
+from mobizo_compiler.format.manifest import Generation
+from mobizo_compiler.format.program import Runner
+from mobizo_compiler.graph.eager import EagerRunner
+from mobizo_compiler.graph.pipeline import Pass, Pipeline
+from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.passes import Specialize
+from mobizo_compiler.step.sites import Site, initial_state
+
+MOST_TOKENS, ONE_BY_ONE, SEED = 12, 3, 20
+
+
+class CapturedForward:
+    """Logits of a prompt of random tokens.
+
+    Args:
+        cached: The graph.
+        sites: The adapters.
+        lora_a: A of every site by path.
+        store: What quantizes the base weights.
+        generation: What `forward` takes.
+        model: The model, where its own logits are those that are wanted; None where weights were quantized.
+    """
+
+    def __init__(
+        self,
+        cached: GraphProgram,
+        sites: Sequence[Site],
+        lora_a: Mapping[str, Tensor],
+        store: Sequence[Pass],
+        generation: Generation,
+        model: nn.Module | None,
+    ) -> None:
+        self.sites, self.lora_a, self.generation = tuple(sites), lora_a, generation
+        self.program = Pipeline([AddAdapters(self.sites), Specialize(1), *store]).run(cached)
+        tokens = min(MOST_TOKENS, generation.context - 1)
+        generator = torch.Generator().manual_seed(SEED)
+        self.tokens = torch.randint(generation.vocabulary, (1, tokens), generator=generator)
+        self.positions = torch.arange(tokens)
+        if model is None:
+            self.at_zero = self.logits(initial_state(self.sites, lora_a))
+        else:
+            with torch.no_grad():
+                self.at_zero = model(input_ids=self.tokens, use_cache=False).logits
+
+    def logits(self, trained: Tensor) -> Tensor:
+        """Of every token, [1, T, vocabulary], with these trained numbers, [P]."""
+        runner = EagerRunner({"forward": self.program})
+        return runner.call("forward", [*self._inputs, *given_adapters(self.sites, self.lora_a, trained)])[0]
+
+    @property
+    def _inputs(self) -> list[Tensor]:
+        return [self.tokens, self.positions]
+
+    def check(self, runner: Runner, compare: Compare, at_zero: Tensor, start: Tensor) -> None:
+        """Raise `LoweringError` unless `forward` gives the same logits.
+
+        Args:
+            runner: The program.
+            compare: As in `agreement.py`.
+            at_zero: The state [S] with adapters at zero.
+            start: A state with adapters at random.
+        """
+        count = self.tokens.shape[1]
+        trained = start[: sum(site.trained for site in self.sites)]
+        rounded = self._rounded(trained)
+        for adapters, state, wanted in (
+            ("without adapters", at_zero, self.at_zero),
+            ("with adapters", start, self.logits(trained)),
+        ):
+            runner.state().copy_(state)
+            # The whole prompt; then its end token by token, behind its beginning in one call.
+            pieces = [(0, count), (0, count - ONE_BY_ONE)]
+            pieces += [(at, at + 1) for at in range(count - ONE_BY_ONE, count)]
+            for begin, end in pieces:
+                (found,) = runner.call("forward", [self.tokens[:, begin:end].contiguous(), self.positions[begin:end]])
+                first = begin if self.generation.all_logits else end - 1
+                what = f"logits of tokens {first} to {end - 1} {adapters}"
+                single = functools.partial(self._single_precision, trained, first, end)
+                compare_outputs(compare, "forward", what, found, wanted[:, first:end], rounded, single)
+            compare("forward", "state", runner.state().clone(), state, 0.0)
+
+    def _single_precision(self, trained: Tensor, first: int, end: int) -> float:
+        """How far float32 is from float64 in logits, as a root mean square."""
+        given = given_adapters(self.sites, self.lora_a, trained)
+        exact = InFloat64(self.program).outputs([*self._inputs, *given])[-1]
+        return root_mean_square((exact.double() - self.logits(trained).double())[:, first:end])
+
+    def _rounded(self, trained: Tensor) -> float | None:
+        """How far activations that are rounded to integers move logits; None if none are."""
+        if not rounds(self.program):
+            return None
+        smooth = copy.copy(self)
+        smooth.program = without_rounding(self.program)
+        return ROUNDING * largest_difference(smooth.logits(trained), self.logits(trained))
