@@ -134,7 +134,48 @@ def stages(nodes: list[fx.Node], together: list[list[fx.Node]]) -> dict[fx.Node,
                 outside[node] = max(needs, default=0)
         if of_group == before:
             break
+    _as_late_as_pays(nodes, together, group, of_group, outside)
     return {node: of_group[number] for node, number in group.items()}
+
+
+def _as_late_as_pays(
+    nodes: list[fx.Node],
+    together: list[list[fx.Node]],
+    group: dict[fx.Node, int],
+    of_group: list[int],
+    outside: dict[fx.Node, int],
+) -> None:
+    """Move what is read in later stages alone to the first of these, unless more bytes would wait for it than it makes.
+
+    A view of a value that is kept anyway would be kept beside it, from one delegate to another.
+    """
+
+    def stage(node: fx.Node) -> int:
+        if node in group:
+            return of_group[group[node]]
+        return outside[node] - 1  # it runs before the stage that could read it
+
+    place = {node: index for index, node in enumerate(nodes)}
+    readers = {node: [user for user in node.users if user.op != "output"] for node in nodes}
+    returned = {inner for node in nodes if node.op == "output" for inner in node.all_input_nodes}
+    own = [[node for node in members if group[node] == number] for number, members in enumerate(together)]
+    last = [max((place[node] for node in members), default=0) for members in own]
+    for number in sorted(range(len(together)), key=last.__getitem__, reverse=True):
+        members = set(own[number])
+        made = [node for node in own[number] if any(user not in members for user in node.users)]
+        users = [user for node in made for user in readers[node] if user not in members]
+        if not users or returned & members:
+            continue
+        later = min(map(stage, users))
+        inputs = {inner for node in members for inner in node.all_input_nodes if inner not in members}
+        wait = [
+            inner
+            for inner in inputs
+            if inner.op == "call_function"
+            and all(stage(user) < later for user in readers[inner] if user not in members)
+        ]
+        if later > of_group[number] and sum(map(tensor_bytes, wait)) <= sum(map(tensor_bytes, made)):
+            of_group[number] = later
 
 
 def _parts(nodes: list[fx.Node], together: list[list[fx.Node]]) -> list[list[fx.Node]]:
