@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import cli
+from mobizo_compiler.cli.classes import confusion_table
 from mobizo_compiler.errors import DataError
 from mobizo_compiler.text.confusion import Confusion
 from mobizo_compiler.text.prediction import Classifier
@@ -156,6 +158,15 @@ def test_where_a_classifier_is_wrong() -> None:
     never = Confusion.of(torch.tensor([0, 0]), torch.tensor([0, 1]), ("a", "b"))
     assert never.f1 == (pytest.approx(2 / 3), 0.0) and never.precision[1] is None
     assert Confusion.of(torch.tensor([0, 1]), torch.tensor([-1, 1]), ("a", "b")).counts == ((0, 0), (0, 1))
+
+
+def test_many_answers_are_shown_by_what_they_are_taken_for(capsys: pytest.CaptureFixture[str]) -> None:
+    names = tuple(f"class{k}" for k in range(9))
+    found = Confusion.of(torch.tensor([0, 1, 2, 3, 0, 0]), torch.tensor([0, 1, 2, 4, 4, 4]), names)
+    Console(width=100).print(confusion_table(found))
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.split()}
+    assert lines["class4"] == ["class4", "3", "-", "0.000", "0.000", "class0", "(2)"]
+    assert lines["class8"] == ["class8", "0", "-", "-", "-"] and "as" not in lines["right"]
 
 
 def test_evaluate_shows_what_is_taken_for_what(trained: Path, tiny_program: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -33,15 +35,25 @@ def confusion_table(found: Confusion) -> Table:
         zip(found.choices, found.counts, found.precision, found.recall, found.f1, strict=True)
     ):
         cells = [str(count) for count in counts] if whole else [str(sum(counts))]
-        wrong = [(count, other) for other, count in enumerate(counts) if other != place and count]
-        taken = "" if not wrong else "{1} ({0})".format(*_named(max(wrong), found.choices))
+        most, other = max((count, k) for k, count in enumerate(counts) if k != place)
+        taken = f"{found.choices[other]} ({most})" if most else ""
         table.add_row(Text(name), *cells, *map(_shown, shares), *([] if whole else [Text(taken)]))
     return table
 
 
-def _named(pair: tuple[int, int], names: tuple[str, ...]) -> tuple[int, str]:
-    return pair[0], names[pair[1]]
-
-
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def recommended(manifest: Manifest, file: Path, data: Path | None, training: str) -> str:
+    """The commands that come after compile.
+
+    Args:
+        manifest: Of the program.
+        file: Where it is.
+        data: The rows that it was compiled for, if it was for some.
+        training: Options of finetune that fit.
+    """
+    last = "generate {} --run RUN PROMPT" if writes_text(manifest) else "predict {} --run RUN TEXT"
+    first = f"finetune {file} --data {data or 'ROWS'} --run RUN {training}".rstrip()
+    return f"next: mobizo {first}\n      mobizo {last.format(file)}"

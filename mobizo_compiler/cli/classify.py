@@ -116,14 +116,29 @@ def check_free(
         raise ConfigError(f"the classes {list(table.counts)} need words, and --label-words has {list(words)}")
 
 
-def say_recipe(
-    remark: Callable[[str], None], table: ClassTable, words: Mapping[str, str], options: Options, rows: int, tokens: int
-) -> None:
-    """What was chosen, in words."""
-    counts = ", ".join(f"{name} ({count})" for name, count in table.counts.items())
-    shown = (table.config.template or "").replace("\n", "\\n")
+def completed(
+    remark: Callable[..., None],
+    table: ClassTable,
+    words: dict[str, str],
+    options: Options,
+    rows: int | None,
+    tokens: int | None,
+    *,
+    model: Any,
+    speller: Speller,
+) -> tuple[dict[str, str], Options, int, int]:
+    """Words, options, rows and tokens, as given, or as they fit the table and the model; they are said."""
+    words = words or label_words(list(table.counts), speller, table.empty_prompt)
+    fitting, cut = row_tokens(table.prompts, speller)
+    rows, tokens = rows or ROWS, tokens or fitting
+    if options.lora.target_modules is None:
+        options = dataclasses.replace(
+            options, lora=dataclasses.replace(options.lora, target_modules=(output_layer(model),))
+        )
     targets = options.lora.target_modules
     layers = targets if isinstance(targets, str) else ", ".join(targets or ())
+    counts = ", ".join(f"{name} ({count})" for name, count in table.counts.items())
+    shown = (table.config.template or "").replace("\n", "\\n")
     kept = "; what comes before is kept for every row" if options.split_prefix else ""
     remark(f"{len(table.counts)} classes in {len(table.prompts)} rows: {counts}")
     remark(f"prompt '{shown}', answers: {', '.join(f'{name} as {word!r}' for name, word in words.items())}")
@@ -131,6 +146,9 @@ def say_recipe(
         f"adapters of rank {options.lora.r} on {layers}, {options.zo.queries} directions{kept}; batches of {rows} rows "
         f"of {tokens} tokens"
     )
+    if cut and tokens <= fitting:
+        remark(f"{cut} of {len(table.prompts)} rows are longer than {fitting} tokens: --tokens", "yellow")
+    return words, options, rows, tokens
 
 
 def label_words(names: Sequence[str], speller: Speller, prompt: Sequence[Piece]) -> dict[str, str]:

@@ -28,10 +28,8 @@ from mobizo_compiler.cli.app import (
     megabytes,
     print_json,
 )
-from mobizo_compiler.cli.classes import writes_text
-from mobizo_compiler.cli.classify import ROWS as CLASS_ROWS
-from mobizo_compiler.cli.classify import ClassTable, check_free, output_layer, row_tokens, say_recipe
-from mobizo_compiler.cli.classify import label_words as label_words_of
+from mobizo_compiler.cli.classes import recommended
+from mobizo_compiler.cli.classify import ClassTable, check_free, completed
 from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.losses import LOSSES, LossChoice, loss_kind, loss_of, unescaped
 from mobizo_compiler.cli.model_inputs import check_room, example_inputs
@@ -264,15 +262,9 @@ def compile_model(
     if texts or kind == "choice":
         speller = Speller(load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code))
     if table is not None and speller is not None:
-        words = words or label_words_of(list(table.counts), speller, table.empty_prompt)
-        fitting, cut = row_tokens(table.prompts, speller)
-        rows, tokens = rows or CLASS_ROWS, tokens or fitting
-        if options.lora.target_modules is None:
-            found = dataclasses.replace(options.lora, target_modules=(output_layer(loaded),))
-            options = dataclasses.replace(options, lora=found)
-        say_recipe(remark, table, words, options, rows, tokens)
-        if cut and tokens <= fitting:
-            remark(f"{cut} of {len(table.prompts)} rows are longer than {fitting} tokens: --tokens", "yellow")
+        words, options, rows, tokens = completed(
+            remark, table, words, options, rows, tokens, model=loaded, speller=speller
+        )
     rows, tokens = rows or ROWS, tokens or TOKENS
     inputs = example_inputs(loaded, task, speller, texts, rows, tokens)
     if not texts and options.quantization is not None and _measures(options.quantization):
@@ -306,7 +298,8 @@ def compile_model(
     elif dry_run or not quiet:
         _show(program, described, dry_run)
         if output is not None and not dry_run:
-            _recommend(program, output, table)
+            data, training = (None, "") if table is None else (table.file, table.training)
+            typer.echo(recommended(program.manifest, output, data, training))
 
 
 def _check(
@@ -436,11 +429,3 @@ def _show(program: Program, described: dict[str, Any], dry_run: bool) -> None:
     for name, text in rows.items():
         table.add_row(name, Text(text))
     Console().print(table)
-
-
-def _recommend(program: Program, file: Path, table: ClassTable | None) -> None:
-    """The commands that come next."""
-    data, more = (table.file, f" {table.training}") if table is not None else ("ROWS", "")
-    last = "generate {} --run RUN PROMPT" if writes_text(program.manifest) else "predict {} --run RUN TEXT"
-    typer.echo(f"next: mobizo finetune {file} --data {data} --run RUN{more}")
-    typer.echo(f"      mobizo {last.format(file)}")

@@ -47,7 +47,8 @@ class PromptConfig(JsonConfig):
             given, it is, unless answers are a closed set or the loss takes few labels.
         chat: The form of conversations, which a chat template then writes in place of all of the above: messages,
             conversations, instruction or completion; found out from the columns if no prompt is given.
-        chat_template: The template of conversations, as Jinja text or a file of it; the tokenizer's if not given.
+        chat_template: The template of conversations, as Jinja text (a command also takes a file of it); the tokenizer's
+            if not given.
 
     Raises:
         ConfigError: A field is not allowed.
