@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.device.run import JOURNAL
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ArtifactError, JournalError, JournalLockedError, MobizoError, ModelSourceError
@@ -30,9 +29,8 @@ def check_run(run: Path) -> None:
 
 
 def opened(program: Program | Path, prefix: Path | None = None) -> Session:
-    """A session, without what the engine prints when it starts."""
-    with without_engine_lines():
-        return Session(program, prefix_cache=prefix)
+    """A session."""
+    return Session(program, prefix_cache=prefix)
 
 
 @contextlib.contextmanager
