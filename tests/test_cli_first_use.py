@@ -56,6 +56,7 @@ def test_help_has_whole_names_and_the_common_options(name: str, columns: int, mo
     for option in (option for parameter in command.params for option in parameter.opts if option.startswith("--")):
         assert re.search(rf"(^|[\s,]){option}([\s,]|$)", text), f"{option} is not there as a whole"
     assert all(option in text for option in ("--json", "--quiet", "--config")), "every command has these"
+    assert not re.search(r"--?[a-z-]+-\n", text), "a line ends within the name of an option"
 
 
 def test_help_shows_defaults() -> None:
