@@ -29,6 +29,7 @@ from mobizo_compiler.config import GenerateConfig
 from mobizo_compiler.errors import MobizoError, raised_errors
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.quantization.weights import DEFAULT_EPS
+from mobizo_compiler.quiet import quiet
 from mobizo_compiler.step.noise import noise_words
 
 DOCS = Path(__file__).parent
@@ -92,15 +93,13 @@ def error_example(error: type[MobizoError]) -> tuple[str, str]:
     provoke = getattr(error_examples, error.code.lower())
     code = textwrap.dedent(inspect.getsource(provoke).partition("\n")[2])
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        logging.disable(logging.ERROR)  # torch logs what fails while sizes are computed
         try:
-            provoke()
+            with quiet(logging.ERROR):  # torch logs what fails while sizes are computed
+                provoke()
         except MobizoError as raised:
             assert type(raised) is error, f"{provoke.__name__} raises {raised!r}"
             message = str(raised).replace(f"{DOCS.parent}/", "")
             return code, re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2g}", message)
-        finally:
-            logging.disable(logging.NOTSET)
     raise AssertionError(f"{provoke.__name__} raises nothing")
 
 

@@ -43,7 +43,6 @@ from examples.rotten_tomatoes import (
     split_by_movie,
 )
 from examples.smollm2 import cache_folder, load_smollm2
-from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.compiling.described import installed_versions
 from mobizo_compiler.quantization.weights import RECIPES
 
@@ -150,16 +149,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.monotonic()
 
     console.rule("1. compile SmolLM2-135M-Instruct")
-    with without_engine_lines():
-        tokenizer, program, compile_seconds = compile_program(
-            console, options.backend, options.loss, options.quantization, setup
-        )
+    tokenizer, program, compile_seconds = compile_program(
+        console, options.backend, options.loss, options.quantization, setup
+    )
     prompter = Prompter(tokenizer, TOKENS)
     parts = split_by_movie(load_sentences())
     held_out = balanced(parts["test"], options.rows, seed=0)
     options.output.mkdir(parents=True, exist_ok=True)
-    with without_engine_lines():
-        session = mobizo.Session(program, prefix_cache=options.output / "prefix" if setup.split_prefix else None)
+    session = mobizo.Session(program, prefix_cache=options.output / "prefix" if setup.split_prefix else None)
     training_start = time.monotonic()
 
     console.rule("2. measure before")

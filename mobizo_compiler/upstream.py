@@ -68,10 +68,52 @@ PRIVATE: dict[str, Private] = {
     "serialize_for_executorch": Private(
         "executorch.exir._serialize._serialize", "serialize_for_executorch", "the state in a .pte once, or beside it"
     ),
+    "thread_count": Private(
+        "executorch.extension.pybindings.portable_lib",
+        "_threadpool_get_thread_count",
+        "an engine that starts without lines about the processor",
+    ),
     "Cord": Private("executorch.exir._serialize._cord", "Cord", "reading a .ptd"),
     "DataEntry": Private("executorch.exir._serialize.data_serializer", "DataEntry", "writing a .ptd"),
     "DataPayload": Private("executorch.exir._serialize.data_serializer", "DataPayload", "writing a .ptd"),
 }
+
+
+_MANAGER = ("executorch.exir", "ExecutorchProgramManager")
+# Attributes of other packages' objects, by their name, with the class that has them: see `member` and `set_member`.
+MEMBERS: dict[str, Private] = {
+    "_emitter_output": Private(*_MANAGER, "the state in a .pte once, or beside it"),
+    "_pte_data": Private(*_MANAGER, "the checksum at the end of a .pte"),
+    "_tensor_data": Private(*_MANAGER, "data files beside a .pte"),
+    "_data_serializer": Private(*_MANAGER, "writing a .pte again once the state is where it belongs"),
+    "_named_data": Private(*_MANAGER, "writing a .pte again once the state is where it belongs"),
+    "_method": Private("executorch.runtime", "Method", "the live state of a session, without a copy"),
+}
+
+
+def member(owner: object, name: str) -> Any:
+    """An attribute of `MEMBERS`.
+
+    Raises:
+        ImportError: The installed version of its package has it no longer.
+    """
+    if not hasattr(owner, name):
+        place = MEMBERS[name]
+        raise ImportError(
+            f"{place.module}.{place.name}.{name} is not in the installed version of {place.module.split('.')[0]}, and "
+            f"mobizo-compiler needs it for {place.breaks}"
+        )
+    return getattr(owner, name)
+
+
+def set_member(owner: object, name: str, value: object) -> None:
+    """Set an attribute of `MEMBERS`, which must be there.
+
+    Raises:
+        ImportError: The installed version of its package has it no longer.
+    """
+    member(owner, name)
+    setattr(owner, name, value)
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,7 @@ def test_help_has_whole_names_and_the_common_options(name: str, columns: int, mo
     for option in (option for parameter in command.params for option in parameter.opts if option.startswith("--")):
         assert re.search(rf"(^|[\s,]){option}([\s,]|$)", text), f"{option} is not there as a whole"
     assert all(option in text for option in ("--json", "--quiet", "--config")), "every command has these"
+    assert not re.search(r"--?[a-z-]+-\n", text), "a line ends within the name of an option"
 
 
 def test_help_shows_defaults() -> None:
@@ -299,15 +300,16 @@ def test_quiet_is_quiet(mobizo_command: Any, tiny_program: Path, data: Path) -> 
     """Neither lines of the engine about the processor, nor what torchao was not built with."""
     done = mobizo_command("evaluate", tiny_program, "--data", data, *PROMPT, "--quiet")
     assert done.returncode == 0 and done.stderr == ""
-    code = "import mobizo_compiler; import sys; mobizo_compiler.load(sys.argv[1])"
+    code = "import mobizo_compiler; import sys; mobizo_compiler.Session(sys.argv[1]); sys.stderr.write('done')"
     done = subprocess.run([sys.executable, "-c", code, tiny_program], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "Failed to load" not in done.stderr
+    assert done.returncode == 0 and "Failed to load" not in done.stderr and ".cpp" not in done.stderr
+    assert done.stderr.endswith("done")
 
 
 def test_what_is_no_line_of_the_engine_passes() -> None:
     code = (
-        "import os, sys\nfrom mobizo_compiler.cli.engine_lines import without_engine_lines\n"
-        "with without_engine_lines():\n"
+        "import os, sys\nfrom mobizo_compiler.backends.executorch.engine_start import without_lines\n"
+        "with without_lines():\n"
         "    os.write(2, b'[cpuinfo_utils.cpp:71] Reading\\n[other.cpp:1] stays\\n')\n"
         "    os.write(2, b'I 00 executorch:threadpool.cpp:1] no\\n')\n"
         "    sys.stderr.write('[also stays')\nsys.stderr.write(', and so does this')\n"

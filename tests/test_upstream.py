@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mobizo_compiler import upstream
 
+# Also what a private name warns of inside of its own package: it is about to go. Exceptions, each with its reason:
+FILTERS = (
+    "error::DeprecationWarning",
+    "error::FutureWarning",
+    "ignore:(read|open)_text is deprecated:DeprecationWarning",  # how executorch reads its own table of operators
+    "ignore:This API is experimental:DeprecationWarning",  # what executorch says of its whole runtime
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",  # what torch makes of its own modules
+)
+pytestmark = [pytest.mark.filterwarnings(line) for line in FILTERS]
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "executorch", "transformers", "torchao", "peft", "safetensors", "datasets", "matplotlib")
 OURS = [p for folder in ("mobizo_compiler", "passes", "backends") for p in sorted((ROOT / folder).rglob("*.py"))]
@@ -33,6 +46,23 @@ def test_one_that_is_gone_is_an_error_that_says_what_for(monkeypatch: pytest.Mon
             getattr(upstream, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = upstream.nothing
+
+
+@pytest.mark.parametrize("name", upstream.MEMBERS)
+def test_a_private_attribute_is_still_there(name: str) -> None:
+    place = upstream.MEMBERS[name]
+    owner = getattr(importlib.import_module(place.module), place.name)
+    assert f"self.{name}" in inspect.getsource(owner), f"without it this breaks: {place.breaks}"
+
+
+def test_an_attribute_that_is_gone_is_an_error_that_says_what_for() -> None:
+    owner = SimpleNamespace(_method=1)
+    upstream.set_member(owner, "_method", 2)
+    assert upstream.member(owner, "_method") == 2
+    for use in (upstream.member, lambda *where: upstream.set_member(*where, None)):
+        with pytest.raises(ImportError, match=r"ProgramManager\._pte_data is not(.*)version of executorch(.*)checksum"):
+            use(owner, "_pte_data")
+    assert not hasattr(owner, "_pte_data")
 
 
 def private(path: str) -> bool:
@@ -64,8 +94,23 @@ def test_nobody_else_uses_one() -> None:
     found = [f"{path.relative_to(ROOT)}: {use}" for path in OURS for use in uses(ast.parse(path.read_text()))]
     assert len(found) > 1000
     assert not [use for use in found if private(use.partition(": ")[2])], "see mobizo_compiler/upstream.py"
+    attributes = [
+        f"{path.relative_to(ROOT)}: {ast.unparse(node)}"
+        for path in OURS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in upstream.MEMBERS and ast.unparse(node.value) != "self"
+    ]
+    assert not attributes, "see mobizo_compiler/upstream.py"
 
 
 def test_none_is_there_for_nothing() -> None:
     text = "\n".join(path.read_text() for path in OURS if path.name != "upstream.py")
     assert not [name for name in upstream.PRIVATE if name not in text]
+    assert not [name for name in upstream.MEMBERS if f'"{name}"' not in text]
+
+
+def test_nobody_silences_the_whole_process() -> None:
+    """Logs and warnings are held back by `mobizo_compiler.quiet`, of the calls of one thread."""
+    others = [path for folder in ("docs", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    switch = re.compile(r"logging\.disable\(|warnings\.(filterwarnings|simplefilter)\(")
+    assert not [path for path in (*OURS, *others) if switch.search(path.read_text())]

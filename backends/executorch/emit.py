@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from mobizo_compiler.format import checksum
 from mobizo_compiler.graph.program import STATE
-from mobizo_compiler.upstream import serialize_for_executorch
+from mobizo_compiler.upstream import member, serialize_for_executorch, set_member
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +83,20 @@ def emit(edge: EdgeProgramManager, config: ExecutorchBackendConfig, state: str) 
             under the name of the buffer. "io": nowhere.
     """
     executable = EdgeProgramManager.to_executorch(edge, config)
-    emitted = executable._emitter_output
+    emitted = member(executable, "_emitter_output")
     if state == "data":
         _look_up_state(emitted)
     if state == "shared":
         _write_state_once(emitted)
     if state != "io":
-        executable._pte_data, executable._tensor_data = serialize_for_executorch(
-            emitted, config, executable._data_serializer, executable._named_data
+        program, data = serialize_for_executorch(
+            emitted, config, member(executable, "_data_serializer"), member(executable, "_named_data")
         )
-    digest = checksum.Digest()
-    executable._pte_data.write_to_file(digest)
-    executable._pte_data.append(digest.trailer())
+        set_member(executable, "_pte_data", program)
+        set_member(executable, "_tensor_data", data)
+    digest, content = checksum.Digest(), member(executable, "_pte_data")
+    content.write_to_file(digest)
+    content.append(digest.trailer())
     return executable
 
 

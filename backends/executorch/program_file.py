@@ -14,6 +14,7 @@ from executorch.runtime import Runtime
 from torch import Tensor
 
 from mobizo_compiler.backends.executorch.delegates import missing_delegates
+from mobizo_compiler.backends.executorch.engine_start import start_engine
 from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
@@ -23,7 +24,7 @@ from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact
 from mobizo_compiler.graph.program import STATE
 from mobizo_compiler.step.sites import Site
-from mobizo_compiler.upstream import read_header, read_program
+from mobizo_compiler.upstream import member, read_header, read_program
 
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
@@ -84,6 +85,7 @@ class ExecuTorchRunner:
     """The methods of one file on the stock runtime, with their shared state."""
 
     def __init__(self, artifact: ExecuTorchArtifact) -> None:
+        start_engine()
         self._artifact = artifact  # keeps a temporary file on disk
         self._passed = torch.zeros(artifact.manifest.state_size) if artifact.manifest.state == "io" else None
         with self._data_path() as data_path, shared_packed_weights():
@@ -126,7 +128,7 @@ class ExecuTorchRunner:
         """The live state."""
         if self._passed is not None:
             return self._passed
-        alias: Tensor = self._methods["train_step"]._method.get_attribute(STATE)
+        alias: Tensor = member(self._methods["train_step"], "_method").get_attribute(STATE)
         return alias
 
 

@@ -30,7 +30,6 @@ from mobizo_compiler.cli.app import (
 )
 from mobizo_compiler.cli.classes import recommended
 from mobizo_compiler.cli.classify import ClassTable, check_free, completed
-from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.losses import LOSSES, LossChoice, loss_kind, loss_of, unescaped
 from mobizo_compiler.cli.model_inputs import check_room, example_inputs
 from mobizo_compiler.cli.options import ConfigFile, Section, chosen, with_sections
@@ -271,22 +270,21 @@ def compile_model(
         remark(
             "smoothing is measured on random tokens: --examples FILE with real text suits the model better", "yellow"
         )
-    with without_engine_lines():
-        program = compile(
-            loaded,
-            inputs,
-            options=dataclasses.replace(options, loss=loss_of(kind, loss, words, template, speller)),
-            backend=DryRun(target) if dry_run else target,
-            dynamic_shapes=_dynamic(inputs, max_rows, max_tokens),
-            adapter=adapter,
-            answers=tuple(words) or None,
-            prompt=None if table is None else table.config.to_json(),
-            new_weights=tuple(name for name, _ in loaded.named_parameters() if name in new),
-            base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
-            dump_dir=None if dry_run else dump_dir,
-            cache_dir=None if dry_run else cache_dir,
-            progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),
-        )
+    program = compile(
+        loaded,
+        inputs,
+        options=dataclasses.replace(options, loss=loss_of(kind, loss, words, template, speller)),
+        backend=DryRun(target) if dry_run else target,
+        dynamic_shapes=_dynamic(inputs, max_rows, max_tokens),
+        adapter=adapter,
+        answers=tuple(words) or None,
+        prompt=None if table is None else table.config.to_json(),
+        new_weights=tuple(name for name, _ in loaded.named_parameters() if name in new),
+        base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        dump_dir=None if dry_run else dump_dir,
+        cache_dir=None if dry_run else cache_dir,
+        progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),
+    )
     _say_rank(remark, program)
     if output is not None and not dry_run:
         program.save(output)

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, app, how_estimated, megabytes, print_json
-from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.options import ConfigFile
 from mobizo_compiler.cli.runs import check_run, opened
 from mobizo_compiler.device.run import begin
@@ -44,8 +43,7 @@ def show_program(
     """Say what a program file is: inputs, adapters, options, passes, and what runs in and out of delegates."""
     if graph is not None:
         check_format(graph)
-    with without_engine_lines():
-        found = inspect_file(file)
+    found = inspect_file(file)
     if graph is not None:
         draw_program(load(file).manifest, graph)
     if as_json:

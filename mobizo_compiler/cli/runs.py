@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mobizo_compiler.cli.engine_lines import without_engine_lines
 from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.device.run import JOURNAL
 from mobizo_compiler.device.session import Session
@@ -80,9 +79,8 @@ def restored(session: Session, run: Path | None, best: bool) -> int:
 
 
 def opened(program: Program | Path, prefix: Path | None = None) -> Session:
-    """A session, without what the engine prints when it starts."""
-    with without_engine_lines():
-        return Session(program, prefix_cache=prefix)
+    """A session."""
+    return Session(program, prefix_cache=prefix)
 
 
 @contextlib.contextmanager

@@ -116,10 +116,10 @@ class TextData:
                 raise ConfigError(
                     "balanced batches need answers that are a closed set", hint="name them with --choices"
                 )
-            by_choice = [
-                [place for place, row in enumerate(self.encoded) if row.choice == choice]
-                for choice in range(len(self.choices))
-            ]
+            by_choice: list[list[int]] = [[] for _ in self.choices]
+            for place, row in enumerate(self.encoded):
+                if row.choice is not None:
+                    by_choice[row.choice].append(place)
             groups = [group for group in by_choice if group]
 
         @functools.lru_cache(maxsize=2 * len(groups))
@@ -127,13 +127,13 @@ class TextData:
             name = f"{seed} {epoch}" if len(groups) == 1 else f"{seed} {epoch} {group}"
             return random.Random(name).sample(groups[group], len(groups[group]))
 
-        def row(place: int) -> Encoded:
+        def row_at(place: int) -> Encoded:
             turn, group = divmod(place, len(groups))
             epoch, index = divmod(turn, len(groups[group]))
             return self.encoded[order(group, epoch)[index]]
 
         def batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
-            rows = [row(place) for place in range(step * self.layout.rows, (step + 1) * self.layout.rows)]
+            rows = [row_at(place) for place in range(step * self.layout.rows, (step + 1) * self.layout.rows)]
             return self.inputs([row.ids for row in rows], [row.types for row in rows]), self.labels(rows)
 
         return batch
