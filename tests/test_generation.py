@@ -119,19 +119,17 @@ def trained(session: Session, seed: int) -> Tensor:
     return session.state()
 
 
-def same_everywhere(
-    program: Program, model: LlamaForCausalLM, folder: Path, whole: bool = True, tokenizer: Any = None
-) -> None:
+def same_everywhere(program: Program, model: LlamaForCausalLM, folder: Path, whole: bool = True) -> None:
     """Greedy tokens of transformers (`whole`: weights as they are), a session, and the stock runner: before training,
     after it in the same process, and after a restart from a data file; one program, several adapters."""
-    tokenizer, path = tokenizer or letters(folder), program.save(folder / "program.pte")
+    tokenizer, path = letters(folder), program.save(folder / "program.pte")
     prompt, session = tokenizer.encode(TEXT).ids, Session(path)
     texts, states = [], [session.state(), trained(session, 5), trained(session, 9)]
     for number, state in enumerate(states):
         session.load_state(state)
         data = session.export_ptd(folder / f"{number}.ptd")
         found = list(session.generate(prompt, NEW))
-        assert len(found) == NEW and len(set(found)) > 2, found
+        assert len(found) == NEW and len(set(found)) > 10, found
         if whole:
             merged = copy.deepcopy(model)
             session.merge_into(merged)
@@ -167,16 +165,6 @@ class Eager(NamedTuple):
     model: LlamaForCausalLM
     program: Program
     check: CapturedForward
-
-
-@pytest.mark.slow
-def test_the_same_tokens_everywhere_in_layers_of_a_real_model(smollm2: tuple[Any, Any], tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    found, model = smollm2
-    found.save_pretrained(tmp_path)
-    program = compiled(model, "xnnpack", state="data")
-    same_everywhere(program, model, tmp_path, tokenizer=Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
 
 
 @pytest.fixture(scope="module")
