@@ -296,7 +296,7 @@ CASES: dict[str, Case] = {
         passes.InsertMPLoRA(LORA),
         passes.Specialize(4),
     ),
-    "recompute": of(passes.Recompute(214), GRADIENT, also={facts.GRADIENT}),
+    "recompute": of(passes.Recompute(232), GRADIENT, also={facts.GRADIENT}),
     "tidy": of(
         passes.Tidy(),
         """
