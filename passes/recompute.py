@@ -97,7 +97,7 @@ def _copied(
 def _equals_itself(value: Tensor) -> Tensor:
     """Whether the first number of a value is one, bool [1]."""
     for axis in range(value.dim()):
-        value = value.narrow(axis, 0, 1)
+        value = aten.slice.Tensor(value, axis, 0, 1)
     first_1 = value.reshape(1)
     return torch.eq(first_1, first_1)
 

@@ -86,6 +86,7 @@ def write_gguf(adapter: PeftAdapter, config: Any, path: Path) -> None:
 def _reordered(b_OR: Tensor, heads: int) -> Tensor:
     """The outputs of each head with those of its halves in turns, as llama.cpp rotates neighbours.
 
+    >>> import torch
     >>> _reordered(torch.arange(8.0)[:, None], heads=2).flatten().tolist()
     [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
     """
