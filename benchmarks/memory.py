@@ -114,7 +114,7 @@ def prepare(name: str, file: Path | None, threads: int) -> Callable[[Workload], 
 
 def shared_packed_weights() -> contextlib.AbstractContextManager[None]:
     """How `Session` loads methods; imported from its file, because a host would not import the compiler."""
-    file = Path(__file__).parent.parent / "backends" / "runtime_options.py"
+    file = Path(__file__).parent.parent / "backends" / "executorch" / "runtime_options.py"
     spec = importlib.util.spec_from_file_location("runtime_options", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
