@@ -49,11 +49,11 @@ class DuplicateLanes(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """Repeat the inputs, then replace the values at the cut by repeated copies, and recompute all shapes."""
-        points = self._points(edit) if self.late or self.lanes == 1 else {}
+        apart = _apart(edit)
+        points = self._points(edit, apart) if self.late or self.lanes == 1 else {}
         if self.lanes == 1:
             return self._mark(edit, points)
         first_call = next(node for node in edit.graph.nodes if node.op != "placeholder")
-        apart = _apart(edit)
         originals: dict[fx.Node, fx.Node] = {}
         with edit.graph.inserting_before(first_call):
             for name, axis in edit.rows.items():
@@ -100,10 +100,9 @@ class DuplicateLanes(Pass):
                     copy = self._repeat(edit, node, axis)
                 edit.replace(node, copy, keep=copy)
 
-    def _points(self, edit: Editor) -> dict[fx.Node, int]:
+    def _points(self, edit: Editor, apart: set[fx.Node]) -> dict[fx.Node, int]:
         perturbed = perturbed_by(edit.values["lanes"])
-        left_out = perturbed | _apart(edit)
-        axes = row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors, leave_out=left_out)
+        axes = row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors, leave_out=perturbed | apart)
         return duplication_points(axes, perturbed, self.lanes)
 
     def _repeat(self, edit: Editor, node: fx.Node, axis: int) -> fx.Node:
@@ -115,9 +114,8 @@ class DuplicateLanes(Pass):
 
 def _apart(edit: Editor) -> set[fx.Node]:
     """The calls of a lane that is not among the others."""
-    outputs = {name: ancestors([node]) for name, node in edit.outputs.items()}
-    others = set().union(*(found for name, found in outputs.items() if not name.startswith(CLEAN)))
-    clean = set().union(*(found for name, found in outputs.items() if name.startswith(CLEAN)))
+    clean = ancestors(node for name, node in edit.outputs.items() if name.startswith(CLEAN))
+    others = ancestors(node for name, node in edit.outputs.items() if not name.startswith(CLEAN)) if clean else set()
     return {node for node in clean - others if node.op == "call_function"}
 
 

@@ -82,12 +82,12 @@ def _copied(
 ) -> dict[fx.Node, fx.Node]:
     """Copies of calls, which cannot run before a value of the backward pass is there, at the insertion point."""
     copies: dict[fx.Node, fx.Node] = {}
-    kept = [inner for node in nodes for inner in node.all_input_nodes if inner in position]
     late: dict[fx.Node, fx.Node] = {}
     if arrived is not None:
-        is_there = edit.inline(_equals_itself, arrived)
-        for inner in dict.fromkeys(node for node in kept if node not in nodes):
-            late[inner] = edit.call(aten.where.self, is_there, inner, inner)
+        is_there, inside = edit.inline(_equals_itself, arrived), set(nodes)
+        for inner in dict.fromkeys(inner for node in nodes for inner in node.all_input_nodes):
+            if inner in position and inner not in inside:
+                late[inner] = edit.call(aten.where.self, is_there, inner, inner)
     for node in nodes:
         copies[node] = edit.graph.node_copy(node, lambda inner: copies.get(inner, late.get(inner, inner)))
         copies[node].meta = dict(node.meta)

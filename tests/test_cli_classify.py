@@ -11,13 +11,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import cli
 from mobizo_compiler.cli.classify import MOST_TOKENS, label_words
 from mobizo_compiler.text.prompts import PromptConfig
 from mobizo_compiler.text.speller import Speller
+from tests import test_predict as predict
 
 TEXTS = {
     "0": ("the bill is wrong", "you charged me twice", "refund my money"),
@@ -27,10 +26,7 @@ TEXTS = {
 
 
 def run(*arguments: Any, code: int = 0) -> tuple[str, str]:
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "110"}, catch_exceptions=False)
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.stdout, result.stderr
+    return predict.run(*arguments, code=code, columns=110)
 
 
 @pytest.fixture(scope="module")

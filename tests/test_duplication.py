@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from mobizo_compiler import CausalLMLoss, LoraConfig, ZOConfig, passes
 from mobizo_compiler.analysis.axes import RowAxes, row_axes
-from mobizo_compiler.analysis.costs import multiply_adds, tensor_bytes
-from mobizo_compiler.analysis.lane_cut import CALL_BYTES, MULTIPLY_ADDS_PER_BYTE, duplication_points, perturbed_by
+from mobizo_compiler.analysis.costs import MULTIPLY_ADDS_PER_BYTE, multiply_adds, tensor_bytes
+from mobizo_compiler.analysis.lane_cut import CALL_BYTES, duplication_points, perturbed_by
 from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.graph.pipeline import Pipeline
 from mobizo_compiler.graph.program import GraphProgram

@@ -27,8 +27,9 @@ PROMPT = ("--template", r"Message :\n{text}", "--answer-column", "tone")
 TEXTS = ("good day", "grim rain", "lovely food", "work")
 
 
-def run(*arguments: Any, code: int = 0) -> tuple[str, str]:
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "100"}, catch_exceptions=False)
+def run(*arguments: Any, code: int = 0, columns: int = 100) -> tuple[str, str]:
+    env = {"COLUMNS": str(columns)}
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env=env, catch_exceptions=False)
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     return result.stdout, result.stderr

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
-from mobizo_compiler.upstream import ExtendedHeader, ProgramReader, make_readers_whole, read_header
+from mobizo_compiler.upstream import ExtendedHeader, ProgramReader, make_readers_whole, read_header, read_program
 
 HEAD_BYTES: int = ExtendedHeader.NUM_HEAD_BYTES  # at most so many bytes from the start of a file until the header ends
 _HEADER_AT = 8  # after the flatbuffer's own offset and identifier
@@ -105,3 +106,12 @@ def _segment(segment: Any) -> Segment:
 
 def _items(table: Any, field: str) -> Iterator[Any]:
     return (getattr(table, field)(index) for index in range(cast(int, getattr(table, f"{field}Length")())))
+
+
+def execution_plans(path: Path) -> list[Any]:
+    """What the methods of a program file make the runtime do. Only its first part is read, not the weights."""
+    with path.open("rb") as file:
+        header = read_header(file.read(HEAD_BYTES))
+        file.seek(0)
+        program = read_program(file.read(header.program_size if header else -1))
+    return list(program.execution_plan)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mobizo_compiler.backends.executorch.delegates import missing_delegates
 from mobizo_compiler.backends.executorch.engine_start import start_engine
-from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, execution_plans, is_program
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
 from mobizo_compiler.format import checksum, data_file
@@ -24,7 +24,7 @@ from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact
 from mobizo_compiler.graph.program import STATE
 from mobizo_compiler.step.sites import Site
-from mobizo_compiler.upstream import member, read_header, read_program
+from mobizo_compiler.upstream import member, read_header
 
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
@@ -69,11 +69,7 @@ class ExecuTorchArtifact(Artifact):
 
     def planned_bytes(self, method: str) -> int:
         """The arena of values, without what delegates set aside inside, and without the state."""
-        with self.path.open("rb") as file:
-            header = read_header(file.read(HEAD_BYTES))
-            file.seek(0)
-            program = read_program(file.read(header.program_size))
-        (plan,) = (plan for plan in program.execution_plan if plan.name == method)
+        (plan,) = (plan for plan in execution_plans(self.path) if plan.name == method)
         return int(plan.non_const_buffer_sizes[1])
 
     def save(self, path: Path) -> None:

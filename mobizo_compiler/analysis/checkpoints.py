@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 import networkx as nx
 from torch import fx
 
-from mobizo_compiler.analysis.costs import multiply_adds, tensor_bytes
+from mobizo_compiler.analysis.costs import tensor_bytes, work_bytes
 
-# Work in the unit of `lane_cut`: a core does about eight multiply-adds in the time in which it moves a byte.
-MULTIPLY_ADDS_PER_BYTE = 8
 # Bytes that are kept rather than doing the work of one byte again; 0 for as few bytes as there can be.
 PRICES = (4.0, 1.0, 0.25, 0.06, 0.0)
 PARTS = (2, 4, 8, 16, 32, 64, 128)  # into which the bytes that are needed are divided, one after the other
+
+
+# The backward pass, in order: bytes of a value, and the positions of the forward and backward values that it reads.
+Backward = Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +59,12 @@ class Plan:
     work: int
 
 
-def plan(values: Sequence[Value], backward: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]], most: int) -> Plan:
+def plan(values: Sequence[Value], backward: Backward, most: int) -> Plan:
     """The least work that keeps the live bytes of both passes below a bound.
 
     Args:
         values: The forward pass, in order.
-        backward: The backward pass, in order: bytes of a value, the positions of the forward values that it reads, and
-            the positions of the backward values.
+        backward: The backward pass.
         most: The bound in bytes.
 
     Returns:
@@ -200,9 +201,7 @@ def _least(network: _Network, price: float) -> tuple[int, ...]:
 # -- what is live ------------------------------------------------------------------------------------------------------
 
 
-def order(
-    backward: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]], again: Sequence[Sequence[int]]
-) -> dict[int, list[int]]:
+def order(backward: Backward, again: Sequence[Sequence[int]]) -> dict[int, list[int]]:
     """Before which calls of the backward pass which values are computed again: before the first that reads one."""
     segment = {position: number for number, part in enumerate(again) for position in part}
     places: dict[int, int] = {}
@@ -218,7 +217,7 @@ def order(
 
 def peak_bytes(
     values: Sequence[Value],
-    backward: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]],
+    backward: Backward,
     again: Sequence[Sequence[int]],
 ) -> int:
     """The most bytes that are live at a time, in both passes."""
@@ -253,7 +252,5 @@ def peak_bytes(
 
 def value_of(node: fx.Node, inputs: tuple[int, ...], needed: bool) -> Value:
     """What a call of the forward pass costs to keep and to make."""
-    traffic = tensor_bytes(node) + sum(
-        tensor_bytes(inner) for inner in node.all_input_nodes if inner.op != "placeholder"
-    )
-    return Value(tensor_bytes(node), traffic + multiply_adds(node) // MULTIPLY_ADDS_PER_BYTE, inputs, needed)
+    read = (inner for inner in node.all_input_nodes if inner.op != "placeholder")
+    return Value(tensor_bytes(node), work_bytes(node, read), inputs, needed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from mobizo_compiler.graph.nodes import operator_name
 
 # The argument that is contracted over its last axis, by operator; for a convolution, the weight over all but its first.
 _CONTRACTED = {"linear": 0, "mm": 0, "bmm": 0, "matmul": 0, "addmm": 1, "baddbmm": 1}
+# Work and traffic in one unit: a core does about eight multiply-adds in the time in which it moves a byte.
+MULTIPLY_ADDS_PER_BYTE = 8
 _ATTENTION, _CONVOLUTION = "scaled_dot_product_attention", "conv"
 
 
@@ -58,6 +60,12 @@ def product_multiply_adds(operator: str, shapes: Sequence[Any], result: Sequence
     if operator == _ATTENTION:  # queries with keys, then weights with values
         return int((math.prod(shapes[0]) + math.prod(result)) * shapes[1][-2])
     return 0
+
+
+def work_bytes(node: fx.Node, read: Iterable[fx.Node]) -> int:
+    """What computing a value costs, as bytes moved: itself, what it reads of others, and its multiply-adds."""
+    traffic = tensor_bytes(node) + sum(map(tensor_bytes, read))
+    return traffic + multiply_adds(node) // MULTIPLY_ADDS_PER_BYTE
 
 
 def si(number: float) -> str:

@@ -15,11 +15,9 @@ import networkx as nx
 from torch import fx
 
 from mobizo_compiler.analysis.axes import Layout, RowAxes
-from mobizo_compiler.analysis.costs import multiply_adds, tensor_bytes
+from mobizo_compiler.analysis.costs import tensor_bytes, work_bytes
 
-# Work and traffic in one unit: a core does about eight multiply-adds in the time in which it moves a byte, and a call
-# costs about as much as moving some kilobytes.
-MULTIPLY_ADDS_PER_BYTE = 8
+# A call costs about as much as moving some kilobytes.
 CALL_BYTES = 4096
 
 
@@ -77,5 +75,4 @@ def duplication_points(axes: RowAxes, perturbed: set[fx.Node], lanes: int) -> di
 
 def _work(node: fx.Node, single: Mapping[fx.Node, object]) -> int:
     """What computing a value costs, in bytes."""
-    traffic = tensor_bytes(node) + sum(tensor_bytes(inner) for inner in node.all_input_nodes if inner in single)
-    return traffic + multiply_adds(node) // MULTIPLY_ADDS_PER_BYTE + CALL_BYTES
+    return work_bytes(node, (inner for inner in node.all_input_nodes if inner in single)) + CALL_BYTES

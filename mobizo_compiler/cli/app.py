@@ -134,6 +134,11 @@ def print_json(values: Any) -> None:
     typer.echo(json.dumps(values, indent=2))
 
 
+def as_it_comes(as_json: bool) -> Callable[[str], None]:
+    """What shows text piece by piece; nothing where the result is JSON."""
+    return (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
+
+
 def how_estimated(zo: Mapping[str, Any], lanes: int, eps: float) -> str:
     """The estimator of a program in a line; one lane has nothing that it could be compared with."""
     name = spelled(zo["estimator"])

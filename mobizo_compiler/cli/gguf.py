@@ -10,7 +10,8 @@ import typer
 
 from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, TrustRemoteCode, app, print_json
 from mobizo_compiler.cli.options import ConfigFile
-from mobizo_compiler.cli.runs import check_file, check_run, opened, restored
+from mobizo_compiler.cli.runs import check_file, check_run, restored
+from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, ModelSourceError
 from mobizo_compiler.format.gguf_adapter import write_gguf
 from mobizo_compiler.format.peft import read_peft
@@ -37,7 +38,7 @@ def write_gguf_adapter(
     check_run(run)
     if not output.parent.is_dir():
         raise ConfigError("there is no such folder", where=str(output.parent))
-    session = opened(file)
+    session = Session(file)
     steps = restored(session, run, best)
     source = base_model or session.program.manifest.base_model
     if not source:

@@ -30,8 +30,9 @@ from mobizo_compiler.cli.app import (
 )
 from mobizo_compiler.cli.options import ConfigFile, with_sections
 from mobizo_compiler.cli.progress import Bar
-from mobizo_compiler.cli.runs import check_file, opened, prompt_of, record_of, restored, tokenizer_for
+from mobizo_compiler.cli.runs import check_file, prompt_of, record_of, restored, tokenizer_for
 from mobizo_compiler.cli.text import PROMPTS, TokenizerName
+from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, DataError
 from mobizo_compiler.format.files import whole_file
 from mobizo_compiler.load import load
@@ -90,7 +91,7 @@ def predict_classes(
         _check_columns(rows, output)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
-    session = opened(program)
+    session = Session(program)
     classifier = Classifier(session, spelling, prompt)
     steps = restored(session, run, best)
     with Bar(remark) as bar:

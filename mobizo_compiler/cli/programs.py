@@ -14,8 +14,9 @@ from rich.text import Text
 from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, app, how_estimated, megabytes, print_json
 from mobizo_compiler.cli.options import ConfigFile
-from mobizo_compiler.cli.runs import check_run, opened
+from mobizo_compiler.cli.runs import check_run
 from mobizo_compiler.device.run import begin
+from mobizo_compiler.device.session import Session
 from mobizo_compiler.drawing import check_format
 from mobizo_compiler.extensions import spelled
 from mobizo_compiler.format.manifest import Block
@@ -147,7 +148,7 @@ def write_adapter(
 ) -> None:
     """Write the adapter that a run has trained, for peft."""
     check_run(run)
-    session = opened(file)
+    session = Session(file)
     steps = restore_best(session, run) if best else session.restore(run)
     session.export_adapter(folder, base_model or session.program.manifest.base_model)
     if as_json:
@@ -172,7 +173,7 @@ def read_adapter(
     The adapter must have the program's A: one that export-adapter wrote, or the one that the model was compiled with
     (mobizo compile --adapter).
     """
-    session = opened(file)
+    session = Session(file)
     session.import_adapter(folder)
     begin(session, run)
     if as_json:

@@ -1,4 +1,4 @@
-"""What commands about runs share: a session that is opened quietly, a folder that is looked at first, its prompts."""
+"""What commands about runs share: a folder that is looked at first, its state and its prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from mobizo_compiler.errors import (
     ModelSourceError,
 )
 from mobizo_compiler.format.manifest import Manifest
-from mobizo_compiler.format.program import Program
 from mobizo_compiler.load import load
 from mobizo_compiler.text.chat_rows import asked
 from mobizo_compiler.text.conversations import USER, Message
@@ -65,9 +64,14 @@ def prompt_of(given: dict[str, Any], file: Path, record: Mapping[str, Any]) -> P
     return PromptConfig.from_json({**(before or {}), **given})
 
 
+def prompt_in(record: Mapping[str, Any]) -> PromptConfig:
+    """How a run made its prompts; the defaults without a run."""
+    return PromptConfig.from_json(record.get("data", {}).get("prompt", {}))
+
+
 def asked_of(text: str, tokenizer: Any, record: Mapping[str, Any]) -> str | list[int]:
     """What a model is to go on with: the text, or, if the run was trained on conversations, the tokens that ask it."""
-    prompt = PromptConfig.from_json(record.get("data", {}).get("prompt", {}))
+    prompt = prompt_in(record)
     return text if prompt.chat is None else asked([Message(USER, text)], tokenizer, prompt)
 
 
@@ -76,11 +80,6 @@ def restored(session: Session, run: Path | None, best: bool) -> int:
     if run is None:
         return 0
     return restore_best(session, run) if best else session.restore(run)
-
-
-def opened(program: Program | Path, prefix: Path | None = None) -> Session:
-    """A session."""
-    return Session(program, prefix_cache=prefix)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,15 +21,15 @@ from mobizo_compiler.cli.app import (
     RunFolder,
     TrustRemoteCode,
     app,
+    as_it_comes,
 )
 from mobizo_compiler.cli.options import ConfigFile, with_sections
-from mobizo_compiler.cli.runs import check_file, opened, record_of, restored, tokenizer_for
+from mobizo_compiler.cli.runs import check_file, prompt_in, record_of, restored, tokenizer_for
 from mobizo_compiler.cli.text import SAMPLING, TokenizerName
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import AdapterError, ConfigError, DataError, MobizoError
 from mobizo_compiler.load import load
-from mobizo_compiler.text.prompts import PromptConfig
 from mobizo_compiler.text.talk import Talk
 
 BASE, OF_RUN = "base", "run"
@@ -76,10 +76,9 @@ def chat(
     record = record_of(run, best)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
-    session = opened(program)
+    session = Session(program)
     states = _states(session, named, run, best)
-    prompt = PromptConfig.from_json(record.get("data", {}).get("prompt", {}))
-    talk = Talk(session, spelling, prompt, system, chosen)
+    talk = Talk(session, spelling, prompt_in(record), system, chosen)
     now = OF_RUN if run is not None else BASE
     session.load_state(states[now])
     lines = _lines(prompts, remark)
@@ -101,9 +100,8 @@ def chat(
 
 def _turn(talk: Talk, line: str, most: int, adapter: str, as_json: bool, remark: Remarks) -> None:
     """One question and its answer; what goes wrong with it ends no conversation."""
-    shown: Callable[[str], None] = (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
     try:
-        found = talk.say(line, most, shown)
+        found = talk.say(line, most, as_it_comes(as_json))
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
@@ -166,14 +164,11 @@ def _lines(prompts: Path | None, remark: Remarks) -> Iterator[str]:
     asks = sys.stdin.isatty()
     while True:
         try:
-            yield input(_mark(remark) if asks else "")
+            if asks:
+                remark.console.print(Text("you: ", "bold"), end="")
+            yield input()
         except EOFError:
             return
         except KeyboardInterrupt:
             typer.echo()
             return
-
-
-def _mark(remark: Remarks) -> str:
-    remark.console.print(Text("you: ", "bold"), end="")
-    return ""

@@ -28,6 +28,7 @@ from mobizo_compiler.cli.app import (
     RunFolder,
     TrustRemoteCode,
     app,
+    as_it_comes,
     print_json,
 )
 from mobizo_compiler.cli.chat import say_first_row
@@ -38,7 +39,6 @@ from mobizo_compiler.cli.progress import Bar, TimeLeft, shown
 from mobizo_compiler.cli.runs import (
     asked_of,
     check_file,
-    opened,
     prompt_of,
     record_of,
     restored,
@@ -46,6 +46,7 @@ from mobizo_compiler.cli.runs import (
     training_in,
 )
 from mobizo_compiler.device.generation import Sampling
+from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import MissingPackageError
 from mobizo_compiler.load import load
 from mobizo_compiler.text.confusion import Confusion
@@ -119,7 +120,8 @@ def finetune_program(
         say_first_row(remark, rows, spelling)
     notes = {"program": str(file), "data_file": str(data), "tokenizer": source, "eps_used": options.eps or manifest.eps}
     with training_in(run), _interruptible(remark) as interrupted:
-        session = opened(program, run / PREFIX if manifest.prefix else None)  # before the bar takes hold of stderr
+        # Before the bar takes hold of stderr.
+        session = Session(program, prefix_cache=run / PREFIX if manifest.prefix else None)
         with Bar(remark) as bar:
 
             def begin(done: int, steps: int) -> None:
@@ -179,7 +181,7 @@ def tune_program(
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code)
     rows = TextData.encode(learnt, program.manifest, spelling, prompt)
-    session = opened(program)
+    session = Session(program)
 
     def say(what: str, trial: Trial) -> None:
         remark(f"{what} {trial.value:.3g}: {'agreement' if what == 'eps' else 'loss'} {trial.score:.3f}")
@@ -219,7 +221,7 @@ def evaluate_program(
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
     rows = TextData.encode(asked, program.manifest, spelling, prompt)
-    session = opened(program)
+    session = Session(program)
     steps = restored(session, run, best)
     _say_data(remark, rows, None, 0, empty_prompts(asked))
     with Bar(remark) as bar:
@@ -268,11 +270,10 @@ def generate_text(
     record = record_of(run, best)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
-    session = opened(program)
+    session = Session(program)
     restored(session, run, best)
     text = asked_of(sys.stdin.read() if prompt == "-" else unescaped(prompt) or "", spelling, record)
-    shown = (lambda piece: None) if as_json else (lambda piece: typer.echo(piece, nl=False))
-    found = generate(session, spelling, text, max_new_tokens, shown, chosen)
+    found = generate(session, spelling, text, max_new_tokens, as_it_comes(as_json), chosen)
     if as_json:
         print_json(dataclasses.asdict(found))
     else:

@@ -32,13 +32,9 @@ class Plan:
 
 def read_plans(path: Path) -> dict[str, Plan]:
     """The methods of a program file. Only its first part is read, not the weights."""
-    from mobizo_compiler.upstream import read_header, read_program  # ExecuTorch, which takes seconds to import
+    from mobizo_compiler.backends.executorch.head import execution_plans  # imports ExecuTorch, which takes seconds
 
-    with path.open("rb") as file:
-        header = read_header(file.read(64))
-        file.seek(0)
-        program = read_program(file.read(header.program_size if header else -1))
-    return {plan.name: _plan(plan) for plan in program.execution_plan if plan.inputs}
+    return {plan.name: _plan(plan) for plan in execution_plans(path) if plan.inputs}
 
 
 def _plan(plan: Any) -> Plan:
