@@ -38,10 +38,18 @@ CLEAN = "clean_"  # before the names of outputs of a lane that is not among them
 
 @dataclasses.dataclass(frozen=True)
 class DuplicateLanes(Pass):
-    """Repeat the rows `lanes` times; `late=False` repeats the inputs, whatever that costs."""
+    """Repeat the rows `lanes` times.
+
+    Args:
+        lanes: How many lanes there are.
+        late: Whether to repeat as late as pays, and not the inputs, whatever that costs.
+        cut_for: The number of lanes for which where to repeat is chosen; if None, `lanes`. One lane that begins where
+            the lanes of another program do takes the same prefix.
+    """
 
     lanes: int
     late: bool = True
+    cut_for: int | None = None
     needs = frozenset({facts.ANY_ROWS, facts.SITES})
     gives = frozenset({facts.LANES})
     outputs = "changed"
@@ -103,7 +111,7 @@ class DuplicateLanes(Pass):
     def _points(self, edit: Editor, apart: set[fx.Node]) -> dict[fx.Node, int]:
         perturbed = perturbed_by(edit.values["lanes"])
         axes = row_axes(edit.graph, edit.rows, edit.before.fixed_rows, edit.tensors, leave_out=perturbed | apart)
-        return duplication_points(axes, perturbed, self.lanes)
+        return duplication_points(axes, perturbed, self.cut_for or self.lanes)
 
     def _repeat(self, edit: Editor, node: fx.Node, axis: int) -> fx.Node:
         sizes = [self.lanes if a == axis else 1 for a in range(node.meta["val"].dim())]

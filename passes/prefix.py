@@ -83,9 +83,13 @@ class Prefix(Pass):
 
 
 def cut(edit: Editor) -> list[fx.Node]:
-    """The values from which a step can start: what is repeated for the lanes, and inputs that all lanes share."""
+    """The values from which a step can start: what is repeated for the lanes, and inputs that all lanes share.
+
+    Inputs come first, then values in the order of the graph, so that it is one order for any number of lanes. What is
+    made of the labels alone is not among them: rows start from one prefix whatever their answers are.
+    """
     copies = _copies(edit)
-    values = list(dict.fromkeys(operand(copy) for copy in copies if operand(copy).name != LABELS_INPUT))
+    values = list(dict.fromkeys(operand(copy) for copy in copies if not _of_labels(edit, operand(copy))))
     pending = list(edit.outputs.values())
     needed = set(pending)
     while pending:  # what the step is made of, without what is before the cut
@@ -97,7 +101,14 @@ def cut(edit: Editor) -> list[fx.Node]:
     shared = [
         node for name, node in edit.inputs.items() if name != LABELS_INPUT and node in needed and node not in values
     ]
-    return values + shared
+    inputs = [node for node in edit.inputs.values() if node in shared or node in values]
+    return inputs + [node for node in values if node.op != "placeholder"]
+
+
+def _of_labels(edit: Editor, value: fx.Node) -> bool:
+    """Whether a value is the labels, or made of nothing else that is given."""
+    given = {node for node in ancestors([value]) if node.op == "placeholder"} & set(edit.inputs.values())
+    return given == {edit.inputs[LABELS_INPUT]}
 
 
 def _entries_of_a_row(edit: Editor, value: fx.Node, axis: int | None) -> int | None:

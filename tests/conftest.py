@@ -60,7 +60,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """With --cpu: every file and the ten tests that take most, and how many quick tests take too much."""
+    """With --cpu: every file, the ten tests that take most, and all quick tests that take too much."""
     if not config.getoption("--cpu"):
         return
     files: defaultdict[str, float] = defaultdict(float)
@@ -68,11 +68,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         files[name.partition("::")[0]] += cost
     say = terminalreporter.write_line
     terminalreporter.section("processor seconds")
-    for costs, shown in ((files, len(files)), (_costs, 10)):
+    over = sum(cost > MOST_CPU_SECONDS for cost in _costs.values())
+    for costs, shown in ((files, len(files)), (_costs, max(10, over))):
         for name, cost in sorted(costs.items(), key=lambda item: -item[1])[:shown]:
             say(f"{cost:7.1f}  {name}")
         say("")
-    over = sum(cost > MOST_CPU_SECONDS for cost in _costs.values())
     say(f"{sum(files.values()):.0f} s in all; {over} tests took more than {MOST_CPU_SECONDS:.0f} s")
 
 

@@ -136,7 +136,7 @@ def test_places_of_a_pass() -> None:
     assert after.index("test_options") == len(alone) - alone[::-1].index("canonicalize")
     everywhere = Options(passes=(Insertion(SpellOutTanh(), after="canonicalize"),), split_prefix=True)
     having = [method for method in pipelines.METHODS if "test_options" in names(method, everywhere)]
-    assert having == ["train_step", "evaluate", "prefix", "forward"]
+    assert having == ["train_step", "evaluate", "prefix", "row_losses", "forward"]
     with pytest.raises(ConfigError, match=r"no pass of replay.*\n.*replay"):
         names("replay", Options(passes=(Insertion(SpellOutTanh(), after="canonicalize", methods=("replay",)),)))
 

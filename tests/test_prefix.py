@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from pathlib import Path
@@ -17,6 +18,9 @@ from mobizo_compiler.device.prefix_cache import PrefixCacheWarning
 from mobizo_compiler.errors import ConfigError, InputError, JournalLockedError
 from mobizo_compiler.step.losses import CausalLMLoss
 from mobizo_compiler.testing import TinyCausalLM, zoo
+from mobizo_compiler.text.data import TextData
+from mobizo_compiler.text.evaluation import measure
+from mobizo_compiler.text.prompts import PromptConfig, Sample
 
 pytestmark = pytest.mark.xdist_group("prefix")  # one process, so that its programs are made once
 
@@ -31,6 +35,18 @@ def batch(step: int) -> tuple[Any, torch.Tensor]:
     """Rows of an epoch of five batches."""
     ids = torch.randint(1, 23, (5, ROWS, TOKENS), generator=torch.Generator().manual_seed(0))[step % 5]
     return (ids, torch.ones_like(ids)), torch.cat((torch.full((ROWS, TOKENS - 1), -100), ids[:, -1:]), 1)
+
+
+class Classes(torch.nn.Module):
+    """Two classes from what a decoder makes of the last token."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.decoder, self.score = TinyCausalLM(vocabulary=vocabulary), torch.nn.Linear(vocabulary, 2)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.score(self.decoder(input_ids, attention_mask)["logits"][:, -1])
+        return scores
 
 
 @functools.cache
@@ -66,6 +82,75 @@ def test_a_step_from_the_prefix_is_the_whole_step(where: str, backend: str, tmp_
     assert sessions[0].state().abs().max() > 1e-3
     first, second = sessions[0].evaluate(batch(1)[0]), sessions[1].evaluate(batch(1)[0])
     torch.testing.assert_close(first, second, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("where", LORA)
+def test_rows_are_measured_from_the_prefix(where: str, tmp_path: Path) -> None:
+    """The losses of `evaluate`'s logits, for labels of the rows and for others, from one computation of each row."""
+    session = Session(program(where, "eager"), prefix_cache=tmp_path / "rows")
+    session.train_step(*batch(0), seed=0, learning_rate=0.5, eps=0.05)
+    calls: list[str] = []
+    inner = session._runner.call
+    session._runner.call = lambda method, given: (calls.append(method), inner(method, given))[1]  # type: ignore[method-assign]
+    for rows in (ROWS, ROWS - 1):  # a batch may have fewer
+        inputs, labels = batch(0)
+        inputs, labels = tuple(value[:rows] for value in inputs), labels[:rows]
+        other = labels.where(labels == -100, 7)
+        loss, weight = session.row_losses(inputs, labels, [other])
+        logits = session.evaluate(batch(0)[0])["logits"][:rows, -2]
+        for found, answer in zip(loss, (labels, other), strict=True):
+            wanted = torch.nn.functional.cross_entropy(logits, answer[:, -1], reduction="none")
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        assert torch.equal(weight, torch.ones(2, rows))
+    assert calls.count("prefix") == 1  # of the filled batch; the whole one was kept by the step
+    with pytest.raises(InputError, match="do not count where"):
+        session.row_losses(inputs, labels, [labels.roll(-1, dims=1)])
+    with pytest.raises(ConfigError, match="no prefix that rows start from"):
+        Session(program(where, "eager", split=False)).row_losses(*batch(0))
+
+
+@pytest.mark.parametrize(
+    ("loss", "answers"),
+    [
+        (CausalLMLoss(max_labels=2), ("happy", "sad")),
+        (CausalLMLoss(max_labels=3), ("happy", "sad sad")),
+        (mobizo.ChoiceLoss((0, 1), max_labels=1), ("happy", "sad")),
+        (mobizo.SequenceClassificationLoss(), ("1", "0")),
+    ],
+    ids=["one token", "several tokens", "choices", "classes"],
+)
+def test_a_score_from_the_prefix_is_that_of_the_whole_model(
+    loss: Any, answers: tuple[str, str], words: Any, tmp_path: Path
+) -> None:
+    """What is validated during a run, from what is kept of the rows; the rows are computed once in all."""
+    if isinstance(loss, mobizo.ChoiceLoss):
+        loss = dataclasses.replace(loss, choices=tuple(words(answer).input_ids[0] for answer in answers))
+    torch.manual_seed(0)
+    ids = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    classes = isinstance(loss, mobizo.SequenceClassificationLoss)
+    model = Classes(len(words)).eval() if classes else TinyCausalLM(vocabulary=len(words)).eval()
+    split = mobizo.compile(
+        model, {"input_ids": ids, "attention_mask": ids}, LORA["last block"], loss=loss, backend="eager",
+        split_prefix=True,
+    )  # fmt: skip
+    prompt = PromptConfig("{text} :", answer_column="tone", choices=None if classes else answers, end_answers=False)
+    rows = [("good day", 0), ("bad", 1), ("the rain", 1), ("a sun", 0)]  # a batch, and one that is not full
+    texts = [Sample({"text": text}, answers[right], text) for text, right in rows]
+    data = TextData.encode(texts, split.manifest, words, prompt)
+    plain, kept = Session(split), Session(split, prefix_cache=tmp_path / "rows")
+    for step in range(5):
+        plain.train_step(*data.batches(0)(step), seed=step, learning_rate=0.5)
+    kept.load_state(plain.state())
+    wanted, found = measure(plain, data), measure(kept, data)
+    assert wanted is not None and found is not None and wanted.log_NC is not None
+    torch.testing.assert_close(found.log_NC, wanted.log_NC, rtol=0, atol=1e-5)
+    if not isinstance(loss, mobizo.ChoiceLoss):
+        assert found.score.loss == pytest.approx(wanted.score.loss, abs=1e-5)
+    inner = kept._runner.call
+    kept._runner.call = lambda method, given: (inner(method, given), calls.append(method))[0]  # type: ignore[method-assign]
+    calls: list[str] = []
+    assert measure(kept, data).score == found.score  # type: ignore[union-attr]
+    assert set(calls) == {"row_losses"}
 
 
 @pytest.mark.parametrize("where", LORA)

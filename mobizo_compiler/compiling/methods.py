@@ -140,6 +140,8 @@ def rewritten(
         methods["replay"] = Pipeline(alone, observer("replay")).run(passes.empty_program())
     if after:
         methods["prefix"] = Pipeline(after[alike:], observer("prefix")).run(with_lanes)
+        alone = pipelines.row_losses(options, parts)
+        methods["row_losses"] = Pipeline(alone, observer("row_losses")).run(captured)
     return methods
 
 

@@ -63,6 +63,12 @@ def prefix(options: Options, parts: Parts = Parts()) -> list[Pass]:
     return _with_own("prefix", [*_lanes(options, parts), passes.Prefix(), *_finish(whole, parts)], options)
 
 
+def row_losses(options: Options, parts: Parts = Parts()) -> list[Pass]:
+    """From the captured graph to the loss of every row from where the prefix ends, with the adapter on."""
+    one_lane = _lanes(options, parts, lanes=1)
+    return _with_own("row_losses", [*one_lane, passes.AfterPrefix(), *_finish(options, parts)], options)
+
+
 def evaluate(options: Options, parts: Parts = Parts()) -> list[Pass]:
     """From the captured graph to what the model returns, with the adapter on."""
     adapted: list[Pass] = [
@@ -99,6 +105,7 @@ METHODS: Mapping[str, Callable[[Options, Parts], list[Pass]]] = {
     "evaluate": evaluate,
     "replay": replay,
     "prefix": prefix,
+    "row_losses": row_losses,
     "forward": forward,
 }
 
@@ -107,14 +114,15 @@ def methods_of(options: Options) -> tuple[str, ...]:
     """The methods that a program with these options has."""
     left_out = {
         "prefix": not options.split_prefix,
+        "row_losses": not options.split_prefix,
         "replay": options.zo.differentiates,
         "forward": options.generate is None,
     }
     return tuple(name for name in METHODS if not left_out.get(name, False))
 
 
-def _lanes(options: Options, parts: Parts) -> list[Pass]:
-    """The loss of the adapted model, with the lanes side by side."""
+def _lanes(options: Options, parts: Parts, lanes: int | None = None) -> list[Pass]:
+    """The loss of the adapted model, with the lanes side by side, or one lane that begins where they do."""
     few = [passes.SliceOutputs()] if all(step.by_row for step in parts.quantize) else []
     return [
         passes.AttachLoss(options.loss),
@@ -125,7 +133,7 @@ def _lanes(options: Options, parts: Parts) -> list[Pass]:
         passes.MergeSiblings(),
         *few,
         *([passes.AddCleanLane(options.zo)] if options.zo.differentiates and options.zo.measures else []),
-        passes.DuplicateLanes(options.zo.lanes),
+        passes.DuplicateLanes(lanes or options.zo.lanes, cut_for=lanes and options.zo.lanes),
     ]
 
 

@@ -9,6 +9,7 @@ What is compared with what, each in float32 and on the rows of the example:
     the state after a step, and after replay        the update rule in PyTorch, with the gradient that was found
     evaluate, adapters at random, other rows        the captured graph
     what a prefix keeps of a row                    the same row in another place
+    losses of rows from what a prefix keeps         the loss of the captured graph's outputs, row by row
     forward, a prompt at once and token by token    the model itself; with adapters, the graph captured with a cache
 """
 
@@ -224,6 +225,8 @@ class _Check:
         except LoweringError:
             self._check_rows_apart(allowed)
             raise
+        if self.manifest.prefix:
+            self._compare_row_losses(compare, run, starts, allowed)
         mean = losses.mean() if exact is None or exact.loss is None else exact.loss
         compare("train_step", "loss", loss, mean.reshape(1), allowed)
         if zo.measures:
@@ -269,6 +272,26 @@ class _Check:
                 first, last = found[0].float(), start[-1].float()
                 compare("prefix", what, first, last, OUTPUT_TOLERANCE * max(1.0, float(last.nan_to_num().abs().max())))
         return starts
+
+    def _compare_row_losses(
+        self, compare: Compare, run: Callable[..., tuple[list[Tensor], Tensor]], starts: list[Tensor], allowed: float
+    ) -> None:
+        """The losses of rows from what the prefix made of them, for the labels that it was given and for others.
+
+        One row may have all of what a lane may differ.
+        """
+        state = self.start.clone()
+        state[: self.program.parameters] = self._lane(0)
+        other = random_labels(self.manifest, self.second, torch.Generator().manual_seed(SEED))
+        if (ignored := self.manifest.labels.also) is not None:
+            other = torch.where(self.labels == ignored, self.labels, other)
+            other = torch.where(other == ignored, self.labels, other)
+        for what, labels in (("", self.labels), (" with another label", other)):
+            (row_loss, row_weight), kept = run("row_losses", [*starts, labels], state)
+            wanted, weight = self.captured.row_losses(self.outputs, labels)
+            compare("row_losses", f"number of losses of a row{what}", row_weight, weight, 0.0)
+            compare("row_losses", f"loss of a row{what}", row_loss, wanted, allowed * float(weight.sum()))
+            compare("row_losses", "state", kept, state, 0.0)
 
     def _exact_gradient(self) -> _Exact:
         """The gradient that a step has itself, by PyTorch on the captured graph, and how the step is compared."""

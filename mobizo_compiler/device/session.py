@@ -62,8 +62,9 @@ class Session:
 
     Args:
         program: A compiled program, or the path of a program file.
-        prefix_cache: A file that keeps what comes before the first adapter for every row that was trained on, so that
-            later steps on the same rows start from there; for programs compiled with `split_prefix=True`.
+        prefix_cache: A file that keeps what comes before the first adapter for every row that was trained on or
+            measured, so that later steps on the same rows start from there; for programs compiled with
+            `split_prefix=True`.
         prefix_cache_bytes: How large it may become; None for no limit.
 
     Raises:
@@ -149,6 +150,45 @@ class Session:
         start = self._prefix(given, checked) if manifest.prefix else given
         loss, lane_losses, projected_gradient = self._update("train_step", [*start, checked, *scalars])
         return StepResult(float(loss), lane_losses, projected_gradient)
+
+    @_by_one_thread
+    def row_losses(
+        self, inputs: Inputs, labels: Tensor | None = None, instead: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of every row with the adapter as it is: from what is kept of the rows, where the session keeps it.
+
+        Args:
+            inputs: As for `train_step`; a batch may have fewer rows than the program here as well.
+            labels: As for `train_step`.
+            instead: More labels for the same rows, such as other answers. They count where `labels` do.
+
+        Returns:
+            For `labels`, then for each of `instead`: the sum of a row's losses, and their number. Both are
+            float32 [1 + instead, rows].
+
+        Raises:
+            ConfigError: The program was compiled without `split_prefix`.
+            InputError: As for `train_step`, or other labels count elsewhere.
+        """
+        manifest = self.program.manifest
+        if not manifest.prefix:
+            raise ConfigError("the program has no prefix that rows start from", hint="compile(..., split_prefix=True)")
+        sizes: dict[str, int] = {}
+        inputs, labels = labelled(inputs, labels, manifest.inputs)
+        leaves = self._leaves(inputs)
+        values, first = filled(leaves, labels, manifest.inputs, manifest.labels)
+        given, first = self._checked(values, sizes), self._labels(first, sizes)
+        others = [filled(leaves, other, manifest.inputs, manifest.labels)[1] for other in instead]
+        others, ignored = [self._labels(other, sizes) for other in others], manifest.labels.also
+        if ignored is not None and any(not torch.equal(other == ignored, first == ignored) for other in others):
+            raise InputError("labels in `instead` do not count where `labels` do")
+        start = [value.clone() for value in self._prefix(given, first)]
+        found = []
+        for each in (first, *others):
+            loss, weight = self._runner.call("row_losses", [*start, each])
+            found.append(torch.stack((loss, weight))[:, : len(labels)])
+        loss, weight = torch.stack(found, dim=1)
+        return loss, weight
 
     @_by_one_thread
     def evaluate(self, inputs: Inputs) -> Any:
@@ -417,6 +457,11 @@ class Session:
             AdapterError: The model is another one, or its weights are quantized; then nothing was changed.
         """
         merge_into(self.program, self.state(), model)
+
+    @property
+    def keeps_prefix(self) -> bool:
+        """Whether what comes before the first adapter is kept for every row: then `row_losses` costs the rest alone."""
+        return self._prefix_cache is not None
 
     def close(self) -> None:
         """Close the prefix cache, so that another session can open it; the session works on without it."""

@@ -25,7 +25,7 @@ from mobizo_compiler.options import JsonConfig
 from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +232,9 @@ class Manifest:
     def methods(self) -> tuple[str, ...]:
         """The methods that a session calls."""
         replay = [] if self.zo.differentiates else ["replay"]
+        prefix = ["prefix", "row_losses"] if self.prefix else []
         forward = [] if self.generate is None else ["forward"]
-        return ("train_step", "evaluate", *replay, *(["prefix"] if self.prefix else []), *forward)
+        return ("train_step", "evaluate", *replay, *prefix, *forward)
 
     def initial_memory(self) -> Tensor:
         """What the rule remembers before the first step, float32 [memory]."""

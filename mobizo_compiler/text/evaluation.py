@@ -14,7 +14,7 @@ from torch import Tensor
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import DataError
 from mobizo_compiler.text.answers import Encoded
-from mobizo_compiler.text.data import TextData
+from mobizo_compiler.text.data import IGNORED, TextData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Score:
 
     Args:
         rows: Number of samples.
-        loss: Mean cross-entropy of an answer's token among all tokens, or of a row's class; nats.
+        loss: Mean cross-entropy of an answer's token among all tokens, or of a row's class; nats. From the kept prefix
+            of rows it is the loss that the program was compiled for, such as that among the choices.
         choice_loss: Mean cross-entropy of the answer among the choices; None if answers are not a closed set.
         accuracy: Share of samples whose answer is the most likely choice.
         auc: Area under the ROC curve, for two choices that are both there: how often a sample of the second has more
@@ -71,7 +72,7 @@ def score(session: Session, data: TextData, done: Callable[[int], bool | None] =
 def measure(
     session: Session, data: TextData, done: Callable[[int], bool | None] = lambda rows: None
 ) -> Measured | None:
-    """Measure samples with the session's state.
+    """Measure samples with the session's state; from the kept prefix of every row, where the session has a file for it.
 
     Args:
         session: Its program is the one that the data was encoded for.
@@ -79,6 +80,8 @@ def measure(
         done: Told after each batch how many samples are done; where it returns True, the result is None.
     """
     rate = _class_losses if data.layout.classes is not None else _answer_losses
+    if session.keeps_prefix and _labels_fit(session, data):
+        rate = _class_losses_from_prefix if data.layout.classes is not None else _answer_losses_from_prefix
     losses: list[tuple[float, int]] = []
     chosen: list[Tensor] = []
     size = data.layout.rows
@@ -168,6 +171,56 @@ def _answer_losses(session: Session, data: TextData, rows: Sequence[Encoded]) ->
         logits_NTV = logits_of(session, data, others)
         by_choice.append([_log_probability(*pair) for pair in zip(logits_NTV, others, strict=True)])
     return losses, list(torch.tensor(by_choice).t())
+
+
+def _labels_fit(session: Session, data: TextData) -> bool:
+    """Whether the program's loss takes the answers of all rows, and all choices in place of them, as labels."""
+    labels, most = session.program.manifest.labels, session.program.manifest.max_labels
+    if data.layout.classes is not None:
+        return all(row.choice is not None for row in data.encoded)
+    answers = {tuple(row.ids[place] for place in row.places) for row in data.encoded} | set(map(tuple, data.spelled))
+    if labels.choices is not None and not {token for answer in answers for token in answer} <= set(labels.choices):
+        return False
+    return most is None or max(map(len, answers)) <= most
+
+
+def _class_losses_from_prefix(
+    session: Session, data: TextData, rows: Sequence[Encoded]
+) -> tuple[list[Any], list[Tensor]]:
+    """As `_class_losses`."""
+    labels_N = data.labels(rows)
+    classes = [torch.full_like(labels_N, number) for number in range(data.layout.classes or 0)]
+    loss_KN, _ = _row_losses(session, data, rows, labels_N, classes)
+    return [(float(loss), 1) for loss in loss_KN[0]], list(-loss_KN[1:].t())
+
+
+def _answer_losses_from_prefix(
+    session: Session, data: TextData, rows: Sequence[Encoded]
+) -> tuple[list[Any], list[Tensor]]:
+    """As `_answer_losses`, with what the losses of the choices are in place of logits."""
+    labels_NT = data.labels(rows)
+    if not all(len(ids) == 1 for ids in data.spelled) or any(row.labelled != 1 for row in rows):
+        loss_KN, weight_KN = _row_losses(session, data, rows, labels_NT)
+        others = [[_with_answer(row, ids, data.layout.tokens) for row in rows] for ids in data.spelled]
+        by_choice = [-_row_losses(session, data, other, data.labels(other))[0][0] for other in others]
+    else:
+        tokens = [labels_NT.where(labels_NT == IGNORED, ids[0]) for ids in data.spelled]
+        loss_KN, weight_KN = _row_losses(session, data, rows, labels_NT, tokens)
+        by_choice = list(-loss_KN[1:])
+    losses = [(float(loss), int(weight)) for loss, weight in zip(loss_KN[0], weight_KN[0], strict=True)]
+    return losses, list(torch.stack(by_choice).t()) if by_choice else []
+
+
+def _row_losses(
+    session: Session, data: TextData, rows: Sequence[Encoded], labels: Tensor, instead: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """Losses of rows; a batch that is not full is filled with its first row."""
+    full = [*rows, *([rows[0]] * (data.layout.rows - len(rows)))]
+    first = torch.zeros(len(full), dtype=torch.int64)
+    first[: len(rows)] = torch.arange(len(rows))
+    inputs = data.inputs([row.ids for row in full], [row.types for row in full])
+    loss, weight = session.row_losses(inputs, labels[first], [other[first] for other in instead])
+    return loss[:, : len(rows)].double(), weight[:, : len(rows)]
 
 
 def _with_answer(row: Encoded, answer: tuple[int, ...], tokens: int) -> Encoded:
