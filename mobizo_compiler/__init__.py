@@ -1,4 +1,4 @@
-"""A compiler that turns any traced inference graph into a program that fine-tunes itself with forward passes only."""
+"""A compiler that turns any traced inference graph into a program that fine-tunes itself in an inference engine."""
 
 from __future__ import annotations
 

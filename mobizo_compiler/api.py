@@ -114,7 +114,7 @@ def compile(
     cache_dir: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Program:
-    """Compile a model into a program that fine-tunes itself with forward passes only.
+    """Compile a model into a program that fine-tunes itself in an inference engine.
 
     Args:
         model: A module in eval mode, or a `torch.export.ExportedProgram`.

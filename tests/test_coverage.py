@@ -66,6 +66,12 @@ def test_cell(name: str, backend: str, request: pytest.FixtureRequest) -> None:
     assert found == {key: recorded.get(key) for key in found}, "what this cell does changed: run pytest --accept"
 
 
+@pytest.mark.slow
+def test_a_linear_layer_that_is_stored_transposed_on_portable() -> None:
+    """GPT-2's Conv1D gives products whose rows are not next to each other; kernels want them so."""
+    assert outcome(ZOO["gpt2"], "portable") == "pass"
+
+
 def outcome(case: Case, backend: str) -> str:
     """ "pass", or "refused" with code and reason; anything else raises."""
     lora = LoraConfig(r=3, lora_alpha=5, target_modules=case.target_modules)

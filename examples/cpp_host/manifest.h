@@ -10,7 +10,7 @@
 
 namespace host {
 
-constexpr int64_t kFormatVersion = 9;
+constexpr int64_t kFormatVersion = 10;
 
 using Axis = std::variant<int64_t, std::string>;  // a size, or the name of a dynamic one
 

@@ -26,8 +26,19 @@ from mobizo_compiler.quiet import quiet
 FAILED, INTERRUPTED = 1, 130  # 0: done; 2: wrong usage, which typer itself says; see docs/command_line.md
 
 
+# In the order in which a person comes to them: make a program, use it, carry it elsewhere, look at what there is.
+ORDER = (
+    *("compile", "finetune", "tune", "evaluate", "predict", "generate", "chat", "inspect"),
+    *("export-adapter", "export-gguf", "import-adapter", "backends", "extensions", "passes", "doctor"),
+)
+
+
 class _Commands(TyperGroup):
     """Commands whose errors are messages, not tracebacks."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, as help lists them."""
+        return sorted(super().list_commands(ctx), key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
     def invoke(self, ctx: Any) -> Any:
         with _noting_interrupts() as interrupted:
@@ -126,7 +137,7 @@ def mobizo(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
     ] = False,
 ) -> None:
-    """Turn inference graphs into programs that fine-tune themselves with forward passes only."""
+    """Turn inference graphs into programs that fine-tune themselves in an inference engine."""
 
 
 def print_json(values: Any) -> None:

@@ -201,7 +201,7 @@ def compile_model(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compile a model into a program that fine-tunes itself with forward passes only.
+    """Compile a model into a program that fine-tunes itself in an inference engine.
 
     The same input gives the same file, byte for byte. With --dry-run everything is checked, captured and rewritten, but
     not lowered.
