@@ -380,7 +380,7 @@ def test_the_update_has_no_sum_whose_order_an_engine_may_choose(queries: int, ru
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("rule", ["sgd", "momentum"])
-@pytest.mark.parametrize("estimator", ["two-sided", "one-sided"])
+@pytest.mark.parametrize("estimator", ["two-sided", pytest.param("one-sided", marks=pytest.mark.slow)])
 def test_noise_in_parts_is_the_same_noise(noise: str, rule: str, estimator: str) -> None:
     """Parts of odd sizes, cut where pairs of normal numbers are; the same bits as whole."""
     zo = ZOConfig(queries=3, noise=noise, estimator=estimator)  # type: ignore[arg-type]

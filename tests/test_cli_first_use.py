@@ -296,6 +296,7 @@ def test_a_full_disk_is_one_line(tiny_program: Path, tiny_model: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_quiet_is_quiet(mobizo_command: Any, tiny_program: Path, data: Path) -> None:
     """Neither lines of the engine about the processor, nor what torchao was not built with."""
     done = mobizo_command("evaluate", tiny_program, "--data", data, *PROMPT, "--quiet")

@@ -120,6 +120,7 @@ def test_sessions_in_threads(files: dict[str, Path], backend: str) -> None:
             assert all(same(found, expected) for found in results)
 
 
+@pytest.mark.slow
 def test_sessions_in_processes(files: dict[str, Path], tmp_path: Path) -> None:
     firsts = (0, 100)
     wanted = [alone(files["xnnpack"], first) for first in firsts]

@@ -33,15 +33,16 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return session
 
 
-def test_500_damaged_files(session: Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_each", [32, pytest.param(168, marks=pytest.mark.slow)])
+def test_damaged_files(of_each: int, session: Session, tmp_path: Path) -> None:
     """Programs, data files and adapters, in a process of their own: an error each time, and a state that stays."""
     program = session.program.artifact.path  # type: ignore[attr-defined]
     data, adapter = session.export_ptd(tmp_path / "state.ptd"), session.export_adapter(tmp_path / "adapter")
-    arguments = ["168", str(program), str(data), str(adapter), "--program", str(program)]
+    arguments = [str(of_each), str(program), str(data), str(adapter), "--program", str(program)]
     command = [sys.executable, "-m", "tests.damaged_files", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-3000:])
-    assert done.stdout.split() == ["program", "168", "data", "168", "adapter", "168"]
+    assert done.stdout.split() == ["program", str(of_each), "data", str(of_each), "adapter", str(of_each)]
 
 
 def test_every_bit_of_a_short_file_counts(tmp_path: Path) -> None:

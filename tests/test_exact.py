@@ -173,7 +173,7 @@ def live_bytes(program: mobizo.Program) -> int:
     return most
 
 
-@pytest.mark.parametrize(("recipe", "cosine"), [("8da8w", 0.98), ("fp16", 0.9999)])
+@pytest.mark.parametrize(("recipe", "cosine"), [("8da8w", 0.98), pytest.param("fp16", 0.9999, marks=pytest.mark.slow)])
 def test_quantized_weights(recipe: str, cosine: float) -> None:
     """Straight through the rounding of inputs, and with the weights as they are stored."""
     gradients = []
@@ -215,7 +215,8 @@ def test_hybrid_is_both(train_a: bool) -> None:
     torch.testing.assert_close(slopes_Q, (found.lane_losses[:3] - found.lane_losses[3:]) / (2 * eps))
 
 
-@pytest.mark.parametrize("backend", ["xnnpack", pytest.param("portable", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
 def test_hybrid_on_engines(backend: str, tmp_path: Path) -> None:
     """`compile` compares it with autograd and with lanes that run alone."""
     zo = ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1}, clip=5.0)

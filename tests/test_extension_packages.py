@@ -154,6 +154,7 @@ METHOD = ("--rule", "lion", "--rule-options", '{"beta1": 0.8}', "--estimator", "
 METHOD += ("--loss", "focal", "--loss-options", '{"gamma": 1.5}')
 
 
+@pytest.mark.slow
 def test_estimator_rule_and_loss_from_the_command_line(installed: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Compiled by name; opened and trained with the packages, and without them in a process that never saw them."""
     file, rows = tmp_path / "program.pte", tmp_path / "rows.csv"

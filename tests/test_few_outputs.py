@@ -66,7 +66,7 @@ def trained(program: mobizo.Program, steps: int = 5) -> Session:
     [
         ("eager", False, False),
         ("eager", True, True),
-        ("portable", True, True),
+        pytest.param("portable", True, True, marks=pytest.mark.slow),
         pytest.param("xnnpack", True, False, marks=pytest.mark.slow),
         pytest.param("xnnpack", False, True, marks=pytest.mark.slow),
     ],
@@ -97,7 +97,7 @@ def test_a_loss_over_all_words_adapts_all() -> None:
     assert program.sites[0].outputs == () and program.sites[0].size == 2 * WORDS
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_to_peft_and_back(tied: bool, tmp_path: Path) -> None:
     program = made(tied=tied)
     session = trained(program)

@@ -511,8 +511,8 @@ def edited(case: Case, folder: Path, old: str, new: str) -> Path:
     [
         (
             f'"format_version": {FORMAT_VERSION}',
-            '"format_version": 8',
-            f"the program has format 8, this host reads format {FORMAT_VERSION}",
+            '"format_version": 99',
+            f"the program has format 99, this host reads format {FORMAT_VERSION}",
         ),
         ('"format_version"', '"format_versi0n"', "the field format_version is missing"),
         ('"labels": {', '"labels": [', "no JSON"),

@@ -93,8 +93,8 @@ def misses(outputs: Any, labels: Tensor) -> Tensor:
 
 
 FUNCTIONS = (cross_entropy_per_row, squared_error, misses, share_of_the_batch)
-ENGINES = [(function, "eager") for function in FUNCTIONS] + [(misses, "portable")]
-ENGINES += [pytest.param(f, "portable", marks=pytest.mark.slow) for f in FUNCTIONS if f is not misses]
+ENGINES = [(function, "eager") for function in FUNCTIONS]
+ENGINES += [pytest.param(function, "portable", marks=pytest.mark.slow) for function in FUNCTIONS]
 
 
 @pytest.mark.parametrize(("function", "backend"), ENGINES)

@@ -30,9 +30,9 @@ from mobizo_compiler.reference import ReferenceStep
 RECORD = Path(__file__).parent.parent / "docs" / "quantization.json"
 BACKENDS = ("eager", "portable", "xnnpack", "vulkan", "aot_inductor")
 # Every recipe on the eager backend; on each other one those that go ways of their own, the rest by `make test-all`.
-QUICK = {("portable", "nf4"), ("vulkan", "8da8w"), ("xnnpack", "8da4w")}
-# Floats, integers with rounded activations, integers without, and a table of values.
-KINDS = ("fp16", "8da4w", "int8", "nf4")
+QUICK = {("eager", "fp16"), ("eager", "8da8w"), ("eager", "int4"), ("eager", "nf4"), ("xnnpack", "8da4w")}
+# Integers with rounded activations, and a table of values.
+KINDS = ("8da4w", "nf4")
 OF_EACH_KIND = [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in RECIPES]
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}
@@ -152,7 +152,7 @@ def _cells() -> list[Any]:
     cells = []
     for backend in BACKENDS:
         for recipe in RECIPES:
-            quick = backend == "eager" or (backend, recipe) in QUICK
+            quick = (backend, recipe) in QUICK
             marks = [] if quick else [pytest.mark.slow]
             if (backend, recipe) in KNOWN_FAILURES:
                 marks.append(pytest.mark.xfail(strict=True, reason=KNOWN_FAILURES[backend, recipe]))

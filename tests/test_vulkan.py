@@ -168,7 +168,7 @@ def test_half_precision_weights_are_refused() -> None:
         mobizo.compile(decoder("fp32"), batch()[0], LORA, ZOConfig(queries=1), backend="vulkan", quantization="fp16")
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "4w", pytest.param("8da4w", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["fp32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("4w", "8da4w"))])
 def test_the_rewritten_graph_computes_the_same(recipe: str) -> None:
     """Three steps in PyTorch: what passes do to the numbers, apart from what kernels do."""
     inputs, labels = batch()
