@@ -128,17 +128,25 @@ def coverage_page() -> str:
         "Tiny random models of `mobizo_compiler.testing.zoo`, three steps from a B that is not zero, each compared",
         "with `Oracle` (plain PyTorch in float64, one lane at a time). `pass` means that lane losses, projected",
         "gradient, state and evaluation agree within the rounding that the model itself shows; `refused` gives our",
-        "error. `xnnpack` runs in the stock ExecuTorch runtime; where the column is empty it was not tried. The last",
-        "column is what `target_modules=None` adapts. The cells are tests: `tests/test_coverage.py`.\n",
+        "error. `xnnpack` runs in the stock ExecuTorch runtime; where a cell is empty it was not tried. `generate` is",
+        "a cache of keys and values beside the step, compared with the model by `compile`. The last column is what",
+        "`target_modules=None` adapts. The cells are tests: `tests/test_coverage.py`.\n",
     ]
+    tried["generate"] = [cell["generate"] for cell in cells if "generate" in cell]
     for backend, outcomes in tried.items():
         lines.append(f"- {backend}: {sum(o == 'pass' for o in outcomes)} of {len(outcomes)} pass")
     for family in dict.fromkeys(cell["family"] for cell in record.values()):
-        lines += [f"\n## {family}\n", "| model | eager | xnnpack | default targets |", "| --- | --- | --- | --- |"]
-        for name, cell in record.items():
-            if cell["family"] == family:
-                default = ", ".join(f"`{target}`" for target in cell.get("default", "").split())
-                lines.append(f"| {name} | {cell.get('eager', '')} | {cell.get('xnnpack', '')} | {default} |")
+        of_family = {name: cell for name, cell in record.items() if cell["family"] == family}
+        columns = [
+            "eager",
+            "xnnpack",
+            *(["generate"] if any("generate" in cell for cell in of_family.values()) else []),
+        ]
+        heads = ["model", *columns, "default targets"]
+        lines += [f"\n## {family}\n", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+        for name, cell in of_family.items():
+            default = ", ".join(f"`{target}`" for target in cell.get("default", "").split())
+            lines.append(f"| {' | '.join([name, *(cell.get(column, '') for column in columns), default])} |")
     return "\n".join(lines) + "\n"
 
 

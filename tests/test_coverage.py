@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from mobizo_compiler import LoraConfig, passes
+import mobizo_compiler as mobizo
+from mobizo_compiler import GenerateConfig, LoraConfig, passes
 from mobizo_compiler.analysis.targets import resolve_targets
-from mobizo_compiler.errors import UnsupportedGraphError
+from mobizo_compiler.errors import CaptureError, ConfigError, UnsupportedGraphError
 from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.graph.pipeline import Pipeline
 from mobizo_compiler.testing import Case, check_against_oracle, zoo
@@ -70,6 +71,28 @@ def test_cell(name: str, backend: str, request: pytest.FixtureRequest) -> None:
 def test_a_linear_layer_that_is_stored_transposed_on_portable() -> None:
     """GPT-2's Conv1D gives products whose rows are not next to each other; kernels want them so."""
     assert outcome(ZOO["gpt2"], "portable") == "pass"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in ZOO.items() if case.family == "decoder"])
+def test_generates(name: str, request: pytest.FixtureRequest) -> None:
+    """With a cache of keys and values, which `compile` compares with the model, at once and token by token."""
+    found = {"generate": generates(ZOO[name])}
+    if request.config.getoption("--accept"):
+        _write(name, ZOO[name].family, found)
+    recorded = json.loads(RECORD.read_text()).get(name, {})
+    assert found["generate"] == recorded.get("generate"), "what this cell does changed: run pytest --accept"
+
+
+def generates(case: Case) -> str:
+    """ "pass", or "refused" with code and reason; anything else raises."""
+    model, lora = case.model(), LoraConfig(r=3, lora_alpha=5, target_modules=case.target_modules)
+    options = {**case.options, "lora": lora, "loss": case.loss, "generate": GenerateConfig(context=16)}
+    try:
+        mobizo.compile(model, case.inputs(), backend="eager", **options)
+    except (CaptureError, ConfigError, UnsupportedGraphError) as error:
+        return f"refused: [{error.code}] {error.problem}".partition("\n")[0]
+    return "pass"
 
 
 def outcome(case: Case, backend: str) -> str:

@@ -101,6 +101,19 @@ def test_each_turn_draws_anew(session: Session, tokenizer: Any) -> None:
     assert answers[0] == answers[1] and answers[0][0] != answers[0][1]
 
 
+def test_a_run_on_conversations_recommends_to_talk(session: Session) -> None:
+    from types import SimpleNamespace
+
+    from mobizo_compiler.cli.text import _next_commands
+
+    def recommended(**config: Any) -> list[str]:
+        rows: Any = SimpleNamespace(choices=None, config=PromptConfig(**config))
+        return _next_commands(Path("p.pte"), Path("r"), rows, session.program.manifest)
+
+    assert recommended(chat="messages")[1] == "chat p.pte --run r"
+    assert recommended(template="{text}")[1] == "generate p.pte --run r PROMPT"
+
+
 def test_a_program_without_a_cache_is_refused(tokenizer: Any) -> None:
     from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 

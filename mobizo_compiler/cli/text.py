@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +48,7 @@ from mobizo_compiler.cli.runs import (
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import MissingPackageError
+from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.load import load
 from mobizo_compiler.text.confusion import Confusion
 from mobizo_compiler.text.data import TextData
@@ -148,7 +149,7 @@ def finetune_program(
     if as_json:
         print_json(_result(outcome, run, drawn))
     elif not quiet:
-        _show_outcome(Console(), outcome, file, run, drawn, rows.choices is not None, writes_text(manifest))
+        _show_outcome(Console(), outcome, run, drawn, _next_commands(file, run, rows, manifest))
     if outcome.why == "interrupted":
         remark(
             f"interrupted after step {outcome.summary.steps} of {outcome.steps}; the same command goes on from there"
@@ -382,9 +383,19 @@ def _as_json(confusion: Confusion | None) -> dict[str, Any]:
     return {"confusion": confusion.counts, "classes": confusion.by_choice(), "macro_f1": confusion.macro_f1}
 
 
-def _show_outcome(
-    console: Console, outcome: Outcome, file: Path, run: Path, drawn: bool, closed: bool, writes: bool
-) -> None:
+def _next_commands(file: Path, run: Path, rows: TextData, manifest: Manifest) -> list[str]:
+    """What a run is for: commands that fit the program and what it has learnt."""
+    found = [f"evaluate {file} --run {run} --data FILE"]
+    if rows.choices is not None:
+        found.append(f"predict {file} --run {run} TEXT")
+    if manifest.generate is not None and rows.config.chat is not None:
+        found.append(f"chat {file} --run {run}")
+    elif writes_text(manifest):
+        found.append(f"generate {file} --run {run} PROMPT")
+    return [*found, f"export-adapter {file} {run} FOLDER"]
+
+
+def _show_outcome(console: Console, outcome: Outcome, run: Path, drawn: bool, commands: Sequence[str]) -> None:
     ended = {"done": "trained", "stopped early": "stopped early", "interrupted": "interrupted"}[outcome.why]
     console.print(f"{ended} after {outcome.summary.steps} steps", highlight=False)
     if outcome.summary.void:
@@ -401,9 +412,6 @@ def _show_outcome(
     files = ["run.json", "journal", *([PLOT] if drawn else [])]
     console.print(f"in {run}: {', '.join(files)}", highlight=False, markup=False)
     if outcome.why != "interrupted":
-        console.print(f"next: mobizo evaluate {file} --run {run} --data FILE", highlight=False, markup=False)
-        if closed:
-            console.print(f"      mobizo predict {file} --run {run} TEXT", highlight=False, markup=False)
-        if writes:
-            console.print(f"      mobizo generate {file} --run {run} PROMPT", highlight=False, markup=False)
-        console.print(f"      mobizo export-adapter {file} {run} FOLDER", highlight=False, markup=False)
+        for place, command in enumerate(commands):
+            start = "      " if place else "next: "
+            console.print(f"{start}mobizo {command}", highlight=False, markup=False)

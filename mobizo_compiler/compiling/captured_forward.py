@@ -21,6 +21,7 @@ from mobizo_compiler.compiling.agreement import (
     root_mean_square,
 )
 from mobizo_compiler.compiling.captured_step import AddAdapters, InFloat64, given_adapters, rounds, without_rounding
+from mobizo_compiler.errors import CaptureError
 from mobizo_compiler.format.manifest import Generation
 from mobizo_compiler.format.program import Runner
 from mobizo_compiler.graph.eager import EagerRunner
@@ -30,6 +31,7 @@ from mobizo_compiler.passes import Specialize
 from mobizo_compiler.step.sites import Site, initial_state
 
 MOST_TOKENS, ONE_BY_ONE, SEED = 12, 3, 20
+WRONG = 0.05  # a difference that no rounding explains, as a share of the largest logit
 
 
 class CapturedForward:
@@ -42,6 +44,9 @@ class CapturedForward:
         store: What quantizes the base weights.
         generation: What `forward` takes.
         model: The model, where its own logits are those that are wanted; None where weights were quantized.
+
+    Raises:
+        CaptureError: The model computes something else with the cache.
     """
 
     def __init__(
@@ -64,11 +69,37 @@ class CapturedForward:
         else:
             with torch.no_grad():
                 self.at_zero = model(input_ids=self.tokens, use_cache=False).logits
+        self._check_cache()
 
     def logits(self, trained: Tensor) -> Tensor:
         """Of every token, [1, T, vocabulary], with these trained numbers, [P]."""
         runner = EagerRunner({"forward": self.program})
         return runner.call("forward", [*self._inputs, *given_adapters(self.sites, self.lora_a, trained)])[0]
+
+    def _check_cache(self) -> None:
+        """Raise `CaptureError` if the model goes on otherwise from a cache of fixed length than from the text itself.
+
+        Some models of transformers reckon with the length of the cache where that of the text is meant. What is wrong
+        by rounding alone is for the check of the program.
+        """
+        given = given_adapters(self.sites, self.lora_a, initial_state(self.sites, self.lora_a))
+        runner, count = EagerRunner({"forward": self.program}), self.tokens.shape[1]
+        for begin, end in self._pieces[1:]:
+            (found,) = runner.call("forward", [self.tokens[:, begin:end], self.positions[begin:end], *given])
+            wanted = self.at_zero[:, end - 1]
+            if not largest_difference(found[:, -1], wanted) <= WRONG * max(1.0, float(wanted.abs().max())):
+                raise CaptureError(
+                    f"the model computes other logits for token {end - 1} of {count} with a cache of "
+                    f"{self.generation.context} tokens than without one",
+                    hint="leave generate out: evaluate gives the logits of whole rows",
+                )
+
+    @property
+    def _pieces(self) -> list[tuple[int, int]]:
+        """First and last tokens of calls: the whole prompt; then its end token by token, behind its beginning."""
+        count = self.tokens.shape[1]
+        ends = [(at, at + 1) for at in range(count - ONE_BY_ONE, count)]
+        return [(0, count), (0, count - ONE_BY_ONE), *ends]
 
     @property
     def _inputs(self) -> list[Tensor]:
@@ -83,7 +114,6 @@ class CapturedForward:
             at_zero: The state [S] with adapters at zero.
             start: A state with adapters at random.
         """
-        count = self.tokens.shape[1]
         trained = start[: sum(site.trained for site in self.sites)]
         rounded = self._rounded(trained)
         for adapters, state, wanted in (
@@ -91,10 +121,7 @@ class CapturedForward:
             ("with adapters", start, self.logits(trained)),
         ):
             runner.state().copy_(state)
-            # The whole prompt; then its end token by token, behind its beginning in one call.
-            pieces = [(0, count), (0, count - ONE_BY_ONE)]
-            pieces += [(at, at + 1) for at in range(count - ONE_BY_ONE, count)]
-            for begin, end in pieces:
+            for begin, end in self._pieces:
                 (found,) = runner.call("forward", [self.tokens[:, begin:end].contiguous(), self.positions[begin:end]])
                 first = begin if self.generation.all_logits else end - 1
                 what = f"logits of tokens {first} to {end - 1} {adapters}"
