@@ -171,6 +171,7 @@ app(prog_name="mobizo")
 """
 
 
+@pytest.mark.slow
 def test_a_program_opens_where_its_estimator_and_rule_are_not_registered(tmp_path: Path) -> None:
     """All of both is in the graph."""
     register_estimator("all-but-one", LeaveOneOut())

@@ -190,7 +190,7 @@ def test_quantized_weights(recipe: str, cosine: float) -> None:
 # -- both: the last blocks exact, those before measured ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train_a", [False, True])
+@pytest.mark.parametrize("train_a", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_hybrid_is_both(train_a: bool) -> None:
     lora = LoraConfig(r=3, target_modules="all-linear", train_a=train_a)
     zo = ZOConfig(queries=3, estimator={"name": "hybrid", "exact_from": -1})

@@ -79,7 +79,7 @@ class Warm(UpdateRule):
 
 @pytest.mark.parametrize(
     ("backend", "state"),
-    [("eager", "shared"), ("portable", "shared"), pytest.param("portable", "io", marks=pytest.mark.slow)],
+    [("eager", "shared"), *(pytest.param("portable", s, marks=pytest.mark.slow) for s in ("shared", "io"))],
 )
 def test_a_memory_that_does_not_begin_at_zero(backend: str, state: str, names: None, tmp_path: Path) -> None:
     register_rule("warm", Warm)

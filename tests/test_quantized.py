@@ -27,7 +27,7 @@ RECIPES: dict[str, Any] = {
 }
 
 
-SLOW = (("8da8w", "xnnpack"), ("8w", "xnnpack"), ("4w", "xnnpack"))
+SLOW = (("8da4w", "xnnpack"), ("8da8w", "xnnpack"), ("8w", "xnnpack"), ("4w", "xnnpack"))
 
 
 class Wide(nn.Module):

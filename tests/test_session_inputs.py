@@ -33,7 +33,7 @@ from mobizo_compiler.testing import TinyCausalLM, TokenWise, tiny_batch
 pytestmark = pytest.mark.xdist_group("session_inputs")  # one process, so that its programs are made once
 
 
-@pytest.fixture(scope="module", params=["eager", "portable"])
+@pytest.fixture(scope="module", params=["eager", pytest.param("portable", marks=pytest.mark.slow)])
 def session(request: pytest.FixtureRequest) -> Session:
     torch.manual_seed(0)
     inputs, _ = tiny_batch()
