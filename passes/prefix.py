@@ -98,10 +98,7 @@ def cut(edit: Editor) -> list[fx.Node]:
             if inner not in needed:
                 needed.add(inner)
                 pending.append(inner)
-    shared = [
-        node for name, node in edit.inputs.items() if name != LABELS_INPUT and node in needed and node not in values
-    ]
-    inputs = [node for node in edit.inputs.values() if node in shared or node in values]
+    inputs = [node for name, node in edit.inputs.items() if name != LABELS_INPUT and (node in needed or node in values)]
     return inputs + [node for node in values if node.op != "placeholder"]
 
 

@@ -134,9 +134,12 @@ def objective(score: Score, data: TextData) -> float:
 
 def logits_of(session: Session, data: TextData, rows: Sequence[Encoded]) -> Tensor:
     """Logits of rows; a batch that is not full is filled with its first row."""
+    return _logits(session.evaluate(_filled_inputs(data, rows)))[: len(rows)].float()
+
+
+def _filled_inputs(data: TextData, rows: Sequence[Encoded]) -> dict[str, Tensor]:
     full = [*rows, *([rows[0]] * (data.layout.rows - len(rows)))]
-    inputs = data.inputs([row.ids for row in full], [row.types for row in full])
-    return _logits(session.evaluate(inputs))[: len(rows)].float()
+    return data.inputs([row.ids for row in full], [row.types for row in full])
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -215,11 +218,10 @@ def _row_losses(
     session: Session, data: TextData, rows: Sequence[Encoded], labels: Tensor, instead: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """Losses of rows; a batch that is not full is filled with its first row."""
-    full = [*rows, *([rows[0]] * (data.layout.rows - len(rows)))]
-    first = torch.zeros(len(full), dtype=torch.int64)
-    first[: len(rows)] = torch.arange(len(rows))
-    inputs = data.inputs([row.ids for row in full], [row.types for row in full])
-    loss, weight = session.row_losses(inputs, labels[first], [other[first] for other in instead])
+    filled = torch.arange(data.layout.rows)
+    filled[len(rows) :] = 0
+    others = [other[filled] for other in instead]
+    loss, weight = session.row_losses(_filled_inputs(data, rows), labels[filled], others)
     return loss[:, : len(rows)].double(), weight[:, : len(rows)]
 
 
