@@ -8,7 +8,8 @@ b  the same MP-LoRA step in eager PyTorch (`reference.py`)
 c  sequential MeZO: 2q forwards of b rows by AOTInductor, each a CUDA graph, with noise and update in eager PyTorch.
    These forwards have no adapters, so this is less than the whole of it
 d  LoRA by backpropagation and plain SGD in eager PyTorch, on qb rows
-f  our step, one CUDA graph
+e  our step with the estimator "exact" on qb rows, one CUDA graph
+f  our step with the two-sided estimate, one CUDA graph
 
 Times are medians of device events after warm-up; "call" is what a host waits for `Runner.call`, with copies. bfloat16
 is the whole model in a and c, autocast in b and d, and precision="bfloat16" in f. Weights are random. The peak is what
@@ -118,10 +119,21 @@ def prepare(name: str, workload: Workload, folder: Path) -> None:
             with torch.no_grad():
                 program = GraphProgram(torch.export.export(wrapped, given), outputs=("logits",))
             torch.save({"methods": {"forward": _packed(program)}}, folder / f"{name}.{kind}.{_name(dtype)}.pt")
-    model = workload.load_model(weights=False)
+    _prepare_ours(name, "ours", workload, ZOConfig(queries=workload.queries), wanted, folder)
+    if name not in ONLY_BFLOAT16:
+        whole = dataclasses.replace(workload, rows=workload.queries * workload.rows)
+        _prepare_ours(name, "exact", whole, ZOConfig(queries=1, estimator="exact"), wanted, folder)
+    print(f"{name}: prepared in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def _prepare_ours(
+    name: str, kind: str, workload: Workload, zo: ZOConfig, wanted: Sequence[torch.dtype], folder: Path
+) -> None:
+    """Write our methods with an estimator."""
+    model, (inputs, _) = workload.load_model(weights=False), workload.batch()
     example = bind_example(model, inputs, None, None)
-    options = Options(lora=workload.lora, zo=ZOConfig(queries=workload.queries), loss=CausalLMLoss(max_labels=1))
-    _, methods = captured_and_rewritten(model, example, options, AotInductorBackend(), {}, None, lambda line: None)
+    options = Options(lora=workload.lora, zo=zo, loss=CausalLMLoss(max_labels=1))
+    methods = captured_and_rewritten(model, example, options, AotInductorBackend(), {}, None, lambda line: None).methods
     # The rounded weights are of no interest here, and would be written.
     with mock.patch.object(round_products, "_half", lambda tensor: _shape(tensor, torch.bfloat16)):
         rounded = {**methods, "train_step": round_products.RoundProducts()(methods["train_step"])}
@@ -130,10 +142,9 @@ def prepare(name: str, workload: Workload, folder: Path) -> None:
             kept = {
                 "workload": dataclasses.asdict(workload),
                 "sites": [dataclasses.asdict(site) for site in programs["train_step"].sites],
-                "methods": {method: _packed(programs[method]) for method in ("train_step", "replay")},
+                "methods": {m: _packed(programs[m]) for m in ("train_step", "replay") if m in programs},
             }
-            torch.save(kept, folder / f"{name}.ours.{_name(dtype)}.pt")
-    print(f"{name}: prepared in {time.perf_counter() - began:.0f} s", flush=True)
+            torch.save(kept, folder / f"{name}.{kind}.{_name(dtype)}.pt")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -186,7 +197,7 @@ def compile_file(job: Job) -> tuple[str, float, str]:
             methods[name] = GraphProgram(exported, **packed["program"])
         backend = AotInductorBackend(job.device)
         with tempfile.TemporaryDirectory() as folder:
-            ours = ".ours." in job.file.name
+            ours = ".ours." in job.file.name or ".exact." in job.file.name
             options: tuple[Any, ...] = () if ours else (PLAIN, ())
             shutil.move(backend.compile(methods, Path(folder), *options), job.package)
         return job.file.name, time.perf_counter() - began, ""
@@ -261,7 +272,7 @@ class Run:
                     write_json(self.out / "gpu.json", self.record)
         self.record["wall_seconds"] = round(time.perf_counter() - began, 1)
         write_json(self.out / "gpu.json", self.record)
-        show(self.record, Console(width=160))
+        show(self.record, Console(width=200))
 
     def failed(self, what: str, problem: str) -> None:
         """Note what went wrong; the rest goes on."""
@@ -274,7 +285,7 @@ class Run:
             f for name in cases for f in sorted(self.folder.glob(f"{name}.*.pt")) if f.stem.split(".")[2] in wanted
         ]
         jobs = [Job(file, built / f"{file.stem}.pt2", str(self.device)) for file in files]
-        jobs.sort(key=lambda job: (".ours." not in job.file.name, -job.file.stat().st_size))  # the longest first
+        jobs.sort(key=lambda job: -job.file.stat().st_size)  # the longest first
         count = max(1, min(count, len(jobs)))
         threads = str(max(1, (os.cpu_count() or 1) // count))
         os.environ.update(TORCHINDUCTOR_COMPILE_THREADS=threads, OMP_NUM_THREADS=threads)
@@ -331,6 +342,9 @@ class _Case:
         inputs, _ = self.workload.batch()
         with self._alone(found, "f"):
             self._our_step(found, others.get("float32", {}).get("gradient"))
+        if self.name not in ONLY_BFLOAT16:
+            with self._alone(found, "e"):
+                self._exact_step(found)
         for letter, kind, rows in (("a", "forward", self.workload.lane_rows), ("c", "small", self.workload.rows)):
             with self._alone(found, letter):
                 saved = torch.load(self.run.folder / f"{self.name}.{kind}.{self.label}.pt", weights_only=False)
@@ -355,20 +369,36 @@ class _Case:
             with self._alone(found, letter), rounding, _rounded_products(self.tf32):
                 self._eager(found, letter)
 
-    def _our_step(self, found: dict[str, Any], exact: list[float] | None) -> None:
-        keys = {method: {path: path for path in packed["shapes"]} for method, packed in self.ours["methods"].items()}
+    def _runner(self, kind: str) -> tuple[AotInductorRunner, dict[str, Tensor], Callable[..., list[Tensor]]]:
+        """Our methods of a kind with their weights, and what makes the arguments of a step of a seed and a rate."""
+        saved = torch.load(self.run.folder / f"{self.name}.{kind}.{self.label}.pt", weights_only=False)
+        keys = {method: {path: path for path in packed["shapes"]} for method, packed in saved["methods"].items()}
         target = dataclasses.replace(Target.here(str(self.device)), precision=self.precision)  # type: ignore[arg-type]
         manifest: Any = _State(self.parameters)
-        package = self.built / f"{self.name}.ours.{self.label}.pt2"
-        weights = self._tensors(self.ours)
+        package = self.built / f"{self.name}.{kind}.{self.label}.pt2"
+        weights = self._tensors(saved)
         self._reset_peak()
-        runner = AotInductorRunner(package, manifest, target, keys, weights)
-        inputs, labels = self.workload.batch()
+        inputs, labels = Workload(**saved["workload"]).batch()
 
         def arguments(seed: int, rate: float = LEARNING_RATE) -> list[Tensor]:
             scalars = [torch.tensor([seed], dtype=torch.int32), torch.tensor([rate]), torch.tensor([EPS])]
             return [*inputs.values(), labels, *scalars]
 
+        return AotInductorRunner(package, manifest, target, keys, weights), weights, arguments
+
+    def _exact_step(self, found: dict[str, Any]) -> None:
+        runner, weights, arguments = self._runner("exact")
+        runner.state().copy_(self.start)
+        loss = runner.call("train_step", arguments(1))[0]
+        found["exact_loss"] = float(loss)
+        assert not torch.equal(runner.state(), self.start)
+        near = [value.to(self.device) for value in arguments(1)]
+        found["e"] = self._timed(lambda: runner.launch("train_step", near))
+        self._note_peak(found, "e")
+        self._release(weights)
+
+    def _our_step(self, found: dict[str, Any], exact: list[float] | None) -> None:
+        runner, weights, arguments = self._runner("ours")
         runner.state().copy_(self.start)
         measured = [runner.call("train_step", arguments(seed, 0.0)) for seed in range(COSINE_SEEDS)]
         assert torch.equal(runner.state(), self.start), "learning rate 0 changed the state"
@@ -525,11 +555,15 @@ def show(record: Mapping[str, Any], console: Console) -> None:
         "b",
         "c",
         "d",
+        "e",
+        "e/d",
         "f/a",
         "f/c",
         "f MB",
         "a MB",
         "f/a MB",
+        "e MB",
+        "d MB",
         "cosine",
         "replay",
     )
@@ -550,12 +584,15 @@ def show(record: Mapping[str, Any], console: Console) -> None:
                 precision,
                 cell(found, "f"),
                 cell(found, "f", "call_ms"),
-                *(cell(found, letter) for letter in "abcd"),
+                *(cell(found, letter) for letter in "abcde"),
+                ratio(found, "e", "d"),
                 ratio(found, "f", "a"),
                 ratio(found, "f", "c"),
                 cell(found, "f", "peak_mb"),
                 cell(found, "a", "peak_mb"),
                 ratio(found, "f", "a", "peak_mb"),
+                cell(found, "e", "peak_mb"),
+                cell(found, "d", "peak_mb"),
                 f"{found['cosine_with_float32']:.5f}" if "cosine_with_float32" in found else "-",
                 str(found.get("replay_differs_in", "-")),
             )

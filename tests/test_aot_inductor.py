@@ -434,6 +434,23 @@ def test_products_in_bfloat16_cost_the_gradient_little(tmp_path: Path) -> None:
     assert all(a.dtype == torch.float32 for a in rounded.lora_a_by_fqn.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("estimator", ["exact", "hybrid"])
+def test_gradients_are_operators_here_too(estimator: str, precision: str) -> None:
+    """The check of every compilation compares the step with autograd on the captured model."""
+    inputs, labels = tiny_batch()
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear")
+    torch.manual_seed(2)
+    net = TinyCausalLM(layers=2).eval()
+    hybrid = ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1})
+    zo = hybrid if estimator == "hybrid" else ZOConfig(estimator="exact")
+    backend = AotInductorBackend(precision=precision)  # type: ignore[arg-type]
+    session = Session(mobizo.compile(net, inputs, lora, zo, backend=backend))
+    losses = [session.train_step(inputs, labels, seed=seed, learning_rate=0.5).loss for seed in range(4)]
+    assert losses[-1] < losses[0]
+
+
 def test_memory_is_given_back_although_a_loader_keeps_the_tensor() -> None:
     tensor = torch.ones(1000)
     kept = tensor[10:]
@@ -548,10 +565,11 @@ def test_unavailable_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) ->
     assert phases == []
 
 
-def test_a_program_moves_to_a_device_as_a_whole() -> None:
+@pytest.mark.parametrize("zo", [ZOConfig(queries=2), ZOConfig(estimator="exact")], ids=lambda zo: zo.estimator)
+def test_a_program_moves_to_a_device_as_a_whole(zo: ZOConfig) -> None:
     """The move is what differs on a GPU; a tensor that stays behind makes an operator of two devices, which fails."""
     inputs, _ = tiny_batch()
-    made = mobizo.compile(model(), inputs, LORA, ZOConfig(queries=2), backend="eager")
+    made = mobizo.compile(model(), inputs, LORA, zo, backend="eager")
     for method in made.methods.values():
         moved = program_on(Pipeline(LAST).run(method), "meta")
         values = [node.meta["val"] for node in moved.graph.nodes if node.op != "output"]

@@ -400,6 +400,26 @@ CASES: dict[str, Case] = {
         """,
         also={facts.STATIC},
     ),
+    "round_computed_products": of(
+        RoundProducts(),
+        """
+        tensor %p_weight: f32[4, 4]
+        tensor %b_frequencies: f32[1, 2, 1]
+        input  %x: f32[1, 3, 4]
+        input  %positions: f32[1, 1, 3]
+        input  %mask: f32[1, 1, 3, 3]
+          %angles = bmm(%b_frequencies, %positions)
+          %linear = linear(%x, %p_weight)
+          %reshape = reshape(%linear, [1, 3, 2, 2])
+          %transpose = transpose.int(%reshape, 1, 2)
+          %mul = mul.Tensor(%transpose, 2.0)
+          %attention = scaled_dot_product_attention(%mul, %transpose, %transpose, %mask)
+        return output_0 = %attention
+        return output_1 = %angles
+        """,
+        inputs={"mask": torch.zeros(1, 1, 3, 3)},
+        also={facts.STATIC},
+    ),
     "round_products": of(
         RoundProducts(),
         """

@@ -74,10 +74,9 @@ class AotInductorBackend(Backend):
 
     Args:
         device: "cpu", "cuda" (the first GPU), or "cuda:1" and so on.
-        precision: What products with frozen weights compute in; everything else, the adapters, noise, losses, update
-            and state among it, is float32. "float32"; "bfloat16": weights are stored, and their inputs rounded, in 16
-            bits; "tf32", on a GPU: both factors of every product are rounded to 10 bits of mantissa, those of the
-            adapters and of attention too, because that is a switch of the process.
+        precision: What products compute in; everything else, noise, norms, losses, update and state among it, is
+            float32. "float32"; "bfloat16": weights are stored, and factors of products rounded, in 16 bits, those of
+            adapters and of attention too; "tf32", on a GPU: factors are rounded to 10 bits of mantissa.
         cuda_graph: Launch a call as one CUDA graph, where sizes are fixed. It keeps what a call computes with in memory
             between calls.
 
@@ -223,9 +222,20 @@ def program_on(program: GraphProgram, device: str) -> ExportedProgram:
             tensors[path] = torch.nn.Parameter(fake, requires_grad=False) if whole else fake
     if device == "cpu":
         return exported
+    _name_devices(exported)
     moved = move_to_device_pass(exported, device)
     moved.graph_module.recompile()  # the pass changes the devices in the graph, not in its code
     return moved
+
+
+def _name_devices(exported: ExportedProgram) -> None:
+    """Give every call that makes a tensor out of none a device; the move changes those that are named."""
+    for node in exported.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or any(isinstance(source.meta.get("val"), Tensor) for source in node.all_input_nodes):
+            continue
+        if any(argument.name == "device" for argument in schema.arguments) and node.kwargs.get("device") is None:
+            node.kwargs = {**node.kwargs, "device": torch.device("cpu")}
 
 
 @contextlib.contextmanager

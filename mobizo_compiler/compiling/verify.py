@@ -209,7 +209,7 @@ class _Check:
             self._compare_outputs(compare, "evaluate", f"output {position} without adapters", position, found, wanted)
 
         starts = self._prefix(compare, runner) if self.manifest.prefix else self.second
-        exact = self._exact_gradient() if zo.differentiates else None
+        exact = self._exact_gradient(starts) if zo.differentiates else None
         rate = rate if exact is None else exact.rate
         (loss, losses, slopes), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
         size = max(1.0, float(self.losses.abs().max()))
@@ -293,13 +293,13 @@ class _Check:
             compare("row_losses", f"loss of a row{what}", row_loss, wanted, allowed * float(weight.sum()))
             compare("row_losses", "state", kept, state, 0.0)
 
-    def _exact_gradient(self) -> _Exact:
+    def _exact_gradient(self, starts: Sequence[Tensor]) -> _Exact:
         """The gradient that a step has itself, by PyTorch on the captured graph, and how the step is compared."""
         trained, zo = self.start[: self.program.parameters], self.manifest.zo
         has_gradient = self._measured() == 0
         found = self.captured.gradient(self.second, self.labels, trained) * has_gradient
         tolerance = GRADIENT_TOLERANCE
-        if self.rounded is not None:
+        if rounds(self.captured.program):
             smooth = self.captured.without_rounding().gradient(self.second, self.labels, trained) * has_gradient
             tolerance += ROUNDING * float((smooth - found).norm() / found.norm())
         norm = found.norm().reshape(1)
@@ -312,10 +312,23 @@ class _Check:
         )
         if self.manifest.memory:
             tolerance += UPDATE_TOLERANCE
+        if not rounds(self.captured.program) and rounds(self.program.methods["train_step"]):
+            arguments = self._ordered(starts, torch.tensor([SEED], dtype=torch.int32), rate, torch.tensor([EPS]))
+            tolerance += ROUNDING * self._rounding_of_step(arguments, has_gradient)
         loss = None
         if zo.measures:
             loss = self.captured.loss_of(self._outputs(self.captured, self.second, self.start), self.labels).float()
         return _Exact(found, norm, loss, rate, tolerance)
+
+    def _rounding_of_step(self, arguments: Sequence[Tensor], part: Tensor) -> float:
+        """What share of a step the rounding of the backend is, by its own graph with rounding and without."""
+        graph, moved = self.program.methods["train_step"], []
+        for method in (graph, without_rounding(graph)):
+            runner = EagerArtifact({"train_step": method}).runner()
+            runner.state().copy_(self.start)
+            runner.call("train_step", arguments)
+            moved.append((runner.state() - self.start)[: len(part)][part])
+        return float((moved[0] - moved[1]).norm() / moved[1].norm())
 
     def _measured(self) -> Tensor:
         """1 for the trained numbers that lanes are perturbed by, 0 for the others, [P]."""
