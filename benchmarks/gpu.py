@@ -72,6 +72,7 @@ CASES = {
 }
 PRECISIONS = ("float32", "tf32", "bfloat16")
 ONLY_BFLOAT16 = ("llama2-7b",)  # weights of 27 GB in float32, and as much again for peers, are left out
+OURS = ("ours", "exact")  # kinds of graphs that are our methods; the others are plain forwards
 KEPT = 1 << 14  # tensors of at most so many numbers (norms, frequencies) are kept; larger ones are drawn
 ROUNDS, COSINE_SEEDS, EPS, LEARNING_RATE = 15, 8, 1e-2, 1e-3
 PLAIN = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
@@ -197,8 +198,7 @@ def compile_file(job: Job) -> tuple[str, float, str]:
             methods[name] = GraphProgram(exported, **packed["program"])
         backend = AotInductorBackend(job.device)
         with tempfile.TemporaryDirectory() as folder:
-            ours = ".ours." in job.file.name or ".exact." in job.file.name
-            options: tuple[Any, ...] = () if ours else (PLAIN, ())
+            options: tuple[Any, ...] = () if job.file.name.split(".")[1] in OURS else (PLAIN, ())
             shutil.move(backend.compile(methods, Path(folder), *options), job.package)
         return job.file.name, time.perf_counter() - began, ""
     except Exception:
@@ -327,7 +327,7 @@ class _Case:
     def __init__(self, run: Run, name: str, precision: str, built: Path) -> None:
         self.run, self.name, self.precision, self.built = run, name, precision, built
         self.device, self.label, self.tf32 = run.device, label_of(precision), precision == "tf32"
-        self.ours = torch.load(run.folder / f"{name}.ours.{self.label}.pt", weights_only=False)
+        self.ours = self._prepared("ours")
         self.workload = Workload(**self.ours["workload"])
         self.sites = tuple(
             Site(**{**s, "kernel": tuple(s["kernel"]), "outputs": tuple(s["outputs"])}) for s in self.ours["sites"]
@@ -347,7 +347,7 @@ class _Case:
                 self._exact_step(found)
         for letter, kind, rows in (("a", "forward", self.workload.lane_rows), ("c", "small", self.workload.rows)):
             with self._alone(found, letter):
-                saved = torch.load(self.run.folder / f"{self.name}.{kind}.{self.label}.pt", weights_only=False)
+                saved = self._prepared(kind)
                 package = self.built / f"{self.name}.{kind}.{self.label}.pt2"
                 weights = self._tensors(saved)
                 self._reset_peak()
@@ -369,9 +369,13 @@ class _Case:
             with self._alone(found, letter), rounding, _rounded_products(self.tf32):
                 self._eager(found, letter)
 
-    def _runner(self, kind: str) -> tuple[AotInductorRunner, dict[str, Tensor], Callable[..., list[Tensor]]]:
+    def _prepared(self, kind: str) -> dict[str, Any]:
+        return dict(torch.load(self.run.folder / f"{self.name}.{kind}.{self.label}.pt", weights_only=False))
+
+    def _runner(
+        self, kind: str, saved: Mapping[str, Any]
+    ) -> tuple[AotInductorRunner, dict[str, Tensor], Callable[..., list[Tensor]]]:
         """Our methods of a kind with their weights, and what makes the arguments of a step of a seed and a rate."""
-        saved = torch.load(self.run.folder / f"{self.name}.{kind}.{self.label}.pt", weights_only=False)
         keys = {method: {path: path for path in packed["shapes"]} for method, packed in saved["methods"].items()}
         target = dataclasses.replace(Target.here(str(self.device)), precision=self.precision)  # type: ignore[arg-type]
         manifest: Any = _State(self.parameters)
@@ -387,7 +391,7 @@ class _Case:
         return AotInductorRunner(package, manifest, target, keys, weights), weights, arguments
 
     def _exact_step(self, found: dict[str, Any]) -> None:
-        runner, weights, arguments = self._runner("exact")
+        runner, weights, arguments = self._runner("exact", self._prepared("exact"))
         runner.state().copy_(self.start)
         loss = runner.call("train_step", arguments(1))[0]
         found["exact_loss"] = float(loss)
@@ -398,7 +402,7 @@ class _Case:
         self._release(weights)
 
     def _our_step(self, found: dict[str, Any], exact: list[float] | None) -> None:
-        runner, weights, arguments = self._runner("ours")
+        runner, weights, arguments = self._runner("ours", self.ours)
         runner.state().copy_(self.start)
         measured = [runner.call("train_step", arguments(seed, 0.0)) for seed in range(COSINE_SEEDS)]
         assert torch.equal(runner.state(), self.start), "learning rate 0 changed the state"

@@ -76,15 +76,14 @@ class RoundProducts(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """A of the adapters is a frozen weight as well; what puts adapted outputs in their places is exact."""
-        half = _Halves(edit)
-        learned = _learned(edit)
+        half, learned, tensors = _Halves(edit), _learned(edit), edit.tensors
         weights: dict[fx.Node, fx.Node] = {}
         for node in edit.calls(*_WEIGHTS, *_COMPUTED):
             weight = operand(node, _WEIGHTS[node.target]) if node.target in _WEIGHTS else None
             if weight is not None and _rounds(edit, weight) and not node.kwargs:
                 if weight not in weights:
-                    name = edit.tensor_name(weight)
-                    weights[weight] = edit.add_constant(f"{name}_bfloat16", _half(edit.tensors[weight]))
+                    name = f"{edit.tensor_name(weight)}_bfloat16"
+                    weights[weight] = edit.add_constant(name, _half(tensors[weight]))
                 with edit.graph.inserting_before(node):
                     edit.replace(node, _product(edit, node, weights[weight], half))
             elif node.target in _COMPUTED:
@@ -111,9 +110,6 @@ class _Halves:
         source = operand(value) if value.target in (aten.to.dtype, *_MOVES) else None
         if source is not None and value.target is aten.to.dtype and source.meta["val"].dtype == torch.bfloat16:
             return source
-        for user in value.users:
-            if user.target is aten.to.dtype and user.args[1] is torch.bfloat16:
-                return user
         names = [name for name in ("lanes", "exact") if value is self._edit.values.get(name)]
         moved = self(source) if source is not None and value.target in _MOVES and not names else None
         anchor = value.next
@@ -134,10 +130,9 @@ def _rounds(edit: Editor, weight: fx.Node) -> bool:
 
 
 def _learned(edit: Editor) -> set[fx.Node]:
-    """What weights or the state have a part in, with what it becomes when it is rounded."""
-    found = {operand(node, _WEIGHTS[node.target]) for node in edit.calls(*_WEIGHTS)}
-    found = {node for node in found if edit.tensor(node) is not None}
-    found |= {node for node in edit.graph.nodes if edit.tensor_name(node) == STATE}
+    """What weights or the state have a part in."""
+    weights = {operand(node, _WEIGHTS[node.target]) for node in edit.calls(*_WEIGHTS)}
+    found = {node for node in edit.tensors if node in weights or edit.tensor_name(node) == STATE}
     for node in edit.graph.nodes:
         if any(source in found for source in node.all_input_nodes):
             found.add(node)

@@ -16,7 +16,7 @@ What is compared with what, each in float32 and on the rows of the example:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,21 +168,24 @@ class _Check:
 
     def _rounded_by_backend(self) -> tuple[float, list[float]] | None:
         """The same where it is the backend that rounds, to bfloat16: by its own graph, with rounding and without."""
-        graph = self.program.methods["evaluate"]
-        if not rounds(graph):
+        if not rounds(self.program.methods["evaluate"]):
             return None
         losses, outputs = 0.0, [0.0] * len(self.outputs)
         for index in self.lanes:
             state = self.start.clone()
             state[: self.program.parameters] = self._lane(index)
-            both = []
-            for method in (graph, without_rounding(graph)):
-                runner = EagerArtifact({"evaluate": method}).runner()
-                runner.state().copy_(state)
-                both.append(runner.call("evaluate", self.second))
+            both = [found for found, _ in self._both("evaluate", self.second, state)]
             outputs = [max(most, largest_difference(a, b)) for most, a, b in zip(outputs, *both, strict=True)]
             losses = max(losses, largest_difference(*(self.captured.loss_of(found, self.labels) for found in both)))
         return ROUNDING * losses, [ROUNDING * most for most in outputs]
+
+    def _both(self, name: str, arguments: Sequence[Tensor], state: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """What a method's own graph returns and the state after it, with the rounding of the backend and without."""
+        graph = self.program.methods[name]
+        for method in (graph, without_rounding(graph)):
+            runner = EagerArtifact({name: method}).runner()
+            runner.state().copy_(state)
+            yield runner.call(name, arguments), runner.state()
 
     @functools.cached_property
     def _single_precision(self) -> tuple[float, list[float]]:
@@ -209,7 +212,7 @@ class _Check:
             self._compare_outputs(compare, "evaluate", f"output {position} without adapters", position, found, wanted)
 
         starts = self._prefix(compare, runner) if self.manifest.prefix else self.second
-        exact = self._exact_gradient(starts) if zo.differentiates else None
+        exact = self._exact_gradient(starts, seed, eps) if zo.differentiates else None
         rate = rate if exact is None else exact.rate
         (loss, losses, slopes), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
         size = max(1.0, float(self.losses.abs().max()))
@@ -293,15 +296,11 @@ class _Check:
             compare("row_losses", f"loss of a row{what}", row_loss, wanted, allowed * float(weight.sum()))
             compare("row_losses", "state", kept, state, 0.0)
 
-    def _exact_gradient(self, starts: Sequence[Tensor]) -> _Exact:
+    def _exact_gradient(self, starts: Sequence[Tensor], seed: Tensor, eps: Tensor) -> _Exact:
         """The gradient that a step has itself, by PyTorch on the captured graph, and how the step is compared."""
         trained, zo = self.start[: self.program.parameters], self.manifest.zo
         has_gradient = self._measured() == 0
         found = self.captured.gradient(self.second, self.labels, trained) * has_gradient
-        tolerance = GRADIENT_TOLERANCE
-        if rounds(self.captured.program):
-            smooth = self.captured.without_rounding().gradient(self.second, self.labels, trained) * has_gradient
-            tolerance += ROUNDING * float((smooth - found).norm() / found.norm())
         norm = found.norm().reshape(1)
         # As large as the state, so that the last bits of the state do not hide the gradient; a rule that remembers
         # makes steps of a size of its own.
@@ -310,25 +309,19 @@ class _Check:
             if self.manifest.memory
             else trained.norm() / (norm if zo.clip is None else norm.clamp(max=zo.clip))
         )
-        if self.manifest.memory:
-            tolerance += UPDATE_TOLERANCE
-        if not rounds(self.captured.program) and rounds(self.program.methods["train_step"]):
-            arguments = self._ordered(starts, torch.tensor([SEED], dtype=torch.int32), rate, torch.tensor([EPS]))
-            tolerance += ROUNDING * self._rounding_of_step(arguments, has_gradient)
+        tolerance = GRADIENT_TOLERANCE + (UPDATE_TOLERANCE if self.manifest.memory else 0.0)
+        if rounds(self.captured.program):
+            smooth = self.captured.without_rounding().gradient(self.second, self.labels, trained) * has_gradient
+            tolerance += ROUNDING * float((smooth - found).norm() / found.norm())
+        elif rounds(self.program.methods["train_step"]):
+            (_, rounded), (_, smooth) = self._both("train_step", self._ordered(starts, seed, rate, eps), self.start)
+            moved, differ = smooth - self.start, rounded - smooth
+            part = slice(len(trained))
+            tolerance += ROUNDING * float(differ[part][has_gradient].norm() / moved[part][has_gradient].norm())
         loss = None
         if zo.measures:
             loss = self.captured.loss_of(self._outputs(self.captured, self.second, self.start), self.labels).float()
         return _Exact(found, norm, loss, rate, tolerance)
-
-    def _rounding_of_step(self, arguments: Sequence[Tensor], part: Tensor) -> float:
-        """What share of a step the rounding of the backend is, by its own graph with rounding and without."""
-        graph, moved = self.program.methods["train_step"], []
-        for method in (graph, without_rounding(graph)):
-            runner = EagerArtifact({"train_step": method}).runner()
-            runner.state().copy_(self.start)
-            runner.call("train_step", arguments)
-            moved.append((runner.state() - self.start)[: len(part)][part])
-        return float((moved[0] - moved[1]).norm() / moved[1].norm())
 
     def _measured(self) -> Tensor:
         """1 for the trained numbers that lanes are perturbed by, 0 for the others, [P]."""
