@@ -7,6 +7,7 @@ Numbers: exact.
 Removed: aliases, clones of contiguous values, conversions to the type a value has, views, expansions and repetitions to
 the shape a value has, slices of everything, multiplications by 1 and additions of 0 that change no type, metadata
 assertions, dropout. Views become `reshape`: strides are a matter of the engine, and a rewrite above may change them.
+Conversions that leave the device as it is become `to.dtype`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Canonicalize(Pass):
         for node in list(edit.graph.nodes):
             if node.target in (aten.view.default, aten._unsafe_view.default):
                 node.target = aten.reshape.default
+            if node.target in (aten.to.device, aten.to.dtype_layout) and _same_device(node):
+                node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.meta["val"].dtype), {}
             rule = _RULES.get(node.target)
             if rule and rule(node):
                 edit.replace(node, operand(node))
@@ -53,6 +56,10 @@ def _same_type(node: fx.Node) -> bool:
     return all(str(a) == str(b) for a, b in ((before.dtype, after.dtype), (before.shape, after.shape))) and (
         str(before.stride()) == str(after.stride())
     )
+
+
+def _same_device(node: fx.Node) -> bool:
+    return bool(operand(node).meta["val"].device == node.meta["val"].device)
 
 
 def _always(node: fx.Node) -> bool:

@@ -29,8 +29,9 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.example import Example, Leaf, doubled, flat_names
 from mobizo_compiler.graph.nodes import operator_name, source_line
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
-from mobizo_compiler.upstream import pytree
+from mobizo_compiler.upstream import OpOverload, pytree
 
+aten = torch.ops.aten
 MAX_ROWS = 1 << 20
 
 
@@ -51,7 +52,7 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
         exported = functional(model)
     elif isinstance(model, nn.Module):
         _check_weights(model)
-        exported = functional(_export(model, example, symbolic))
+        exported = functional(_export(model, example, symbolic), own=True)
     else:
         raise CaptureError(
             f"cannot compile a {type(model).__name__}", hint="pass an nn.Module or a torch.export.ExportedProgram"
@@ -269,24 +270,39 @@ def frozen(tensor: Tensor) -> Tensor:
     return nn.Parameter(detached, requires_grad=False) if isinstance(tensor, nn.Parameter) else detached
 
 
-def functional(exported: ExportedProgram, first: Sequence[Any] = ()) -> ExportedProgram:
+def functional(exported: ExportedProgram, first: Sequence[Any] = (), *, own: bool = False) -> ExportedProgram:
     """Without in-place operators; composite operators are kept whole where the axis analysis knows them.
 
     Args:
         exported: The program.
         first: Operators that are known not to be kept, so that they are not looked for.
+        own: Whether the program may be returned as it is, where it is that already; else the result is another one.
     """
     with torch.no_grad():
         table = torch.export.default_decompositions()
-        functional: ExportedProgram = exported.run_decompositions({target: table[target] for target in first})
-        done: set[Any] = set()
-        while True:
-            calls = [node for node in functional.graph.nodes if node.op == "call_function" and not has_rule(node)]
-            wanted = {node.target for node in calls if node.target in table} - done
-            if not wanted:
-                return functional
-            done |= wanted
-            functional = functional.run_decompositions({target: table[target] for target in wanted})
+        wanted, done = {*first, *_without_rule(exported, table)}, set[Any]()
+        if own and not wanted and _all_known(exported.graph):
+            return exported
+        while wanted or not done:
+            exported = exported.run_decompositions({target: table[target] for target in wanted})
+            done |= wanted or {None}
+            wanted = _without_rule(exported, table) - done
+        return exported
+
+
+def _without_rule(exported: ExportedProgram, table: Mapping[Any, Any]) -> set[Any]:
+    """Operators of the program that torch can decompose and the axis analysis does not know."""
+    calls = [node for node in exported.graph.nodes if node.op == "call_function" and not has_rule(node)]
+    return {node.target for node in calls if node.target in table}
+
+
+def _all_known(graph: fx.Graph) -> bool:
+    """Whether the axis analysis knows every operator, and none changes what it is given or runs a graph of its own."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    if any(node.op == "get_attr" for node in graph.nodes) or not all(has_rule(node) for node in calls):
+        return False
+    operators = [node.target for node in calls if isinstance(node.target, OpOverload)]
+    return not any(target._schema.is_mutable or target is aten.lift_fresh_copy.default for target in operators)
 
 
 def _only_tensors(exported: ExportedProgram) -> tuple[ExportGraphSignature, Nesting]:

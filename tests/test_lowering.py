@@ -8,6 +8,7 @@ import pytest
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from torch import Tensor
+from torch.export import ExportedProgram
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, ZOConfig
@@ -49,6 +50,22 @@ def test_state_is_kept_out_of_delegates_that_want_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(lowering, "KeepStateOutside", lambda inner: inner)
     with pytest.raises(LoweringError):
         mobizo.compile(TokenWise().eval(), TOKENS, LORA, backend=GrabbingBackend())
+
+
+def test_methods_are_not_interpreted_to_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compilation took a third longer when every graph went through torch's interpreter two or three times."""
+    interpreted = []
+    original = ExportedProgram.run_decompositions
+
+    def counting(self: ExportedProgram, *rest: object) -> ExportedProgram:
+        interpreted.append({str(node.target) for node in self.graph.nodes})
+        return original(self, *rest)
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", counting)
+    mobizo.compile(TokenWise().eval(), TOKENS, LORA, ZOConfig(queries=1), backend="xnnpack")
+    assert not any("aten.embedding.default" in targets for targets in interpreted), (
+        "the replay alone has no model in it"
+    )
 
 
 class _Crooked(EagerRunner):
@@ -99,7 +116,7 @@ def test_a_constant_with_the_bytes_of_the_state_is_not_taken_for_it() -> None:
     model = torch.nn.Sequential(torch.nn.Embedding(11, 12), torch.nn.Linear(12, 22), torch.nn.Linear(22, 11)).eval()
     torch.nn.init.zeros_(model[1].bias)
     lora = LoraConfig(r=2, target_modules=("2",))
-    program = mobizo.compile(model, TOKENS, lora, ZOConfig(queries=1), backend="portable")
+    program = mobizo.compile(model, TOKENS, lora, ZOConfig(queries=1), backend="xnnpack")
     assert program.manifest.state_size == 22
     session = mobizo.Session(program)
     session.train_step(TOKENS, torch.ones_like(TOKENS[0]), seed=1, learning_rate=0.1)

@@ -455,8 +455,13 @@ CASES: dict[str, Case] = {
           %gt = gt.Scalar(%silu, 0)
           %lt = lt.Scalar(%silu, 1)
           %and_1 = __and__.Tensor(%gt, %lt)
+          %zeros_like = zeros_like(%transpose, pin_memory=False)
+          %min_1 = min.other(%transpose, %zeros_like)
+          %flatten = flatten.using_ints(%min_1, 1)
+          %to = to.dtype(%flatten, i64)
         return output_0 = %stack
         return output_1 = %and_1
+        return output_2 = %to
         """,
     ),
     "decompose_attention": of(

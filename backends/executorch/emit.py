@@ -61,7 +61,7 @@ def edge_programs_to(listener: Callable[[EdgePrograms], None]) -> Iterator[None]
 def hear(programs: Mapping[str, ExportedProgram], constant_methods: Mapping[str, Any], state: str) -> None:
     """Give whoever listens the programs before they are emitted."""
     if (listener := _listener.get()) is not None:
-        copies = {name: _with_own_graph(program) for name, program in programs.items()}
+        copies = {name: with_own_graph(program) for name, program in programs.items()}
         listener(EdgePrograms(copies, constant_methods, state))
 
 
@@ -133,14 +133,14 @@ def _planned_tensors(program: schema.Program) -> Iterator[schema.Tensor]:
                 yield value.val
 
 
-def _with_own_graph(program: ExportedProgram) -> ExportedProgram:
-    """The program with a graph of its own, and with the same tensors and delegates."""
+def with_own_graph(program: ExportedProgram, kind: type[ExportedProgram] = ExportedProgram) -> ExportedProgram:
+    """The program with a graph of its own, and with the same tensors and delegates, as an instance of `kind`."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(program.graph, copies))
     for old, new in copies.items():
         new.name = old.name  # a copy of an input named like a Python builtin would get another name
     graph.output_node().meta = dict(program.graph.output_node().meta)
-    return ExportedProgram(
+    return kind(
         root=program.graph_module,
         graph=graph,
         graph_signature=copy.deepcopy(program.graph_signature),

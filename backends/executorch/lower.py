@@ -10,6 +10,7 @@ import contextlib
 import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from executorch.exir import (
@@ -23,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mobizo_compiler.backends.executorch.cache import runner_methods, write_in_place
-from mobizo_compiler.backends.executorch.emit import emission_config, emit, hear
+from mobizo_compiler.backends.executorch.emit import emission_config, emit, hear, with_own_graph
 from mobizo_compiler.backends.executorch.one_copy import share_equal_data
 from mobizo_compiler.backends.executorch.partition import KeepStateOutside
 from mobizo_compiler.backends.executorch.program_file import (
@@ -37,9 +38,32 @@ from mobizo_compiler.format.files import ScratchFolder
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.program import STATE, STATE_INPUT, GraphProgram
 from mobizo_compiler.quiet import quiet
+from mobizo_compiler.upstream import OpOverload
 
 aten = torch.ops.aten
 Partitioners = Sequence[Partitioner] | Mapping[str, Sequence[Partitioner]]
+
+
+class _Functional(ExportedProgram):
+    """A program that is interpreted again only where that changes something.
+
+    ExecuTorch does so once to rid every method of in-place operators, and once to decompose operators. Our passes leave
+    none of either where a backend has `CoreAten`, and the two took a quarter of a compilation.
+    """
+
+    def run_decompositions(self, decomp_table: Mapping[Any, Any] | None = None, *rest: Any) -> ExportedProgram:
+        """The program itself, where it calls nothing that is in the table or that is always decomposed."""
+        targets = {node.target for node in self.graph.nodes if node.op == "call_function"}
+        left = {target for target in targets if target in (decomp_table or ()) or _composite_view(target)}
+        return super().run_decompositions(decomp_table, *rest) if left or decomp_table is None else self
+
+
+def _composite_view(target: Any) -> bool:
+    """Whether an operator may return a view, and is made of others: no table keeps those whole."""
+    if not isinstance(target, OpOverload):
+        return False
+    composite = target.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
+    return composite and any(argument.alias_info is not None for argument in target._schema.arguments)
 
 
 def lower_to_executorch(
@@ -101,7 +125,7 @@ def _lower(
         **runner_methods(manifest.generate),
     }
     edge = to_edge_transform_and_lower(
-        {name: program.exported for name, program in methods.items()},
+        {name: with_own_graph(program.exported, _Functional) for name, program in methods.items()},
         transform_passes=[_without_copies],
         partitioner={name: [KeepStateOutside(inner) for inner in by_method.get(name, ())] for name in methods},
         constant_methods=constant_methods,

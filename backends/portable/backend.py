@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
 from mobizo_compiler.backends.executorch.lower import lower_to_executorch
 from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
+from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.pipeline import Pass
@@ -30,7 +31,7 @@ class PortableBackend(ExecuTorchBackend):
 
     def passes(self) -> Sequence[Pass]:
         """Attention as products, and quantized layers in plain operators."""
-        return (DecomposeAttention(), SpellOutQuantization(), Canonicalize())
+        return (DecomposeAttention(), SpellOutQuantization(), Canonicalize(), CoreAten())
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with no partitioner."""

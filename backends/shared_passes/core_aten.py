@@ -31,6 +31,7 @@ class CoreAten(Pass):
     """Replace the calls that have a rule."""
 
     needs = frozenset({facts.STATIC})
+    breaks = frozenset({facts.CANONICAL})
     numbers = "rounding"
 
     def rewrite(self, edit: Editor) -> None:
@@ -39,6 +40,7 @@ class CoreAten(Pass):
         edit.refresh()
         while _replace(edit, {aten.reshape.default: _reshape}):
             edit.refresh()
+        _replace(edit, {aten.reshape.default: _view})
 
 
 def _replace(edit: Editor, rules: Mapping[Any, Rule]) -> bool:
@@ -76,12 +78,30 @@ def _reshape(edit: Editor, x: fx.Node, sizes: list[Any]) -> fx.Node | None:
     return edit.call(aten.reshape.default, copy, sizes)
 
 
+def _view(edit: Editor, x: fx.Node, sizes: list[Any]) -> fx.Node | None:
+    fixed = all(isinstance(size, int) for size in (*sizes, *x.meta["val"].shape))
+    return edit.call(aten.view.default, x, sizes) if fixed and _viewable(x.meta["val"], sizes) else None
+
+
 def _viewable(value: Tensor, sizes: list[Any]) -> bool:
     try:
         torch.empty_strided(value.shape, value.stride(), device="meta").view(sizes)
     except RuntimeError:
         return False
     return True
+
+
+def _flatten(edit: Editor, x: fx.Node, *axes: int, **named: int) -> fx.Node | None:
+    sizes = list(aten.flatten.using_ints(x.meta["val"], *axes, **named).shape)
+    return edit.call(aten.reshape.default, x, sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def _to(edit: Editor, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return edit.call(aten._to_copy.default, x, dtype=dtype)
+
+
+def _contiguous(edit: Editor, x: fx.Node) -> fx.Node:
+    return edit.call(aten.clone.default, x, memory_format=torch.contiguous_format)
 
 
 def _silu(edit: Editor, x: fx.Node) -> fx.Node:
@@ -122,6 +142,10 @@ def _new_full(number: int) -> Rule:
     return rule
 
 
+def _zeros_like(edit: Editor, like: fx.Node, dtype: Any = None, **options: Any) -> fx.Node:
+    return edit.call(aten.full_like.default, like, 0, dtype=dtype or like.meta["val"].dtype, **options)
+
+
 def _rsub(edit: Editor, x: fx.Node, number: float, alpha: float = 1) -> fx.Node | None:
     return edit.call(aten.add.Tensor, edit.call(aten.neg.default, x), number) if alpha == 1 else None
 
@@ -138,6 +162,9 @@ _RULES: dict[Any, Rule] = {
     aten.transpose.int: _transpose,
     aten.t.default: lambda edit, x: _transpose(edit, x) if x.meta["val"].dim() == 2 else None,
     aten.reshape.default: _reshape,
+    aten.flatten.using_ints: _flatten,
+    aten.to.dtype: _to,
+    aten.contiguous.default: _contiguous,
     aten.silu.default: _silu,
     aten.softmax.int: _softmax(aten._softmax.default),
     aten.log_softmax.int: _softmax(aten._log_softmax.default),
@@ -148,7 +175,10 @@ _RULES: dict[Any, Rule] = {
     aten.zeros.default: _full(0),
     aten.new_ones.default: _new_full(1),
     aten.new_zeros.default: _new_full(0),
+    aten.zeros_like.default: _zeros_like,
     aten.rsub.Scalar: _rsub,
     aten.__and__.Tensor: _renamed(aten.bitwise_and.Tensor),
     aten.__or__.Tensor: _renamed(aten.bitwise_or.Tensor),
+    aten.min.other: _renamed(aten.minimum.default),
+    aten.max.other: _renamed(aten.maximum.default),
 }
