@@ -12,7 +12,7 @@ from mobizo_compiler.backends.contract import MEMBERS, Backend
 from mobizo_compiler.backends.plugin import Plugin
 from mobizo_compiler.errors import BackendUnavailableError, UnknownBackendError
 from mobizo_compiler.extensions import Registry
-from mobizo_compiler.format.program import Artifact, Runner
+from mobizo_compiler.format.program import Artifact, DeviceRunner, Runner
 
 ENTRY_POINT_GROUP = "mobizo_compiler.backends"
 BUILT_IN = {
@@ -90,6 +90,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "Artifact",
     "Backend",
+    "DeviceRunner",
     "Runner",
     "assert_backend_contract",
     "backend_names",

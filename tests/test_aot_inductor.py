@@ -30,7 +30,7 @@ from mobizo_compiler.backends.aot_inductor.device_state import DeviceState
 from mobizo_compiler.backends.aot_inductor.noise_in_parts import NoiseInParts
 from mobizo_compiler.backends.aot_inductor.sums_in_order import update_calls
 from mobizo_compiler.backends.eager import EagerBackend
-from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, ConfigError
+from mobizo_compiler.errors import ArtifactError, BackendUnavailableError, ConfigError, StateError
 from mobizo_compiler.format import checksum
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pipeline
@@ -168,6 +168,23 @@ def test_a_state_in_other_memory_is_copied_there_and_back(saved: Path) -> None:
     with other.lane(1, seed=3, eps=0.1), whole.lane(1, seed=3, eps=0.1):
         assert torch.equal(whole.evaluate(inputs)["logits"], other.evaluate(inputs)["logits"])
     assert torch.equal(other.state(), start)
+
+
+def test_a_session_leaves_the_state_where_the_methods_change_it(saved: Path) -> None:
+    """It looks after every step whether the update was finite, and puts the state of before back where it was not."""
+    inputs, labels = tiny_batch()
+    session = apart(saved)
+    state = session._runner._state  # type: ignore[attr-defined]
+    session.train_step(inputs, labels, seed=1, learning_rate=0.1, eps=0.02)
+    session.replay(2, [1.0, -2.0], 0.1)
+    assert state.live.any() and not state._host.any(), "nobody asked, so nothing was copied to main memory"
+    before = session.state()
+    assert torch.equal(before, state.live)
+    with pytest.raises(StateError):
+        session.replay(2, [3e38, 3e38], 3e38)
+    assert torch.equal(session.state(), before)
+    session.replay(3, [1.0, -2.0], 0.1)
+    assert session.state().isfinite().all() and not torch.equal(session.state(), before)
 
 
 def test_the_state_stays_on_the_device_until_somebody_looks() -> None:

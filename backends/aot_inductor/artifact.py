@@ -260,6 +260,10 @@ class AotInductorRunner:
         """The state, in main memory."""
         return self._state.alias()
 
+    def live_state(self) -> Tensor:
+        """The state, on the device."""
+        return self._state.current()
+
     @contextlib.contextmanager
     def _ready(self) -> Iterator[None]:
         """The program's GPU, and the precision of products that it was compiled with, whatever the process has."""

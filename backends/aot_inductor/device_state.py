@@ -41,6 +41,11 @@ class DeviceState:
         self._asked_for = True
         return self._host.detach()  # a tensor of its own on the same memory, so that its holders can be counted
 
+    def current(self) -> Tensor:
+        """The state on the device, with what was written to an alias."""
+        self.before_call()
+        return self.live
+
     def before_call(self) -> None:
         """Take over what was written to an alias."""
         if self._apart and self._asked_for:

@@ -31,7 +31,7 @@ from mobizo_compiler.errors import (
 from mobizo_compiler.format.files import whole_file
 from mobizo_compiler.format.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.format.peft import lora_a, merge_into, read_peft, state_of, write_peft
-from mobizo_compiler.format.program import Program, StepResult
+from mobizo_compiler.format.program import DeviceRunner, Program, StepResult
 from mobizo_compiler.graph.example import flat_names
 from mobizo_compiler.graph.program import Nesting
 from mobizo_compiler.load import load
@@ -479,14 +479,16 @@ class Session:
 
     def _update(self, method: str, arguments: list[Tensor]) -> list[Tensor]:
         """Call a method that changes the state, and keep no state that is not finite: nothing leads back from one."""
-        state = self._runner.state()
-        before = state.clone()
+        before = self._live_state().clone()
         results = self._runner.call(method, arguments)
-        state = self._runner.state()
-        if not bool(state.isfinite().all()):
-            state.copy_(before)
+        if not bool(self._live_state().isfinite().all()):
+            self._runner.state().copy_(before)
             raise StateError("the update is too large for float32", hint="give a lower learning rate")
         return results
+
+    def _live_state(self) -> Tensor:
+        """The state where methods change it."""
+        return self._runner.live_state() if isinstance(self._runner, DeviceRunner) else self._runner.state()
 
     def _leaves(self, inputs: Inputs) -> list[Any]:
         """The inputs in flat order, as many as the program takes."""

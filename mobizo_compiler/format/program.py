@@ -102,6 +102,14 @@ class Runner(Protocol):
 
 
 @runtime_checkable
+class DeviceRunner(Runner, Protocol):
+    """A runner whose state lies on a device, so that an alias in main memory costs copies there and back."""
+
+    def live_state(self) -> Tensor:
+        """The flat state, float32 [P], where methods change it, for reading: good until the next call."""
+
+
+@runtime_checkable
 class Artifact(Protocol):
     """A lowered program. Derive from this class."""
 
