@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def program(folder: Path) -> tuple[Path, str, str]:
     """The program of the first command, and what it printed."""
     line = ("compile", folder / "model", "-o", folder / "a.pte", "--classify", folder / "rows.csv")
-    out, remarks = run(*line, "--answer-column", "class", "--rows", 4, "--zo-queries", 4, "--backend", "portable")
+    out, remarks = run(*line, "--answer-column", "class", "--rows", 4, "--lora-r", 4, "--backend", "portable")
     return folder / "a.pte", out, remarks
 
 
@@ -62,20 +62,37 @@ def test_the_recipe_is_chosen_and_said(program: tuple[Path, str, str]) -> None:
     file, out, remarks = program
     manifest = mobizo.load(file).manifest
     assert manifest.answers == ("0", "1", "account_access") and len(manifest.labels.choices or ()) == 3
-    assert [site.fqn for site in manifest.sites] == ["lm_head"]
-    assert (manifest.lora.r, manifest.lora.lora_alpha, manifest.lora.train_a) == (2, 4, True)
-    assert manifest.zo.normalize and manifest.zo.queries == 4 and manifest.prefix, "what is given goes first"
+    assert len(manifest.sites) == 2 and manifest.rule["name"] == "adamw" and manifest.zo.differentiates
+    assert (manifest.lora.r, manifest.lora.lora_alpha, manifest.lora.train_a) == (4, 16, True), (
+        "what is given goes first"
+    )
     assert manifest.prompt is not None and manifest.prompt["template"] == "Message: {message}\nClass:"
-    for part in ("3 classes in 18 rows", "0 (6)", "'Message: {message}\\nClass:'", "0 as 'zero'", "rank 2 on lm_head"):
+    for part in (
+        "3 classes in 18 rows",
+        "0 (6)",
+        "'Message: {message}\\nClass:'",
+        "0 as 'zero'",
+        "exact gradients; batches of 4 rows",
+    ):
         assert part in remarks, remarks
     assert f"next: mobizo finetune {file} --data {file.parent / 'rows.csv'}" in out and "mobizo predict" in out
     assert manifest.inputs[0].shape == (4, 16), "as long as the longest row"
 
 
+def test_the_recipe_without_gradients(folder: Path, tmp_path: Path) -> None:
+    line = ("compile", folder / "model", "-o", tmp_path / "a.pte", "--classify", folder / "rows.csv")
+    _, remarks = run(*line, "--answer-column", "class", "--rows", 4, "--zo-queries", 4, "--backend", "portable")
+    manifest = mobizo.load(tmp_path / "a.pte").manifest
+    assert [site.fqn for site in manifest.sites] == ["lm_head"]
+    assert (manifest.lora.r, manifest.lora.lora_alpha, manifest.lora.train_a) == (2, 4, True)
+    assert manifest.zo.normalize and manifest.zo.queries == 4 and manifest.prefix, "what is given goes first"
+    assert "rank 2 on lm_head, 4 directions; what comes before is kept for every row" in remarks
+
+
 def test_four_commands_without_an_option(program: tuple[Path, str, str], folder: Path) -> None:
     file, rows = program[0], folder / "rows.csv"
-    line = ("finetune", file, "--data", rows, "--run", folder / "run", "--steps", 300, "--validation-share", 0)
-    _, remarks = run(*line, "--learning-rate", 0.1, "--no-plot")
+    line = ("finetune", file, "--data", rows, "--run", folder / "run", "--steps", 100, "--validation-share", 0)
+    _, remarks = run(*line, "--learning-rate", 0.02, "--no-plot")
     assert "answers: 0, 1, account_access" in remarks
     found = json.loads(run("evaluate", file, "--data", rows, "--run", folder / "run", "--json")[0])
     before = json.loads(run("evaluate", file, "--data", rows, "--json")[0])
@@ -84,6 +101,22 @@ def test_four_commands_without_an_option(program: tuple[Path, str, str], folder:
     assert answer["predicted"] == "0" and answer["message"] == "refund my money now"
     untrained = json.loads(run("predict", file, "refund my money now", "--json")[0])["rows"][0]
     assert list(untrained["probabilities"]) == ["0", "1", "account_access"], "the prompt is in the program"
+
+
+def test_a_head_for_the_classes_of_the_table(folder: Path, tmp_path: Path) -> None:
+    """It is drawn for as many classes as the rows have, trained through an adapter, and travels with that."""
+    file, rows = tmp_path / "a.pte", folder / "rows.csv"
+    line = ("compile", folder / "model", "-o", file, "--classify", rows, "--answer-column", "class", "--rows", 4)
+    _, remarks = run(*line, "--task", "sequence-classification", "--backend", "portable")
+    manifest = mobizo.load(file).manifest
+    assert manifest.answers == ("0", "1", "account_access") and list(manifest.saved or ()) == ["score.weight"]
+    assert manifest.sites[-1].fqn == "score" and manifest.rule["name"] == "adamw" and "prompt '{message}'" in remarks
+    line = ("finetune", file, "--data", rows, "--run", tmp_path / "run", "--steps", 100, "--validation-share", 0)
+    run(*line, "--learning-rate", 0.02, "--no-plot")
+    found = json.loads(run("evaluate", file, "--data", rows, "--run", tmp_path / "run", "--json")[0])
+    assert found["accuracy"] >= 0.8, found
+    answer = json.loads(run("predict", file, "--run", tmp_path / "run", "refund my money now", "--json")[0])["rows"][0]
+    assert answer["predicted"] == "0"
 
 
 def test_words_for_classes(narrow_smollm2: Any) -> None:
@@ -123,7 +156,7 @@ def test_what_is_no_table_of_classes(folder: Path, tmp_path: Path, monkeypatch: 
     both = "text,answer\na,b\nc,d\ne,b\nf,d\n"
     refused(both, "--classify says", "--loss", "causal-lm")
     refused(both, "--classify says", "--loss-choices", "b,d")
-    refused(both, "causal-lm", "--task", "sequence-classification")
+    refused(both, "leave out --label-words", "--task", "sequence-classification", "--label-words", "b=x,d=y")
     refused(both, "['b', 'd'] need words", "--label-words", "b=x")
     refused(both, "--adapter", "--adapter", folder)
     (tmp_path / "a.csv").write_text(both)

@@ -1,7 +1,9 @@
 """`mobizo compile --classify`: what a program needs for a table with classes, chosen from the table and the tokenizer.
 
-The recipe is the one that the accuracy benchmark found best for choices: an adapter on the output layer alone, of which
-the choice reads a few rows; what comes before it, kept for every row; many directions; and their losses normalized.
+The recipe is the one that the accuracy benchmark found best for choices: exact gradients of adapters in all blocks.
+Where another estimator is asked for, or sizes are dynamic, it is the best without gradients: an adapter on the output
+layer alone, of which the choice reads a few rows; what comes before it, kept for every row; many directions; and their
+losses normalized.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.errors import ConfigError, DataError
@@ -20,8 +24,9 @@ from mobizo_compiler.text.prompts import Piece, PromptConfig, samples
 from mobizo_compiler.text.rows import read_rows
 from mobizo_compiler.text.speller import Speller
 
-ROWS, MOST_TOKENS, STEPS = 32, 128, 2000
+MOST_TOKENS = 128
 _QUERIES, _MOST_RANK, _UNEVEN = 32, 16, 3
+_LOSSES = {"causal-lm": "choice", "sequence-classification": "sequence-classification"}  # by task
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -43,8 +48,15 @@ class ClassTable:
     prompts: list[list[Piece]]
 
     @classmethod
-    def read(cls, file: Path, answer_column: str, template: str | None, encoding: str) -> ClassTable:
+    def read(cls, file: Path, answer_column: str, template: str | None, encoding: str, head: bool) -> ClassTable:
         """Read the classes from the answers, and a prompt from the columns if none is given.
+
+        Args:
+            file: The rows.
+            answer_column: Its column of classes.
+            template: Of the prompt.
+            encoding: Of the file.
+            head: Whether the model has a head for classes, so that a prompt is the text alone.
 
         Raises:
             DataError: The rows cannot be read, or their answers are no classes.
@@ -54,7 +66,7 @@ class ClassTable:
         if template is None:
             others = [column for column in rows[0].cells if column != answer_column]
             rows[0].cell(answer_column, "--answer-column names that of the classes")
-            shown = f"{{0}}: {{{{{{1}}}}}}\n{_titled(answer_column)}:"
+            shown = "{{{1}}}" if head else f"{{0}}: {{{{{{1}}}}}}\n{_titled(answer_column)}:"
             if len(others) != 1:
                 column = max(others, key=lambda name: sum(len(row.cells.get(name, "")) for row in rows), default="text")
                 example = shown.format(_titled(column), column).replace("\n", "\\n")
@@ -83,35 +95,61 @@ class ClassTable:
         """The prompt of no row in particular: what its template ends in is before all answers."""
         return self.config.pieces(dict.fromkeys(self.config.columns, "x"))
 
-    @property
-    def options(self) -> dict[str, dict[str, Any]]:
-        """The recipe, as options of compile by section."""
-        rank = min(len(self.counts) - 1, _MOST_RANK)  # of one direction less than there are classes
-        return {
-            "lora": {"r": rank, "lora_alpha": 2 * rank, "train_a": True},
-            "zo": {"queries": _QUERIES, "normalize": True},
-        }
+    def recipe(self, zo: Mapping[str, Any], dynamic: bool) -> Recipe:
+        """What trains the choice best.
 
-    @property
-    def training(self) -> str:
+        Args:
+            zo: What is asked of the estimate.
+            dynamic: Whether rows or tokens may differ from call to call, which exact gradients do not take.
+        """
+        if not dynamic and zo.get("estimator", "exact") == "exact" and zo.keys() <= {"estimator", "clip"}:
+            lora = {"r": 8, "lora_alpha": 16, "train_a": True}
+            return Recipe(lora, {"estimator": "exact"}, rule="adamw", split_prefix=False, rows=16, steps=100)
+        rank = min(len(self.counts) - 1, _MOST_RANK)  # of one direction less than there are classes
+        lora = {"r": rank, "lora_alpha": 2 * rank, "train_a": True}
+        prefix = not dynamic  # they exclude each other
+        return Recipe(lora, {"queries": _QUERIES, "normalize": True}, "sgd", split_prefix=prefix, rows=32, steps=2000)
+
+    def training(self, steps: int) -> str:
         """Options of finetune that fit."""
         uneven = max(self.counts.values()) > _UNEVEN * min(self.counts.values())
-        return f"--steps {STEPS} --validate-every {STEPS // 4}" + (" --balanced" if uneven else "")
+        return f"--steps {steps} --validate-every {steps // 4}" + (" --balanced" if uneven else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a choice is trained, where nothing else is asked for.
+
+    Args:
+        lora: Options of the adapters.
+        zo: Options of the estimate.
+        rule: The update rule.
+        split_prefix: Whether what comes before the adapters is kept for every row.
+        rows: Rows of a batch.
+        steps: Steps of a run.
+    """
+
+    lora: Mapping[str, Any]
+    zo: Mapping[str, Any]
+    rule: str
+    split_prefix: bool
+    rows: int
+    steps: int
 
 
 def check_free(
     table: ClassTable, task: str, loss: Mapping[str, Any], words: Mapping[str, str], adapter: Path | None
 ) -> None:
     """Raise `ConfigError` where other options say what the table says."""
-    if task != "causal-lm":
-        raise ConfigError(
-            f"--classify chooses between words, with a causal-lm, not with the task {task}",
-            hint=f"leave out --classify: a model for {task} has its classes",
-        )
-    if loss.get("kind", "choice") != "choice" or "choices" in loss:
+    if loss.get("kind", _LOSSES[task]) != _LOSSES[task] or "choices" in loss:
         raise ConfigError("--classify says which loss there is, and which choices", hint="leave out --loss")
     if adapter is not None:
         raise ConfigError("--classify and --adapter both say which layers are adapted", hint="leave out one of them")
+    if words and task != "causal-lm":
+        raise ConfigError(
+            f"words stand for classes where a model writes them; a model for {task} has a head for classes",
+            hint="leave out --label-words",
+        )
     if words and set(words) != set(table.counts):
         raise ConfigError(f"the classes {list(table.counts)} need words, and --label-words has {list(words)}")
 
@@ -121,34 +159,35 @@ def completed(
     table: ClassTable,
     words: dict[str, str],
     options: Options,
-    rows: int | None,
+    rows: int,
     tokens: int | None,
     *,
     model: Any,
     speller: Speller,
-) -> tuple[dict[str, str], Options, int, int]:
-    """Words, options, rows and tokens, as given, or as they fit the table and the model; they are said."""
-    words = words or label_words(list(table.counts), speller, table.empty_prompt)
+    task: str,
+) -> tuple[dict[str, str], Options, int]:
+    """Words, options and tokens, as given, or as they fit the table and the model; they are said."""
+    head = head_of(model) if task != "causal-lm" else ()
+    words = words if head else words or label_words(list(table.counts), speller, table.empty_prompt)
     fitting, cut = row_tokens(table.prompts, speller)
-    rows, tokens = rows or ROWS, tokens or fitting
-    if options.lora.target_modules is None:
-        options = dataclasses.replace(
-            options, lora=dataclasses.replace(options.lora, target_modules=(output_layer(model),))
-        )
+    tokens = tokens or fitting
+    exact = options.zo.differentiates
+    if options.lora.target_modules is None and (head or not exact):
+        chosen = (linear_layers(model) if exact else head) if head else (output_layer(model),)
+        options = dataclasses.replace(options, lora=dataclasses.replace(options.lora, target_modules=chosen))
     targets = options.lora.target_modules
-    layers = targets if isinstance(targets, str) else ", ".join(targets or ())
+    layers = targets if isinstance(targets, str) else ", ".join(targets or ("the usual layers of all blocks",))
     counts = ", ".join(f"{name} ({count})" for name, count in table.counts.items())
     shown = (table.config.template or "").replace("\n", "\\n")
     kept = "; what comes before is kept for every row" if options.split_prefix else ""
     remark(f"{len(table.counts)} classes in {len(table.prompts)} rows: {counts}")
-    remark(f"prompt '{shown}', answers: {', '.join(f'{name} as {word!r}' for name, word in words.items())}")
-    remark(
-        f"adapters of rank {options.lora.r} on {layers}, {options.zo.queries} directions{kept}; batches of {rows} rows "
-        f"of {tokens} tokens"
-    )
+    spelled = ", ".join(f"{name} as {word!r}" for name, word in words.items())
+    remark(f"prompt '{shown}'" + (f", answers: {spelled}" if spelled else ""))
+    how = "exact gradients" if exact else f"{options.zo.queries} directions{kept}"
+    remark(f"adapters of rank {options.lora.r} on {layers}, {how}; batches of {rows} rows of {tokens} tokens")
     if cut and tokens <= fitting:
         remark(f"{cut} of {len(table.prompts)} rows are longer than {fitting} tokens: --tokens", "yellow")
-    return words, options, rows, tokens
+    return words, options, tokens
 
 
 def label_words(names: Sequence[str], speller: Speller, prompt: Sequence[Piece]) -> dict[str, str]:
@@ -216,6 +255,26 @@ def output_layer(model: Any) -> str:
     if not names:
         raise ConfigError("the model does not say which layer makes its logits", hint="--lora-target-modules names it")
     return names[0]
+
+
+def head_of(model: Any) -> tuple[str, ...]:
+    """The linear layers that stand on the model proper, and make classes of what it returns.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    base = f"{model.base_model_prefix}."
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = tuple(name for name in names if not name.startswith(base))
+    if not found:
+        raise ConfigError("the model has no linear layer for its classes", hint="--lora-target-modules names layers")
+    return found
+
+
+def linear_layers(model: Any) -> tuple[str, ...]:
+    """The last names of all linear layers, the head's among them."""
+    found = {name.rpartition(".")[2]: None for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return tuple(found)
 
 
 def _titled(column: str) -> str:

@@ -209,16 +209,18 @@ def compile_model(
     remark = Remarks(quiet)
     _check(task, output, dry_run, graph, tokens, max_tokens, rows, max_rows)
     words = read_label_words(label_words.split(",")) if label_words else {}
-    table = None
+    table, recipe = None, None
     if classes is not None:
-        table = ClassTable.read(classes, answer_column or "answer", template, encoding)
+        head = task != "causal-lm"
+        table = ClassTable.read(classes, answer_column or "answer", template, encoding, head)
         check_free(table, task, loss, words, adapter)
-        lora, zo = ({**table.options[name], **given} for name, given in (("lora", lora), ("zo", zo)))
-        split_prefix = split_prefix or (max_rows is None and max_tokens is None)  # they exclude each other
-        template, loss = table.config.template, {**loss, "kind": "choice"}
+        recipe = table.recipe(zo, dynamic=max_rows is not None or max_tokens is not None)
+        lora, zo, rule = {**recipe.lora, **lora}, {**recipe.zo, **zo}, {"rule": recipe.rule, **rule}
+        split_prefix, rows = split_prefix or recipe.split_prefix, rows or recipe.rows
+        template, loss = table.config.template, loss if head else {**loss, "kind": "choice"}
     elif answer_column is not None:
         raise ConfigError("the answer column is that of --classify, which is not given")
-    kind = loss_kind(loss, task, words, table is not None)
+    kind = loss_kind(loss, task, words, table is not None and task == "causal-lm")
     options = Options.from_json(
         {
             "lora": lora,
@@ -239,7 +241,7 @@ def compile_model(
         if lora:
             raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
         read_peft(adapter)
-    texts = _texts(examples, template, encoding, kind) or (table.prompts if table is not None else [])
+    texts = table.prompts if table is not None and examples is None else _texts(examples, template, encoding, kind)
     started = time.monotonic()
 
     def say(line: str) -> None:
@@ -251,6 +253,7 @@ def compile_model(
         task,
         trust_remote_code=trust_remote_code,
         init_missing=init_missing,
+        classes=tuple(table.counts) if table is not None and task != "causal-lm" else (),
         on_new=new.extend,
     )
     if new:
@@ -260,9 +263,9 @@ def compile_model(
     speller = None
     if texts or kind == "choice":
         speller = Speller(load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code))
-    if table is not None and speller is not None:
-        words, options, rows, tokens = completed(
-            remark, table, words, options, rows, tokens, model=loaded, speller=speller
+    if table is not None and speller is not None and rows is not None:
+        words, options, tokens = completed(
+            remark, table, words, options, rows, tokens, model=loaded, speller=speller, task=task
         )
     rows, tokens = rows or ROWS, tokens or TOKENS
     inputs = example_inputs(loaded, task, speller, texts, rows, tokens)
@@ -296,7 +299,7 @@ def compile_model(
     elif dry_run or not quiet:
         _show(program, described, dry_run)
         if output is not None and not dry_run:
-            data, training = (None, "") if table is None else (table.file, table.training)
+            data, training = (table.file, table.training(recipe.steps)) if table and recipe else (None, "")
             typer.echo(recommended(program.manifest, output, data, training))
 
 

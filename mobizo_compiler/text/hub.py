@@ -26,6 +26,7 @@ def load_model(
     *,
     trust_remote_code: bool = False,
     init_missing: bool = False,
+    classes: Sequence[str] = (),
     on_new: Callable[[Sequence[str]], object] = lambda names: None,
 ) -> Any:
     """The model, float32, in eval mode, without a cache of keys and values, its experts computed for each row.
@@ -36,6 +37,8 @@ def load_model(
         trust_remote_code: Whether code that lies beside the model may be run.
         init_missing: Whether weights that the folder lacks may be drawn, from a fixed seed. Those of a head that
             classifies may be anyway.
+        classes: Names of the classes that a head has; a head for another number of them is drawn anew. Those of the
+            folder if empty.
         on_new: Told the names of the weights that were drawn.
 
     Raises:
@@ -44,12 +47,19 @@ def load_model(
     with quiet():
         transformers = optional("transformers", "loading a model by name")
     place = find_source(source, "config.json")
-    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+    }
+    if classes:
+        names = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
+        options |= {"num_labels": len(classes), "ignore_mismatched_sizes": True, **names}
     seeded = torch.random.fork_rng(devices=[])
     with _explained(source, "model"), _without_bar(transformers, Path(place).is_dir()), seeded:
         torch.manual_seed(SEED)
         model, found = getattr(transformers, TASKS[task]).from_pretrained(place, **options)
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
         base = f"{model.base_model_prefix}."
         head = task == "sequence-classification" and not any(name.startswith(base) for name in missing)
         if not head and not init_missing:

@@ -37,7 +37,7 @@ class TrainingConfig(JsonConfig):
     Args:
         steps: Steps that the run has in the end; 200 if neither steps nor epochs are given.
         epochs: The same as a number of times that every sample is seen.
-        learning_rate: Its highest value.
+        learning_rate: Its highest value; if not given, .001 for the rule AdamW, as PyTorch's, and .01 for others.
         schedule: "constant", "linear" or "cosine": how it falls.
         warmup: Steps in which it rises first.
         final_rate: Share of the learning rate that is left at the end.
@@ -55,7 +55,7 @@ class TrainingConfig(JsonConfig):
 
     steps: int | None = None
     epochs: float | None = None
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
     schedule: str = "linear"
     warmup: int = 0
     final_rate: float = 0.0
@@ -79,7 +79,7 @@ class TrainingConfig(JsonConfig):
                 raise ConfigError(f"{name} is {value}; it must be a number above 0")
         if not 0 <= self.validation_share < 1:
             raise ConfigError(f"validation_share is {self.validation_share}; it must be 0 or more, and below 1")
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(f"learning_rate is {self.learning_rate}; it must be above 0, or nothing is learnt")
         self.rates(max(1, self.warmup))
 
@@ -95,7 +95,17 @@ class TrainingConfig(JsonConfig):
 
     def rates(self, steps: int) -> Callable[[int], float]:
         """The learning rate of every step."""
-        return schedule(self.schedule, self.learning_rate, steps, warmup=self.warmup, end=self.final_rate)
+        highest = 1e-2 if self.learning_rate is None else self.learning_rate
+        return schedule(self.schedule, highest, steps, warmup=self.warmup, end=self.final_rate)
+
+    def for_rule(self, name: str) -> TrainingConfig:
+        """With the learning rate that suits an update rule, where none is given.
+
+        >>> TrainingConfig().for_rule("adamw").learning_rate
+        0.001
+        """
+        usual = 1e-3 if name == "adamw" else 1e-2
+        return self if self.learning_rate is not None else dataclasses.replace(self, learning_rate=usual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +169,7 @@ def train(
         RunMismatchError: The run was begun with other data, or another seed.
         JournalError: As in `Session.finetune`.
     """
+    config = config.for_rule(str(session.program.manifest.rule["name"]))
     folder, batches = Path(run), training.batches(config.seed, config.balanced)
     record = _Record.open(folder, config, training, validation, notes or {}, on_change)
     steps = config.total_steps(len(training), training.layout.rows)
