@@ -102,8 +102,11 @@ def test_round_trip(name: str, backend: str, tmp_path: Path) -> None:
     close(run(PeftModel.from_pretrained(make(), str(tmp_path)).eval(), inputs), outputs)
 
     again = Session(program)
+    assert again.probe().effect == 0
     again.import_adapter(tmp_path)
     assert torch.equal(again.state(), session.state())
+    assert again.probe() == session.probe() and again.probe().effect > 1e-4
+    assert again.probe().base == Session(program).probe().base
 
     merged = make()
     session.merge_into(merged)
@@ -251,6 +254,34 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Path]:
     session = Session(mobizo.compile(llama(), words(), lora, ZOConfig(queries=1), backend="eager"))
     session.load_state(torch.randn(session.program.parameters, generator=torch.Generator().manual_seed(0)))
     return session, session.export_adapter(tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.mark.parametrize("share", [0.0, 2.0])
+def test_an_adapter_that_does_something_else_is_refused(
+    share: float, trained: tuple[Session, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an engine leaves the adapter out, or adds it twice."""
+    session, folder = trained
+    fresh = Session(session.program)
+    runner = fresh._runner
+    call = runner.call
+
+    def other(method: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        alias = runner.state()
+        before = alias.clone()
+        alias *= share
+        try:
+            return call(method, inputs)
+        finally:
+            runner.state().copy_(before)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "call", other)
+        with pytest.raises(AdapterError, match="moves the model's answer to the probe"):
+            fresh.import_adapter(folder)
+    assert not fresh.state().any(), "the state is what it was"
+    fresh.import_adapter(folder)
+    assert fresh.probe() == session.probe()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mobizo_compiler.analysis.costs import si
-from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, app, how_estimated, megabytes, print_json
+from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, Remarks, app, how_estimated, megabytes, print_json
 from mobizo_compiler.cli.options import ConfigFile
-from mobizo_compiler.cli.runs import check_run
+from mobizo_compiler.cli.runs import check_run, say_effect
 from mobizo_compiler.device.run import begin
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.drawing import check_format
@@ -151,6 +151,7 @@ def write_adapter(
     session = Session(file)
     steps = restore_best(session, run) if best else session.restore(run)
     session.export_adapter(folder, base_model or session.program.manifest.base_model)
+    say_effect(session, Remarks(quiet), "the adapter")
     if as_json:
         print_json({"folder": str(folder), "steps": steps})
     else:
@@ -175,6 +176,7 @@ def read_adapter(
     """
     session = Session(file)
     session.import_adapter(folder)
+    say_effect(session, Remarks(quiet), "the adapter")
     begin(session, run)
     if as_json:
         print_json({"run": str(run), "parameters": session.program.parameters})

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mobizo_compiler.cli.app import Remarks
 from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.device.run import JOURNAL
 from mobizo_compiler.device.session import Session
@@ -123,3 +124,11 @@ def tokenizer_for(given: str | None, manifest: Manifest, trust_remote_code: bool
         raise ModelSourceError(
             error.problem, where=error.where, hint=f"{hint}{moved}--tokenizer FOLDER-or-NAME says where it is now"
         ) from None
+
+
+def say_effect(session: Session, remark: Remarks, who: str) -> None:
+    """Say whether the adapter of a session is active, and how far it moves the model's answer to a fixed input."""
+    if effect := session.probe().effect:
+        remark(f"{who}: moves the model's answer to a fixed input by {effect:.2%}", "dim")
+    else:
+        remark(f"{who}: changes nothing of the model's answer to a fixed input; is it trained?", "yellow")

@@ -24,7 +24,7 @@ from mobizo_compiler.cli.app import (
     as_it_comes,
 )
 from mobizo_compiler.cli.options import ConfigFile, with_sections
-from mobizo_compiler.cli.runs import check_file, prompt_in, record_of, restored, tokenizer_for
+from mobizo_compiler.cli.runs import check_file, prompt_in, record_of, restored, say_effect, tokenizer_for
 from mobizo_compiler.cli.text import SAMPLING, TokenizerName
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.device.session import Session
@@ -77,7 +77,7 @@ def chat(
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
     session = Session(program)
-    states = _states(session, named, run, best)
+    states = _states(session, named, run, best, remark)
     talk = Talk(session, spelling, prompt_in(record), system, chosen)
     now = OF_RUN if run is not None else BASE
     session.load_state(states[now])
@@ -129,7 +129,7 @@ def _named(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _states(session: Session, named: dict[str, Path], run: Path | None, best: bool) -> dict[str, Any]:
+def _states(session: Session, named: dict[str, Path], run: Path | None, best: bool, remark: Remarks) -> dict[str, Any]:
     """The state of every adapter by its name; that of the model as it was compiled is called "base"."""
     states = {BASE: session.state()}
     for name, path in named.items():
@@ -144,6 +144,9 @@ def _states(session: Session, named: dict[str, Path], run: Path | None, best: bo
     if run is not None:
         restored(session, run, best)
         states[OF_RUN] = session.state()
+    for name in (name for name in states if name != BASE):
+        session.load_state(states[name])
+        say_effect(session, remark, f"adapter {name}")
     return states
 
 

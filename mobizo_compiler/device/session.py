@@ -20,6 +20,7 @@ from mobizo_compiler.device.journal import fingerprint, read_journal, replayed
 from mobizo_compiler.device.prefix_cache import PrefixCache
 from mobizo_compiler.device.scalars import float32, scalar_tensor, seed_tensor, whole
 from mobizo_compiler.errors import (
+    AdapterError,
     ConfigError,
     ExtensionUnavailableError,
     InputError,
@@ -31,6 +32,7 @@ from mobizo_compiler.errors import (
 from mobizo_compiler.format.files import whole_file
 from mobizo_compiler.format.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.format.peft import lora_a, merge_into, read_peft, state_of, write_peft
+from mobizo_compiler.format.probe import Probe, answer_of, probe_inputs
 from mobizo_compiler.format.program import DeviceRunner, Program, StepResult
 from mobizo_compiler.graph.example import flat_names
 from mobizo_compiler.graph.program import Nesting
@@ -437,7 +439,7 @@ class Session:
         Raises:
             AdapterError: The model is a single layer without a name.
         """
-        write_peft(self.program, self.state(), Path(folder), base_model)
+        write_peft(self.program, self.state(), Path(folder), base_model, self.probe())
         return Path(folder)
 
     def import_adapter(self, folder: str | PathLike[str]) -> None:
@@ -446,9 +448,31 @@ class Session:
         That is one which `export_adapter` wrote, or the one given to `compile(..., adapter=folder)`.
 
         Raises:
-            AdapterError: The files are damaged, or layers, rank, scaling or A differ.
+            AdapterError: The files are damaged, or layers, rank, scaling or A differ, or the adapter was trained on
+                another model, or it does not do here what it did where it was exported (`Session.probe`). The state
+                is what it was.
         """
-        self.load_state(state_of(self.program, read_peft(Path(folder)), str(folder)))
+        adapter, before = read_peft(Path(folder)), self.state()
+        self.load_state(state_of(self.program, adapter, str(folder)))
+        if adapter.probe is not None:
+            try:
+                adapter.probe.check(self.probe(), str(folder))
+            except AdapterError:
+                self.load_state(before)
+                raise
+
+    @_by_one_thread
+    def probe(self) -> Probe:
+        """Whether the adapter is active: the model's answer to a fixed input, with it and without it."""
+        inputs, alias = probe_inputs(self.program.manifest), self._runner.state()
+        adapted = answer_of(self._runner.call("evaluate", inputs))
+        before = alias.clone()
+        for site in self.program.sites:
+            alias[site.offset : site.offset + site.size].zero_()
+        try:
+            return Probe(answer_of(self._runner.call("evaluate", inputs)), adapted)
+        finally:
+            self._runner.state().copy_(before)
 
     def merge_into(self, model: nn.Module) -> None:
         """Add the adapter to the weights of the model that was compiled, in place: W + scaling * B^T A.

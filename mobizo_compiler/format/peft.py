@@ -24,6 +24,7 @@ from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.errors import AdapterError, MobizoError
 from mobizo_compiler.format import checksum
 from mobizo_compiler.format.files import whole_file
+from mobizo_compiler.format.probe import Probe
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.step.sites import Site, initial_state
 
@@ -73,6 +74,7 @@ class PeftAdapter:
         b: By path, float32 [r, out_features].
         model: Digest of the model that it was trained on, as in the manifest; None where it is not told.
         saved: Whole weights that come along, by name: those that the base model lacks.
+        probe: What it did where it was exported; None where it is not told.
         base: Checksum by name of weights that are said to be the base model's, which peft stores as well where an
             adapter is on an embedding or a head.
     """
@@ -83,9 +85,10 @@ class PeftAdapter:
     model: str | None = None
     saved: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     base: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    probe: Probe | None = None
 
 
-def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | None) -> None:
+def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | None, probe: Probe) -> None:
     """Write both files, each whole or not at all.
 
     Raises:
@@ -124,7 +127,7 @@ def write_peft(program: Program, state: Tensor, folder: Path, base_model: str | 
         "init_lora_weights": True,
         "task_type": None,
     }
-    described = {"format": "pt", "made_by": MADE_BY, "model": program.manifest.model}
+    described = {"format": "pt", "made_by": MADE_BY, "model": program.manifest.model, "probe": probe.to_json()}
     described["sha256"] = _checksum(config, described, tensors)
     begun = folder.exists()
     try:
@@ -185,7 +188,8 @@ def read_peft(folder: Path) -> PeftAdapter:
         # A rank-stabilized LoRA is scaled by alpha / sqrt(r), which a plain one of another alpha does.
         scaled = LoraConfig(r=r, lora_alpha=alpha).lora_alpha * (math.sqrt(r) if config.get("use_rslora") else 1)
         lora = LoraConfig(r=r, lora_alpha=scaled, target_modules=tuple(sorted(a)))
-        return PeftAdapter(lora, a, b, described.get("model"), saved, base)
+        probe = Probe.from_json(described["probe"], str(folder)) if "probe" in described else None
+        return PeftAdapter(lora, a, b, described.get("model"), saved, base, probe)
     except MobizoError as error:
         raise AdapterError(f"the adapter cannot be used: {error.problem}", where=str(folder)) from None
 

@@ -1,0 +1,106 @@
+"""Whether an adapter is really active: the model's answer to a fixed input, without it and with it, in a few numbers.
+
+The input follows from what the program says of its inputs: token ids spread over their range, masks of ones, waves for
+other numbers. The answer is the last row of the first output, projected on eight directions of signs, so that a change
+of any of its numbers shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mobizo_compiler.errors import AdapterError
+from mobizo_compiler.format.manifest import Manifest, TensorSpec
+from mobizo_compiler.step.noise import noise_values
+
+NUMBERS = 8
+_MOST_APART = 0.5  # of what an adapter does: more than a recipe of quantization changes, less than another adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """An answer of the model in eight numbers.
+
+    Args:
+        base: Without the adapter.
+        adapted: With it.
+    """
+
+    base: tuple[float, ...]
+    adapted: tuple[float, ...]
+
+    @property
+    def effect(self) -> float:
+        """How far the adapter moves the answer, as a share of its length; 0 if it does nothing.
+
+        >>> Probe((3.0, 4.0), (3.0, 4.5)).effect
+        0.1
+        """
+        return math.dist(self.base, self.adapted) / max(math.hypot(*self.base), 1e-30)
+
+    def to_json(self) -> str:
+        """The numbers as text."""
+        return json.dumps({"base": self.base, "adapted": self.adapted})
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Probe:
+        """Inverse of `to_json`; an `AdapterError` names `where` if the text is none."""
+        try:
+            values = json.loads(text)
+            found = cls(*(tuple(map(float, values[name])) for name in ("base", "adapted")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise AdapterError(f"the probe of the adapter cannot be read: {error!r}", where=where) from None
+        if len(found.base) != NUMBERS or len(found.adapted) != NUMBERS:
+            raise AdapterError(f"the probe of the adapter does not have {NUMBERS} numbers", where=where)
+        return found
+
+    def check(self, now: Probe, where: str) -> None:
+        """Raise `AdapterError` where the adapter does not do now what it did when it was exported."""
+        then = [after - before for before, after in zip(self.base, self.adapted, strict=True)]
+        found = [after - before for before, after in zip(now.base, now.adapted, strict=True)]
+        if (length := math.hypot(*then)) and math.dist(then, found) > _MOST_APART * length:
+            raise AdapterError(
+                f"the adapter moves the model's answer to the probe by {now.effect:.1%} here; when it was exported, it "
+                f"did so by {self.effect:.1%}, and elsewhere",
+                where=where,
+                hint="compile the model that it was trained on, in the precision or the recipe that it was trained in",
+            )
+
+
+def probe_inputs(manifest: Manifest) -> list[Tensor]:
+    """The fixed input: the same for all programs whose inputs are the same."""
+    sizes = {size.name: size.low for size in manifest.sizes}
+    return [
+        _input(spec, [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape])
+        for spec in manifest.inputs
+    ]
+
+
+def _input(spec: TensorSpec, shape: Sequence[int]) -> Tensor:
+    dtype = getattr(torch, spec.dtype)
+    places = torch.arange(math.prod(shape)).reshape(list(shape))
+    if dtype.is_floating_point:
+        return torch.cos(places.to(torch.float32)).to(dtype)
+    if dtype is torch.bool or "mask" in spec.name:
+        return torch.ones(list(shape), dtype=dtype)
+    if spec.choices is not None:
+        return torch.tensor(spec.choices)[places % len(spec.choices)].to(dtype)
+    if spec.low is None or spec.high is None:
+        return torch.zeros(list(shape), dtype=dtype)
+    return (spec.low + (places * 7919 + 11) % (spec.high - spec.low + 1)).to(dtype)
+
+
+def answer_of(outputs: Sequence[Tensor]) -> tuple[float, ...]:
+    """What is kept of the outputs of `evaluate`: eight projections of the last row of the first one with numbers."""
+    numbers = next((value for value in outputs if value.is_floating_point()), None)
+    if numbers is None:
+        return (0.0,) * NUMBERS
+    last = numbers.double().reshape(-1, numbers.shape[-1] if numbers.dim() else 1)[-1]
+    signs = noise_values(torch.zeros(1, dtype=torch.int32), NUMBERS, len(last), "rademacher").double()
+    return tuple((signs @ last / math.sqrt(len(last))).tolist())
