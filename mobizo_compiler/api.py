@@ -27,7 +27,8 @@ from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.verify import check_program
 from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError, ConfigError
-from mobizo_compiler.format.peft import check_base, read_peft
+from mobizo_compiler.format.gguf_adapter import read_gguf
+from mobizo_compiler.format.peft import PeftAdapter, check_base, read_peft
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.pipeline import Insertion
@@ -146,8 +147,8 @@ def compile(
         row_axes: The axis of the rows of an input, by name or position, where it is not axis 0; None for an input
             without rows, which all lanes share. An input without axes, or with a first axis of 1 where the first
             input has more rows, has none anyway.
-        adapter: Folder of a LoRA that peft saved, in place of `lora`: its layers are adapted, with its A.
-            `Session.import_adapter` starts from its B.
+        adapter: Folder of a LoRA that peft saved, or a LoRA of llama.cpp (.gguf), in place of `lora`: its layers are
+            adapted, with its A. `Session.import_adapter` starts from its B.
         rule: What a step does with the estimate: "sgd", "momentum", "sign", "adam", "scalar-adam", the name of another
             installed rule, or an `UpdateRule`.
         split_prefix: Make what no adapter reaches a method of its own, whose results a `Session` can keep on disk; for
@@ -198,7 +199,7 @@ def compile(
     if adapter is not None:
         if lora is not None or chosen.lora != LoraConfig():
             raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
-        found = read_peft(Path(adapter))
+        found = _adapter_of(Path(adapter), unwrapped(model))
         if found.saved:
             raise ConfigError(
                 f"the adapter brings {', '.join(found.saved)}, which are weights of the model",
@@ -276,6 +277,16 @@ def _check_planned(program: Program, most: int, say: Progress) -> None:
             "each other in it with gaps",
             hint=f"activation_memory_bytes={most * most // planned}",
         )
+
+
+def _adapter_of(path: Path, model: object) -> PeftAdapter:
+    """The adapter that a model is compiled with."""
+    if path.suffix != ".gguf":
+        return read_peft(path)
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise ConfigError("the layers of a GGUF file are found by the configuration of a model of transformers")
+    layers = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    return read_gguf(path, model.config, layers)
 
 
 def _backend_options(backend: Backend) -> str:

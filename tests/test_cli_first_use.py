@@ -61,7 +61,12 @@ def test_help_has_whole_names_and_the_common_options(name: str, columns: int, mo
 
 def test_help_shows_defaults() -> None:
     text = " ".join(run("finetune", "--help", columns=80)[0].split())
-    assert "[default: 50]" in text and ".001 for the rule AdamW" in text and "[default: linear]" in text and "[default: utf-8]" in text
+    assert (
+        "[default: 50]" in text
+        and ".001 for the rule AdamW" in text
+        and "[default: linear]" in text
+        and "[default: utf-8]" in text
+    )
     assert "[default: 8]" in " ".join(run("compile", "--help", columns=80)[0].split())
 
 

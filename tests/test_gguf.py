@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, cli
 from mobizo_compiler.device.run import begin
-from mobizo_compiler.errors import AdapterError
-from mobizo_compiler.format.gguf_adapter import write_gguf
+from mobizo_compiler.errors import AdapterError, ConfigError
+from mobizo_compiler.format.gguf_adapter import read_gguf, write_gguf
 from mobizo_compiler.format.peft import PeftAdapter
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process, so that its programs are made once
@@ -67,6 +68,29 @@ def test_what_is_added_is_what_peft_adds(make: Any, tmp_path: Path) -> None:
         expected = adapter.lora.scaling * adapter.b[layer].t() @ adapter.a[layer]
         torch.testing.assert_close(torch.from_numpy(added), expected, atol=1e-5, rtol=1e-5)
         assert a.shape == adapter.a[layer].shape and b.shape == adapter.b[layer].t().shape
+    again = read_gguf(tmp_path / "a.gguf", config, [*layers, "lm_head", "model.layers.0.mlp.up_proj"])
+    assert again.lora == dataclasses.replace(adapter.lora, target_modules=tuple(sorted(layers)))
+    for side, other in ((again.a, adapter.a), (again.b, adapter.b)):
+        assert side.keys() == other.keys() and all(torch.equal(side[layer], other[layer]) for layer in layers)
+
+
+def test_files_that_are_no_adapter_of_the_model(tmp_path: Path) -> None:
+    layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    path = tmp_path / "a.gguf"
+    with pytest.raises(AdapterError, match="no such file"):
+        read_gguf(path, LlamaConfig(**SIZES), layers)
+    write_gguf(adapter_of(*layers), LlamaConfig(**SIZES), path)
+    with pytest.raises(AdapterError, match="for the architecture 'llama', the model is 'qwen2'"):
+        read_gguf(path, Qwen2Config(**SIZES), layers)
+    with pytest.raises(AdapterError, match=r"for no layer of the model: blk.1.attn_v.weight.lora_a"):
+        read_gguf(path, LlamaConfig(**SIZES), layers[:1])
+    with pytest.raises(AdapterError, match="type 'gpt2' is not known"):
+        read_gguf(path, GPT2Config(), layers)
+    whole = path.read_bytes()
+    for damaged in (whole[:40], b"GGUF" + b"\0" * 60, b"no file of that kind", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(AdapterError, match=r"cannot be read as GGUF|no LoRA in it"):
+            read_gguf(path, LlamaConfig(**SIZES), layers)
 
 
 def test_an_output_layer_of_its_own(tmp_path: Path) -> None:
@@ -102,3 +126,23 @@ def test_the_command(tiny_program: Path, tmp_path: Path) -> None:
         name = {"v_proj": "attn_v", "down_proj": "ffn_down"}[site.fqn.rpartition(".")[2]]
         b = tensors[f"blk.0.{name}.weight.lora_b"]
         torch.testing.assert_close(b, site.lora_b(session.state()).t())
+    line = ["import-gguf", str(tiny_program), str(tmp_path / "a.gguf"), str(tmp_path / "again"), "--json"]
+    result = CliRunner().invoke(cli.app, line, catch_exceptions=False)
+    assert result.exit_code == 0 and "moves the model's answer" in result.stderr, result.output
+    again = mobizo.Session(tiny_program)
+    again.restore(tmp_path / "again")
+    assert torch.equal(again.state(), session.state())
+
+
+def test_a_program_of_its_layers(tmp_path: Path) -> None:
+    """`compile(..., adapter=)` takes rank, alpha and A from the file."""
+    config = LlamaConfig(**SIZES)
+    model = LlamaForCausalLM(config).eval()
+    adapter = adapter_of("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+    write_gguf(adapter, config, tmp_path / "a.gguf")
+    inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.int64)}
+    program = mobizo.compile(model, inputs, adapter=tmp_path / "a.gguf", backend="eager")
+    assert {site.fqn for site in program.sites} == set(adapter.a)
+    assert all(torch.equal(program.lora_a_by_fqn[name], adapter.a[name]) for name in adapter.a)
+    with pytest.raises(ConfigError, match="a model of transformers"):
+        mobizo.compile(torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), adapter=tmp_path / "a.gguf")

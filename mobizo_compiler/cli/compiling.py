@@ -37,7 +37,7 @@ from mobizo_compiler.compiling.dry_run import DryRun, estimate
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
-from mobizo_compiler.errors import BackendUnavailableError, ConfigError
+from mobizo_compiler.errors import AdapterError, BackendUnavailableError, ConfigError
 from mobizo_compiler.extensions import spelled
 from mobizo_compiler.format.peft import read_peft
 from mobizo_compiler.format.program import Program
@@ -180,7 +180,10 @@ def compile_model(
     encoding: Encoding = UTF8,
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Folder of a LoRA of peft, whose layers, rank and A are taken.", show_default=False),
+        typer.Option(
+            help="A LoRA of peft (a folder) or of llama.cpp (.gguf), whose layers, rank and A are taken.",
+            show_default=False,
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or name of the tokenizer; the model's if left out.", show_default=False)
@@ -240,7 +243,10 @@ def compile_model(
     if adapter is not None:
         if lora:
             raise ConfigError("lora and adapter are both given", hint="the adapter says which layers, and how")
-        read_peft(adapter)
+        if adapter.suffix != ".gguf":
+            read_peft(adapter)
+        elif not adapter.is_file():
+            raise AdapterError("there is no such file", where=str(adapter))
     texts = table.prompts if table is not None and examples is None else _texts(examples, template, encoding, kind)
     started = time.monotonic()
 

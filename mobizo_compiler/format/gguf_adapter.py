@@ -8,11 +8,14 @@ rotary embeddings; so are those of B here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mobizo_compiler.config import LoraConfig
 from mobizo_compiler.errors import AdapterError
 from mobizo_compiler.format.files import whole_file
 from mobizo_compiler.format.peft import PeftAdapter
@@ -44,13 +47,7 @@ def write_gguf(adapter: PeftAdapter, config: Any, path: Path) -> None:
         MissingPackageError: The package gguf is not installed.
     """
     gguf = optional("gguf", "writing a GGUF file")
-    name = ARCHITECTURES.get(config.model_type)
-    if name is None:
-        raise AdapterError(
-            f"how llama.cpp names the weights of a model of type {config.model_type!r} is not known here",
-            hint=f"known are {', '.join(ARCHITECTURES)}; convert_lora_to_gguf.py of llama.cpp takes what "
-            "mobizo export-adapter writes",
-        )
+    name = _architecture(config)
     if adapter.saved:
         raise AdapterError(
             f"the adapter brings the weights {sorted(adapter.saved)}, for which a GGUF LoRA has no place"
@@ -71,9 +68,8 @@ def write_gguf(adapter: PeftAdapter, config: Any, path: Path) -> None:
                 hint="adapt layers of the blocks: --lora-target-modules q_proj,v_proj",
             )
         b_OR = adapter.b[fqn].t()
-        heads = _REORDERED.get(name, {}).get(fqn.rpartition(".")[2])
-        if heads is not None:
-            b_OR = _reordered(b_OR, getattr(config, heads, None) or config.num_attention_heads)
+        if heads := _heads(name, fqn, config):
+            b_OR = _reordered(b_OR, heads)
         writer.add_tensor(f"{found}.lora_a", a_RI.contiguous().numpy())
         writer.add_tensor(f"{found}.lora_b", b_OR.contiguous().numpy())
     with whole_file(path) as file:
@@ -81,6 +77,93 @@ def write_gguf(adapter: PeftAdapter, config: Any, path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def read_gguf(path: Path, config: Any, layers: Iterable[str]) -> PeftAdapter:
+    """Read an adapter that `write_gguf` or llama.cpp's `convert_lora_to_gguf.py` wrote.
+
+    Args:
+        path: The file.
+        config: Configuration of the base model, of transformers.
+        layers: Paths of the layers that may be adapted, as those of all linear layers of the model.
+
+    Raises:
+        AdapterError: It is no LoRA in a GGUF file, or that of another kind of model, or adapts something else.
+        MissingPackageError: The package gguf is not installed.
+    """
+    gguf = optional("gguf", "reading a GGUF file")
+    where, name = str(path), _architecture(config)
+    if not path.is_file():
+        raise AdapterError("there is no such file", where=where)
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+        kind, architecture = fields.get(gguf.Keys.Adapter.TYPE), fields[gguf.Keys.General.ARCHITECTURE]
+        stored = {tensor.name: _values(gguf, tensor) for tensor in reader.tensors}
+        alpha = float(fields.get(gguf.Keys.Adapter.LORA_ALPHA, 0.0))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise AdapterError(f"the file cannot be read as GGUF: {error!r}", where=where) from None
+    if kind != "lora":
+        raise AdapterError("the file has no LoRA in it", where=where, hint="a whole model is no adapter")
+    wanted = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[name]]
+    if architecture != wanted:
+        raise AdapterError(
+            f"the adapter is for the architecture {architecture!r}, the model is {wanted!r}", where=where
+        )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name], config.num_hidden_layers)
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    for fqn in layers:
+        found = names.get_name(f"{fqn}.weight", try_suffixes=(".weight",))
+        sides = [stored.pop(f"{found}.lora_{side}", None) for side in "ab"]
+        if sides[0] is None and sides[1] is None:
+            continue
+        if sides[0] is None or sides[1] is None or sides[0].dim() != 2 or sides[1].dim() != 2:
+            raise AdapterError(f"the layer {fqn} has no A and B that are matrices", where=where)
+        heads = _heads(name, fqn, config)
+        a[fqn] = sides[0]
+        b[fqn] = (_in_halves(sides[1], heads) if heads else sides[1]).t().contiguous()
+    ranks = {len(side) for side in (*a.values(), *b.values())}
+    if stored or len(ranks) != 1:
+        raise AdapterError(
+            f"the adapter has weights for no layer of the model: {', '.join(sorted(stored)[:3])}"
+            if stored
+            else "the layers of the adapter do not have one rank"
+            if a
+            else "the adapter has no layer",
+            where=where,
+        )
+    rank = ranks.pop()
+    lora = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=tuple(sorted(a)))
+    return PeftAdapter(lora, a, b)
+
+
+def _values(gguf: Any, tensor: Any) -> Tensor:
+    """The numbers of a stored tensor, float32, in the order of torch."""
+    values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    return torch.from_numpy(values.copy()).to(torch.float32).reshape([int(n) for n in reversed(tensor.shape)])
+
+
+def _architecture(config: Any) -> str:
+    name = ARCHITECTURES.get(config.model_type)
+    if name is None:
+        raise AdapterError(
+            f"how llama.cpp names the weights of a model of type {config.model_type!r} is not known here",
+            hint=f"known are {', '.join(ARCHITECTURES)}; llama.cpp's convert_lora_to_gguf.py takes what "
+            "mobizo export-adapter writes",
+        )
+    return name
+
+
+def _heads(architecture: str, fqn: str, config: Any) -> int:
+    """How many heads the outputs of a layer are of, where llama.cpp has them in another order; else 0."""
+    heads = _REORDERED.get(architecture, {}).get(fqn.rpartition(".")[2])
+    return int(getattr(config, heads, None) or config.num_attention_heads) if heads else 0
+
+
+def _in_halves(b_OR: Tensor, heads: int) -> Tensor:
+    """Inverse of `_reordered`."""
+    return b_OR.reshape(heads, -1, 2, b_OR.shape[1]).transpose(1, 2).reshape(b_OR.shape)
 
 
 def _reordered(b_OR: Tensor, heads: int) -> Tensor:
