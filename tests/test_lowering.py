@@ -46,14 +46,7 @@ class GrabbingBackend(XnnpackBackend):
 
 
 def test_state_is_kept_out_of_delegates_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    mobizo.compile(TokenWise().eval(), TOKENS, LORA, backend=GrabbingBackend())
-    monkeypatch.setattr(lowering, "KeepStateOutside", lambda inner: inner)
-    with pytest.raises(LoweringError):
-        mobizo.compile(TokenWise().eval(), TOKENS, LORA, backend=GrabbingBackend())
-
-
-def test_methods_are_not_interpreted_to_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compilation took a third longer when every graph went through torch's interpreter two or three times."""
+    """And methods are not interpreted to no end: compiling took a third longer when all were, two or three times."""
     interpreted = []
     original = ExportedProgram.run_decompositions
 
@@ -61,11 +54,13 @@ def test_methods_are_not_interpreted_to_no_end(monkeypatch: pytest.MonkeyPatch) 
         interpreted.append({str(node.target) for node in self.graph.nodes})
         return original(self, *rest)
 
-    monkeypatch.setattr(ExportedProgram, "run_decompositions", counting)
-    mobizo.compile(TokenWise().eval(), TOKENS, LORA, ZOConfig(queries=1), backend="xnnpack")
-    assert not any("aten.embedding.default" in targets for targets in interpreted), (
-        "the replay alone has no model in it"
-    )
+    with monkeypatch.context() as patched:
+        patched.setattr(ExportedProgram, "run_decompositions", counting)
+        mobizo.compile(TokenWise().eval(), TOKENS, LORA, backend=GrabbingBackend())
+    assert not any("aten.embedding.default" in targets for targets in interpreted), "the replay alone has no model"
+    monkeypatch.setattr(lowering, "KeepStateOutside", lambda inner: inner)
+    with pytest.raises(LoweringError):
+        mobizo.compile(TokenWise().eval(), TOKENS, LORA, backend=GrabbingBackend())
 
 
 class _Crooked(EagerRunner):
