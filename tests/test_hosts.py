@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import warnings
@@ -28,13 +29,28 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from examples.cpp_host.write_tokens import write_tokens
-from mobizo_compiler import CausalLMLoss, JournalWarning, LoraConfig, Session, ZOConfig
+from mobizo_compiler import (
+    CausalLMLoss,
+    ChoiceLoss,
+    GenerateConfig,
+    JournalWarning,
+    LoraConfig,
+    SequenceClassificationLoss,
+    Session,
+    ZOConfig,
+)
 from mobizo_compiler.device.journal import Journal, Record, fingerprint, read_journal
 from mobizo_compiler.device.run import SNAPSHOT, START, step_seed
 from mobizo_compiler.errors import ArtifactError, JournalLockedError
 from mobizo_compiler.format import checksum, data_file
 from mobizo_compiler.format.manifest import FORMAT_VERSION
+from mobizo_compiler.step.losses import get_loss
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
+from mobizo_compiler.text.answers import Encoded
+from mobizo_compiler.text.batch_shape import BatchShape
+from mobizo_compiler.text.data import IGNORED, TextData
+from mobizo_compiler.text.evaluation import measure
+from mobizo_compiler.text.prompts import PromptConfig
 
 pytestmark = pytest.mark.xdist_group("hosts")  # one process, so that the host is built once
 
@@ -92,6 +108,24 @@ class Case:
         assert done.returncode == code, done.stdout + done.stderr
         return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
+    def read(self, verb: str, *options: str, **places: Path) -> subprocess.CompletedProcess[str]:
+        """What a verb does that reads a trained program."""
+        paths = [places.get("program", self.path)]
+        if verb != "generate":
+            paths.append(places.get("tokens", self.tokens))
+        command = [str(self.host), verb, *map(str, paths), *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    def says(self, verb: str, *options: str, **places: Path) -> str:
+        done = self.read(verb, *options, **places)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def cannot(self, code: int, verb: str, *options: str, **places: Path) -> str:
+        done = self.read(verb, *options, **places)
+        assert done.returncode == code, done.stdout + done.stderr
+        return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
     def finetune(self, run: Path, steps: int, **options: Any) -> Session:
         session = Session(self.program)
         session.finetune(self.data, steps=steps, learning_rate=LEARNING_RATE, run=run, **options)
@@ -125,6 +159,73 @@ def passed(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     )
     data = [((rows,), rows) for rows in (words, words[:, :4].flip(1))]
     return Case(host, tmp_path_factory.mktemp("passed"), program, data)
+
+
+class _Chooser(nn.Module):
+    """Logits of the token that follows, from the tokens that are not masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(16, 12), nn.Linear(12, 16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embedding(input_ids) * attention_mask[:, :, None])
+        return logits
+
+
+@pytest.fixture(scope="module")
+def chooser(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Answers by one of three tokens, the state in a data file, and steps that start from a prefix."""
+    torch.manual_seed(0)
+    words = torch.randint(0, 16, (3, 2, 5))
+    masks = torch.ones_like(words)
+    masks[1, 0, 3:] = 0
+    labels = torch.full_like(words, IGNORED)
+    labels[:, 0, 2], labels[:, 1, 4] = 9, 5
+    loss = ChoiceLoss(choices=(9, 5, 2))
+    program = mobizo.compile(
+        _Chooser().eval(),
+        {"input_ids": words[0], "attention_mask": masks[0]},
+        LoraConfig(r=3),
+        ZOConfig(queries=QUERIES),
+        loss,
+        backend="portable",
+        state="data",
+        split_prefix=True,
+        answers=("no", "yes\t!", "maybe"),
+    )
+    data = [({"input_ids": words[n], "attention_mask": masks[n]}, labels[n]) for n in range(3)]
+    return Case(host, tmp_path_factory.mktemp("chooser"), program, data)
+
+
+class _Classifier(nn.Module):
+    """Classes of rows, behind another output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(11, 12), nn.Linear(12, 3)
+
+    def forward(self, tokens: Tensor) -> dict[str, Any]:
+        hidden = self.embedding(tokens).mean(1)
+        return {"hidden": (hidden, hidden + 1), "logits": self.head(hidden)}
+
+
+@pytest.fixture(scope="module")
+def exact(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A program whose steps have the gradient itself, so that it has no method `replay`."""
+    torch.manual_seed(0)
+    words = torch.randint(0, 11, (2, 2, 5))
+    zo, loss = ZOConfig(estimator="exact"), SequenceClassificationLoss()
+    program = mobizo.compile(_Classifier().eval(), (words[0],), LoraConfig(r=2), zo, loss, backend="portable")
+    data = [((rows,), torch.tensor([2, label])) for rows, label in zip(words, (0, IGNORED), strict=True)]
+    return Case(host, tmp_path_factory.mktemp("exact"), program, data)
+
+
+def strayed(case: Case, folder: Path) -> tuple[Session, str]:
+    """A session far from the start, and its state in a data file."""
+    session = Session(case.program)
+    session.load_state(torch.randn(session.state().shape, generator=torch.Generator().manual_seed(0)))
+    return session, str(session.export_ptd(folder / "strayed.ptd"))
 
 
 def saved(path: Path) -> Tensor:
@@ -433,6 +534,11 @@ def test_a_loss_that_is_not_finite_changes_nothing(host: Path, tmp_path: Path) -
     case.finetune(tmp_path / "python", 3)
     wanted = read_journal(tmp_path / "python" / "journal", case.program)
     agree([records[0], records[2]], [wanted[0], wanted[2]])
+    session, given = strayed(case, tmp_path)
+    write_tokens(tmp_path / "good", case.program.manifest, data[:1])
+    said = case.says("evaluate", "--load", given, tokens=tmp_path / "good")
+    assert float(said.split()[1]) == pytest.approx(mean_loss(session, data[:1]), rel=LOSS_ERROR, abs=1e-6)
+    assert case.says("evaluate", "--load", given).startswith("loss nan of 4 labels in 4 rows")
 
 
 @pytest.mark.parametrize(
@@ -455,6 +561,30 @@ def test_a_loss_that_is_not_finite_changes_nothing(host: Path, tmp_path: Path) -
     ],
 )
 def test_bad_arguments(arguments: list[str], said: str, host: Path) -> None:
+    done = subprocess.run([str(host), *arguments], capture_output=True, text=True)
+    assert done.returncode == BAD_ARGUMENTS and f"error: {said}" in done.stderr and "usage:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluate", "p"], "evaluate needs a program and a token file"),
+        (["predict", "p", "t", "more"], "predict needs a program and a token file"),
+        (["generate"], "generate needs a program, and no other file"),
+        (["evaluate", "p", "t", "--steps", "3"], "there is no option --steps here"),
+        (["evaluate", "p", "t", "--run"], "--run needs a value"),
+        (["predict", "p", "t", "--threads", "0"], "--threads is 0"),
+        (["generate", "p", "--steps", "3"], "--prompt is needed"),
+        (["generate", "p", "--prompt", "1"], "--steps is needed"),
+        (["generate", "p", "--prompt", "1", "--steps", "0"], "--steps is 0"),
+        (["generate", "p", "--prompt", "1", "--steps", "1", "--stop", "x"], "--stop is 'x', which is no whole number"),
+        (
+            ["generate", "p", "--prompt", "1", "--steps", "1", "--temperature", "1"],
+            "--temperature is not for this host",
+        ),
+    ],
+)
+def test_bad_arguments_of_verbs(arguments: list[str], said: str, host: Path) -> None:
     done = subprocess.run([str(host), *arguments], capture_output=True, text=True)
     assert done.returncode == BAD_ARGUMENTS and f"error: {said}" in done.stderr and "usage:" in done.stderr
 
@@ -516,7 +646,7 @@ def edited(case: Case, folder: Path, old: str, new: str) -> Path:
         ),
         ('"format_version"', '"format_versi0n"', "the field format_version is missing"),
         ('"labels": {', '"labels": [', "no JSON"),
-        ('"state": "shared"', '"state": "sharem"', "the state is sharem, not shared or io"),
+        ('"state": "shared"', '"state": "sharem"', "the state is sharem, not shared, data or io"),
         ("XnnpackBackend", "XnnpackBackenb", "it needs XnnpackBackenb, and this host was linked without it"),
         ('"dtype": "int64"', '"dtype": "int63"', "cannot make the input input_ids"),
     ],
@@ -600,6 +730,241 @@ def test_the_state_of_another_program_of_the_same_size(host: Path, case: Case, t
     with pytest.raises(ArtifactError, match="state of another program"):
         session.import_ptd(tmp_path / "state.ptd")
     assert not session.state().any()
+
+
+def mean_loss(session: Session, data: list[Any], rows: int | None = None) -> float:
+    """Of the program's own loss, over all labels of the first `rows` rows."""
+    loss, manifest = get_loss(session.program.manifest.loss), session.program.manifest
+    found = [loss(session.evaluate(inputs), labels) for inputs, labels in data]
+    sums, counts = (torch.cat(parts)[:rows].double().sum() for parts in zip(*found, strict=True))
+    assert manifest.labels.also is None or float(counts) > 0
+    return float(sums / counts)
+
+
+@pytest.mark.parametrize("name", ["case", "passed", "chooser", "exact"])
+def test_the_loss_of_a_token_file(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    case: Case = request.getfixturevalue(name)
+    session, given = strayed(case, tmp_path)
+    for options, state in (((), Session(case.program)), (("--load", given), session)):
+        (loss, labels, rows) = re.findall(
+            r"^loss (\S+) of (\d+) labels in (\d+) rows$", case.says("evaluate", *options)
+        )[0]
+        assert float(loss) == pytest.approx(mean_loss(state, case.data), rel=LOSS_ERROR, abs=1e-6)
+        assert int(rows) == sum(len(labels) for _, labels in case.data) and int(labels) > 0
+    lines = case.tokens.read_text().splitlines()
+    (tmp_path / "fewer").write_text("\n".join(lines[:-1]))
+    said = case.says("evaluate", "--load", given, tokens=tmp_path / "fewer")
+    assert float(said.split()[1]) == pytest.approx(
+        mean_loss(session, case.data, len(lines) - 2), rel=LOSS_ERROR, abs=1e-6
+    )
+
+
+def test_the_loss_is_the_one_that_a_step_reports(exact: Case, tmp_path: Path) -> None:
+    """An exact program runs one lane, with nothing perturbed."""
+    session, given = strayed(exact, tmp_path)
+    write_tokens(tmp_path / "tokens", exact.program.manifest, exact.data[:1])
+    said = exact.says("evaluate", "--load", given, tokens=tmp_path / "tokens")
+    step = session.train_step(*exact.data[0], seed=0, learning_rate=0.0)
+    assert float(said.split()[1]) == pytest.approx(step.loss, rel=LOSS_ERROR, abs=1e-6)
+
+
+def predicted(said: str) -> tuple[list[str], list[str], Tensor]:
+    """The head, the answers and the probabilities of a table."""
+    head, *rows = [line.split("\t") for line in said.splitlines()]
+    chances = torch.tensor([[float(cell) for cell in row[1:]] for row in rows], dtype=torch.float64)
+    return head, [row[0] for row in rows], chances
+
+
+def by_classifier(session: Session, encoded: list[Encoded], spelled: tuple[tuple[int, ...], ...] = ()) -> Tensor:
+    """The probabilities that `Classifier` gives to rows of tokens, without a tokenizer."""
+    layout = BatchShape.of(session.program.manifest)
+    data = TextData(tuple(encoded), layout, layout.names, spelled, padding=0, config=PromptConfig())
+    found = measure(session, data)
+    assert found is not None and found.log_NC is not None
+    return found.log_NC.exp()
+
+
+def test_answers_of_rows(chooser: Case, tmp_path: Path) -> None:
+    session, given = strayed(chooser, tmp_path)
+    names, encoded = ["no", "yes\\t!", "maybe"], []
+    for inputs, labels in chooser.data:
+        for words, label in zip(inputs["input_ids"].tolist(), labels.tolist(), strict=True):
+            place = next(place for place, token in enumerate(label) if token != IGNORED)
+            encoded.append(Encoded((*words[:place], label[place]), 1, 0, 0))
+    head, answers, chances = predicted(chooser.says("predict", "--load", given))
+    assert head == ["predicted", *(f"p_{name}" for name in names)]
+    wanted = by_classifier(session, encoded, ((9,), (5,), (2,)))
+    torch.testing.assert_close(chances, wanted, rtol=2e-5, atol=1e-6)
+    assert answers == [names[int(row.argmax())] for row in wanted] and len(set(answers)) > 1
+
+
+def test_rows_without_answers(chooser: Case, tmp_path: Path) -> None:
+    """They end where their mask does, and there may be any number of them."""
+    session, given = strayed(chooser, tmp_path)
+    tokens, data = tmp_path / "tokens", [(inputs, torch.full_like(labels, IGNORED)) for inputs, labels in chooser.data]
+    write_tokens(tokens, chooser.program.manifest, data)
+    head, *lines = tokens.read_text().splitlines()
+    tokens.write_text("\n".join([head, *lines[:5]]))
+    _, answers, chances = predicted(chooser.says("predict", "--load", given, tokens=tokens))
+    last = [int(row.sum()) - 1 for inputs, _ in data for row in inputs["attention_mask"]]
+    logits = torch.cat([session.evaluate(inputs) for inputs, _ in data])[range(6), last][:5, [9, 5, 2]]
+    assert len(set(last)) > 1 and len(answers) == 5
+    torch.testing.assert_close(chances, logits.double().softmax(-1), rtol=2e-5, atol=1e-6)
+    assert "nothing is labelled" in chooser.cannot(BAD_DATA, "evaluate", tokens=tokens)
+    tokens.write_text("\n".join([head, "1 2 3 4 5\t0 0 0 0 0\t" + " ".join([str(IGNORED)] * 5)]))
+    assert "line 2 has no token" in chooser.cannot(BAD_DATA, "predict", tokens=tokens)
+    tokens.write_text(head)
+    assert "there are no rows" in chooser.cannot(BAD_DATA, "predict", tokens=tokens)
+    session.load_state(torch.full_like(session.state(), 1e38))
+    tokens.write_text("\n".join([head, lines[0]]))
+    loud = str(session.export_ptd(tmp_path / "loud.ptd"))
+    assert "are no numbers" in chooser.cannot(BAD_PROGRAM, "predict", "--load", loud, tokens=tokens)
+
+
+def test_classes_of_rows(exact: Case, tmp_path: Path) -> None:
+    session, given = strayed(exact, tmp_path)
+    head, answers, chances = predicted(exact.says("predict", "--load", given))
+    assert head == ["predicted", "p_0", "p_1", "p_2"], "numbers, where nobody named them"
+    wanted = torch.cat([session.evaluate(inputs)["logits"].double().softmax(-1) for inputs, _ in exact.data])
+    torch.testing.assert_close(chances, wanted, rtol=2e-5, atol=1e-6)
+    assert answers == [str(int(row.argmax())) for row in wanted]
+
+
+def test_a_state_in_a_data_file_trains(chooser: Case, tmp_path: Path) -> None:
+    """And a step starts from the prefix of its rows."""
+    assert chooser.program.manifest.state == "data" and chooser.program.manifest.prefix
+    chooser.train(tmp_path / "cpp", 3)
+    chooser.train(tmp_path / "cpp", 5, "--save", str(tmp_path / "state.ptd"))
+    session = chooser.finetune(tmp_path / "python", 5)
+    agree(*(read_journal(tmp_path / name / "journal", chooser.program) for name in ("cpp", "python")))
+    assert torch.equal(restored(chooser, tmp_path / "cpp"), saved(tmp_path / "state.ptd"))
+    session.load_state(saved(tmp_path / "state.ptd"))
+    (tmp_path / "cpp" / SNAPSHOT).unlink()  # and the five steps are replayed
+    for options in (("--run", str(tmp_path / "cpp")), ("--load", str(tmp_path / "state.ptd"))):
+        said = chooser.says("evaluate", *options)
+        assert float(said.split()[1]) == pytest.approx(mean_loss(session, chooser.data), rel=LOSS_ERROR, abs=1e-6)
+    given = session.export_ptd(tmp_path / "given.ptd")
+    chooser.train(tmp_path / "other", 0, "--load", str(given), "--save", str(tmp_path / "same.ptd"))
+    assert (tmp_path / "same.ptd").read_bytes() == given.read_bytes()
+
+
+def test_runs_of_exact_steps(exact: Case, tmp_path: Path) -> None:
+    assert "whose runs this host cannot resume" in exact.refused(BAD_PROGRAM, tmp_path / "no")
+    run, session = tmp_path / "run", exact.finetune(tmp_path / "run", 3)
+    said = exact.says("evaluate", "--run", str(run))
+    assert float(said.split()[1]) == pytest.approx(mean_loss(session, exact.data), rel=LOSS_ERROR, abs=1e-6)
+    (run / SNAPSHOT).unlink()
+    said = exact.cannot(BAD_RUN, "evaluate", "--run", str(run))
+    assert "the last 3 steps are not in a saved state" in said and "finetune in Python" in said
+
+
+def test_states_that_cannot_be_read(case: Case, chooser: Case, tmp_path: Path) -> None:
+    assert "there is no run in this folder" in case.cannot(BAD_RUN, "evaluate", "--run", str(tmp_path))
+    assert not list(tmp_path.iterdir()), "and none is made"
+    _, other = strayed(chooser, tmp_path)
+    assert "no tensor mobizo_lora_b of" in case.cannot(BAD_DATA, "evaluate", "--load", other)
+    assert "exclude each other" in case.cannot(BAD_ARGUMENTS, "evaluate", "--load", other, "--run", str(tmp_path))
+    case.train(tmp_path / "run", 2)
+    with Journal(tmp_path / "run" / "journal", case.program):
+        assert "another session" in case.cannot(LOCKED, "evaluate", "--run", str(tmp_path / "run"))
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [str(case.host), "evaluate", str(case.path), str(case.tokens)], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 1 and b"could not be written" in done.stderr
+    done = case.read("evaluate", "--run", str(tmp_path / "run"), "--quiet", "--threads", "1")
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+
+
+def test_what_a_program_cannot_do(case: Case, chooser: Case, tmp_path: Path) -> None:
+    assert "the program's loss is causal-lm, whose answers are no closed set" in case.cannot(BAD_PROGRAM, "predict")
+    said = case.cannot(BAD_PROGRAM, "generate", "--prompt", "1", "--steps", "1")
+    assert "it has no method forward" in said and "GenerateConfig" in said
+    unknown = edited(case, tmp_path, '"name": "causal-lm"', '"name": "causal-xy"')
+    assert "the program's loss is causal-xy; this host computes" in case.cannot(
+        BAD_PROGRAM, "evaluate", program=unknown
+    )
+    two = tmp_path / "two"
+    two.write_text(chooser.tokens.read_text().replace("-100 -100 9", "-100 9 9", 1))
+    assert ":2: there are 2 labels; the loss was compiled for at most 1" in chooser.cannot(
+        BAD_DATA, "predict", tokens=two
+    )
+
+
+@pytest.fixture(scope="module")
+def speaker(host: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A decoder that generates with a cache, and whose state is in a data file."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        initializer_range=0.4,
+    )
+    words = torch.randint(0, 97, (2, 6))
+    program = mobizo.compile(
+        LlamaForCausalLM(config).eval(),
+        {"input_ids": words},
+        LoraConfig(r=2),
+        ZOConfig(queries=1),
+        state="data",
+        generate=GenerateConfig(32, stop_ids=()),
+    )
+    return Case(host, tmp_path_factory.mktemp("speaker"), program, [({"input_ids": words}, words)])
+
+
+@pytest.mark.slow
+def test_tokens_that_go_on_with_a_prompt(speaker: Case, tmp_path: Path) -> None:
+    prompt, texts = [3, 50, 7], []
+    session, given = strayed(speaker, tmp_path)
+    speaker.train(tmp_path / "run", 2)
+    trained = Session(speaker.program)
+    trained.restore(tmp_path / "run")
+    (tmp_path / "run" / SNAPSHOT).unlink()  # so that the host replays before it generates
+    for options, state in (
+        (("--load", given), session),
+        ((), Session(speaker.program)),
+        (("--run", str(tmp_path / "run")), trained),
+    ):
+        done = speaker.read("generate", "--prompt", "3 50  7", "--steps", "64", *options)
+        texts.append([int(word) for word in done.stdout.split(" ")])
+        assert texts[-1] == list(state.generate(prompt, 64))
+        assert done.stdout.endswith("\n") and "ended by a full cache" in done.stderr and len(texts[-1]) == 30
+    assert len(set(texts[0])) > 10 and texts[0] != texts[1]
+    text = texts[0]
+    done = speaker.read("generate", "--prompt", "3 50 7", "--steps", "5", "--load", given, "--quiet")
+    assert (done.stdout, done.stderr) == (" ".join(map(str, text[:5])) + "\n", "")
+    last = next(place for place, token in enumerate(text) if place > 3 and token not in text[:place])
+    stops = f"{text[last]} 96" if 96 not in text else str(text[last])
+    done = speaker.read("generate", "--prompt", "3 50 7", "--steps", "64", "--load", given, "--stop", stops)
+    assert [int(word) for word in done.stdout.split()] == text[:last] and "ended by a stop token" in done.stderr
+    for prompt_given, said in (
+        ("", "--prompt is empty"),
+        ("1 -2", "--prompt is '-2', which is no whole number of 0 or more"),
+        ("1 97", "--prompt has the token 97, outside 0..96"),
+        (" ".join(["1"] * 32), "--prompt has 32 tokens, and the cache has room for 32"),
+    ):
+        assert said in speaker.cannot(BAD_ARGUMENTS, "generate", "--prompt", prompt_given, "--steps", "1")
+
+
+@pytest.mark.slow
+def test_tokens_come_one_by_one(speaker: Case) -> None:
+    """Each is written when it is there: a packet is what one call has written."""
+    command = [str(speaker.host), "generate", str(speaker.path), "--prompt", "3", "--steps", "9", "--quiet"]
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with its, subprocess.Popen(command, stdout=its) as process:
+            assert process.wait() == 0
+        packets = list(iter(lambda: ours.recv(1000).decode(), ""))
+    wanted = [str(token) for token in Session(speaker.program).generate([3], 9)]
+    assert packets == [wanted[0], *(f" {token}" for token in wanted[1:]), "\n"]
 
 
 def test_quiet_is_quiet(case: Case, tmp_path: Path) -> None:
@@ -701,7 +1066,7 @@ def test_the_documented_commands(host: Path, monkeypatch: pytest.MonkeyPatch, tm
     blocks = re.findall(
         r"^```(bash|python)\n(.*?)^```", (ROOT / "docs" / "hosts.md").read_text(), re.DOTALL | re.MULTILINE
     )
-    assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "python"] and "cmake" in blocks[0][1]
+    assert [kind for kind, _ in blocks] == ["bash", "python", "bash", "python", "bash"] and "cmake" in blocks[0][1]
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for kind, code in blocks[1:]:

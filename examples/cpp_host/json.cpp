@@ -186,12 +186,23 @@ void Json::expect(Kind kind, const char* name) const {
   }
 }
 
-const Json& Json::at(std::string_view name) const {
+const std::vector<std::pair<std::string, Json>>& Json::fields() const {
   expect(Kind::object, "an object");
-  for (const auto& [key, value] : fields_) {
+  return fields_;
+}
+
+const Json* Json::find(std::string_view name) const {
+  for (const auto& [key, value] : fields()) {
     if (key == name) {
-      return value;
+      return &value;
     }
+  }
+  return nullptr;
+}
+
+const Json& Json::at(std::string_view name) const {
+  if (const Json* found = find(name)) {
+    return *found;
   }
   throw std::runtime_error("the field " + std::string(name) + " is missing");
 }

@@ -17,12 +17,15 @@ class Json {
 
   // A field of an object, a `std::runtime_error` names it if it is not there.
   const Json& at(std::string_view name) const;
+  const Json* find(std::string_view name) const;  // the same, or nullptr
+  const std::vector<std::pair<std::string, Json>>& fields() const;
   const std::vector<Json>& items() const;  // of an array
   std::string string() const;
   int64_t integer() const;
   double number() const;
   std::optional<int64_t> integer_or_null() const;
   bool is_string() const { return kind_ == Kind::string; }
+  bool is_array() const { return kind_ == Kind::array; }
 
   // As it stands in the source, so that it can be hashed without being written again.
   std::string_view text() const { return text_; }

@@ -1,21 +1,24 @@
 // Fine-tune a program on the ExecuTorch runtime, with forward passes only, in a folder that survives kills.
-#include <executorch/runtime/platform/platform.h>
-
-#include <charconv>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <optional>
+#include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
+#include "arguments.h"
 #include "errors.h"
+#include "evaluate.h"
+#include "generate.h"
 #include "journal.h"
+#include "predict.h"
 #include "program.h"
+#include "quiet.h"
 #include "run_folder.h"
 #include "sha256.h"
 #include "state_file.h"
@@ -29,6 +32,12 @@ using host::Failure;
 
 constexpr char kUsage[] =
     "usage: mobizo_host PROGRAM TOKENS RUN --steps N --learning-rate X [options]\n"
+    "       mobizo_host evaluate PROGRAM TOKENS [--run RUN | --load FILE.ptd] [--threads N] [--quiet]\n"
+    "       mobizo_host predict PROGRAM TOKENS [--run RUN | --load FILE.ptd] [--threads N] [--quiet]\n"
+    "       mobizo_host generate PROGRAM --prompt \"1 2 3\" --steps N [--stop \"2 0\"]\n"
+    "                   [--run RUN | --load FILE.ptd] [--threads N] [--quiet]\n"
+    "\n"
+    "Without a verb it trains:\n"
     "\n"
     "  PROGRAM            a .pte of mobizo-compiler\n"
     "  TOKENS             the batches; see tokens.h\n"
@@ -43,7 +52,20 @@ constexpr char kUsage[] =
     "  --threads N        threads of the kernels (the runtime's choice)\n"
     "  --quiet            print nothing but warnings and errors, and hold back what the runtime logs\n"
     "\n"
+    "With a verb it reads what was learned: that of a run, of a .ptd file, or else the program as it was compiled.\n"
+    "\n"
+    "  evaluate           the mean loss of all labels of the token file\n"
+    "  predict            for every row of the token file, the answer and the probabilities of all answers\n"
+    "  generate           token ids that go on with a prompt, as they come: the most likely ones\n"
+    "  --prompt IDS       token ids with spaces in between\n"
+    "  --steps N          most tokens to generate\n"
+    "  --stop IDS         token ids that end the text (those of the program)\n"
+    "\n"
     "exit codes: 2 arguments, 3 program, 4 token file or .ptd file, 5 run folder, 6 the run is open elsewhere\n";
+
+// What has a first argument of its own; each gets those behind it.
+const std::map<std::string, void (*)(const std::vector<std::string>&)> kVerbs = {
+    {"evaluate", host::evaluate}, {"generate", host::generate}, {"predict", host::predict}};
 
 constexpr size_t kSnapshotEvery = 200;
 
@@ -57,27 +79,6 @@ struct Options {
   std::optional<uint32_t> threads;
   bool quiet = false;
 };
-
-template <class Number>
-Number number(const std::string& name, const std::string& text) {
-  Number value{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size()) {
-    throw Failure(Exit::bad_arguments, name + " is '" + text + "', which is no " +
-                                           (std::is_integral_v<Number> ? "whole number of 0 or more" : "number"));
-  }
-  return value;
-}
-
-// Rounded once, from the decimal text to double and on to float, as Python does it.
-float real(const std::string& name, const std::string& text) {
-  const double given = number<double>(name, text);
-  const float value = static_cast<float>(given);
-  if (!std::isfinite(value) || (given != 0 && value == 0)) {
-    throw Failure(Exit::bad_arguments, name + " is " + text + "; it must be a finite number of float32");
-  }
-  return value;
-}
 
 Options parse(int count, char** arguments) {
   Options options;
@@ -97,13 +98,13 @@ Options parse(int count, char** arguments) {
     }
     const std::string value = arguments[++i];
     if (name == "--steps") {
-      options.steps = number<uint32_t>(name, value);
+      options.steps = host::number<uint32_t>(name, value);
     } else if (name == "--learning-rate") {
-      options.learning_rate = real(name, value);
+      options.learning_rate = host::real(name, value);
     } else if (name == "--seed") {
-      options.seed = number<uint64_t>(name, value);
+      options.seed = host::number<uint64_t>(name, value);
     } else if (name == "--eps") {
-      options.eps = real(name, value);
+      options.eps = host::real(name, value);
       if (!(*options.eps > 0)) {
         throw Failure(Exit::bad_arguments, "--eps is " + value + "; it must be above 0");
       }
@@ -112,10 +113,7 @@ Options parse(int count, char** arguments) {
     } else if (name == "--save") {
       options.save = value;
     } else if (name == "--threads") {
-      options.threads = number<uint32_t>(name, value);
-      if (*options.threads == 0) {
-        throw Failure(Exit::bad_arguments, "--threads is 0; it must be 1 or more");
-      }
+      options.threads = host::thread_count(value);
     } else {
       throw Failure(Exit::bad_arguments, "there is no option " + name);
     }
@@ -151,8 +149,6 @@ std::string peak_memory() {
   return "unknown";
 }
 
-void log_nothing(et_timestamp_t, et_pal_log_level_t, const char*, const char*, size_t, const char*, size_t) {}
-
 // What the host says on its way; warnings and errors go elsewhere.
 class Talk {
  public:
@@ -175,15 +171,15 @@ class Talk {
 
 void train(const Options& options) {
   if (options.quiet) {
-    executorch::runtime::register_pal(executorch::runtime::PalImpl::create(log_nothing, __FILE__));
+    host::silence_runtime();
   }
   const Talk say(options.quiet);
   if (options.threads) {
     host::set_threads(*options.threads);
   }
-  host::Program program(options.program);
+  host::Program program(options.program, host::Use::train);
   const host::Manifest& manifest = program.manifest();
-  auto batches = host::read_batches(options.tokens, manifest);
+  auto batches = host::read_batches(options.tokens, manifest, host::Rows::to_train);
   const float eps = options.eps.value_or(manifest.eps);
   say("%zu parameters, %u queries, %zu batches, eps %g\n", manifest.parameters, manifest.queries, batches.size(),
       static_cast<double>(eps));
@@ -193,19 +189,8 @@ void train(const Options& options) {
   if (std::error_code unknown; !std::filesystem::is_directory(options.run, unknown)) {
     throw Failure(Exit::bad_run, options.run.string() + ": " + (problem ? problem.message() : "this is no folder"));
   }
-  if (std::error_code none; std::filesystem::file_size(options.run / host::kJournal, none) == 0 && !none &&
-                            std::filesystem::exists(options.run / host::kSnapshot)) {
-    throw Failure(Exit::bad_run, (options.run / host::kJournal).string() + ": the journal is empty, but there is a " +
-                                     host::kSnapshot + " of later steps: it was lost");
-  }
-  host::Journal journal(options.run / host::kJournal, program.fingerprint(), manifest.queries, manifest.parameters);
-  if (journal.was_empty()) {
-    std::fputs("warning: the journal is empty, and is begun anew\n", stderr);
-  }
-  if (journal.cut_bytes() > 0) {
-    std::fprintf(stderr, "warning: the last %zu bytes of the journal were not a whole step and have been cut off; %zu "
-                 "steps are left\n", journal.cut_bytes(), journal.records().size());
-  }
+  const auto opened = host::open_journal(options.run, program);
+  host::Journal& journal = *opened;
   if (journal.records().empty() && !std::filesystem::exists(options.run / host::kStart)) {
     if (!options.load.empty()) {
       program.load_state(host::load_ptd(options.load, program));
@@ -216,9 +201,7 @@ void train(const Options& options) {
       std::fprintf(stderr, "warning: the run has begun, and goes on from its own state, not from %s\n",
                    options.load.c_str());
     }
-    for (const std::string& message : host::restore(options.run, journal.records(), program)) {
-      std::fprintf(stderr, "warning: %s; replaying from the start\n", message.c_str());
-    }
+    host::restore(options.run, journal.records(), program);
     say("the run has %zu steps\n", journal.records().size());
   }
 
@@ -262,7 +245,16 @@ int main(int count, char** arguments) {
     return 0;
   }
   try {
-    train(parse(count, arguments));
+    const std::string verb = count > 1 ? arguments[1] : "";
+    const auto found = kVerbs.find(verb);
+    if (found == kVerbs.end()) {
+      train(parse(count, arguments));
+    } else {
+      found->second({arguments + 2, arguments + count});
+      if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+        throw std::runtime_error("what was found could not be written to stdout");
+      }
+    }
     return 0;
   } catch (const Failure& failure) {
     std::fprintf(stderr, "error: %s\n", failure.what());

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -33,22 +34,40 @@ struct TrainedA {
   size_t offset, r, in;
 };
 
+// What the method `forward` takes: tokens, so many of them that the cache has room, and what ends a text.
+struct Generation {
+  int64_t context, vocabulary;
+  std::vector<int64_t> stop_ids;
+};
+
+enum class StateIn {
+  program,  // "shared": a buffer that the methods share
+  data,     // "data": the same, with its initial value in a data file
+  call,     // "io": in and out of every method
+};
+
 struct Manifest {
   std::vector<TensorSpec> inputs;
   TensorSpec labels;
   std::vector<DynamicSize> sizes;
   size_t parameters;
   size_t state_size;  // parameters, then what the update rule remembers
+  std::vector<std::pair<size_t, float>> memory_start;  // what that is before the first step: how many, and which
   std::vector<TrainedA> trained_a;
   uint32_t queries;
-  bool state_is_passed;  // "io": in and out of every method; else a buffer that they share
+  StateIn state;
+  bool has_prefix;  // a step starts from the outputs of the method `prefix`
   float eps;
   size_t first_label;
   std::optional<int64_t> max_labels;
+  std::string loss;                        // its name
+  std::optional<size_t> output;            // the output of `evaluate` that it is of; nothing where nobody can tell
+  std::vector<std::string> answers;        // names of the classes or choices; empty where they have none
+  std::optional<Generation> generate;
   std::string identity;  // the text that the fingerprint begins with
 };
 
-// Throws `Failure` where the text is no manifest of `kFormatVersion`.
-Manifest read_manifest(std::string_view text, const std::string& where);
+// Throws `Failure` where the text is no manifest of `kFormatVersion`. `replays`: whether the program has the method.
+Manifest read_manifest(std::string_view text, const std::string& where, bool replays);
 
 }  // namespace host

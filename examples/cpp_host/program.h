@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -21,10 +22,19 @@ struct StepResult {
   std::vector<float> projected_gradient;
 };
 
+// What the model returns, one tensor of it.
+struct Output {
+  std::vector<size_t> shape;
+  std::vector<float> values;
+};
+
+// What a program is loaded for: only the methods that this needs are loaded, and one that restores a run.
+enum class Use { train, evaluate, generate };
+
 class Program {
  public:
   // Throws `Failure` where the file is no program of this compiler, or one that this host cannot run.
-  explicit Program(const std::filesystem::path& path);
+  Program(const std::filesystem::path& path, Use use);
 
   const Manifest& manifest() const { return manifest_; }
 
@@ -32,6 +42,15 @@ class Program {
   const Sha256::Digest& fingerprint() const { return fingerprint_; }
 
   StepResult train_step(Batch& batch, uint32_t seed, float learning_rate, float eps);
+
+  // The output that the loss is of, with the adapter on and nothing perturbed. Labels are not read.
+  Output evaluate(Batch& batch);
+
+  // The logits of the token behind `tokens`, the first of which stands at `start`; what came before is in the cache.
+  std::vector<float> next_logits(std::vector<int64_t> tokens, int64_t start);
+
+  // Whether the update of a step can be repeated: not where a step has the gradient itself.
+  bool replays() const { return replays_; }
 
   // Repeat the update of a step from its seed and projected gradient, without a forward pass.
   void replay(uint32_t seed, std::vector<float> projected_gradient, float learning_rate);
@@ -42,14 +61,24 @@ class Program {
  private:
   using Tensors = std::vector<executorch::extension::TensorPtr>;
 
+  void open();
+  void open_with_data();
   void read_identity();
-  void load_methods();
+  void set_initial(const float* lora_a);
+  void load_methods(Use use);
   void load_method(const std::string& name);
+  void find_state(const std::string& method);
+  Tensors inputs_of(Batch& batch) const;
+  Tensors start_of(Batch& batch);
   std::vector<executorch::runtime::EValue> run(const std::string& method, const Tensors& arguments);
+  std::vector<executorch::runtime::EValue> run_with_state(const std::string& method, Tensors arguments);
+  std::vector<executorch::runtime::EValue> update(const std::string& method, const Tensors& arguments);
   [[noreturn]] void fail(const std::string& problem) const;
 
   std::filesystem::path path_;
-  executorch::extension::Module module_;
+  std::string data_;  // the data file that methods look up the state in while they load, where they do so
+  std::unique_ptr<executorch::extension::Module> module_;
+  bool replays_ = false;
   Manifest manifest_;
   Sha256::Digest fingerprint_{};
   State initial_;            // before the first step

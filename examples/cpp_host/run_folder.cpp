@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <string>
 
 #include "errors.h"
 #include "files.h"
@@ -79,8 +81,26 @@ void write_state(const std::filesystem::path& path, const Program& program, size
   }
 }
 
-std::vector<std::string> restore(const std::filesystem::path& folder, const std::vector<Record>& records,
-                                 Program& program) {
+std::unique_ptr<Journal> open_journal(const std::filesystem::path& folder, const Program& program) {
+  if (std::error_code none; std::filesystem::file_size(folder / kJournal, none) == 0 && !none &&
+                            std::filesystem::exists(folder / kSnapshot)) {
+    throw Failure(Exit::bad_run, (folder / kJournal).string() + ": the journal is empty, but there is a " + kSnapshot +
+                                     " of later steps: it was lost");
+  }
+  const Manifest& manifest = program.manifest();
+  auto journal =
+      std::make_unique<Journal>(folder / kJournal, program.fingerprint(), manifest.queries, manifest.parameters);
+  if (journal->was_empty()) {
+    std::fputs("warning: the journal is empty, and is begun anew\n", stderr);
+  }
+  if (journal->cut_bytes() > 0) {
+    std::fprintf(stderr, "warning: the last %zu bytes of the journal were not a whole step and have been cut off; %zu "
+                 "steps are left\n", journal->cut_bytes(), journal->records().size());
+  }
+  return journal;
+}
+
+void restore(const std::filesystem::path& folder, const std::vector<Record>& records, Program& program) {
   std::vector<std::string> problems;
   for (const char* name : {kSnapshot, kStart}) {
     const std::filesystem::path path = folder / name;
@@ -93,13 +113,22 @@ std::vector<std::string> restore(const std::filesystem::path& folder, const std:
         throw std::runtime_error("it is of step " + std::to_string(step) + ", the journal has " +
                                  std::to_string(records.size()) + " steps");
       }
+      if (step < records.size() && !program.replays()) {
+        throw Failure(Exit::bad_run, folder.string() + ": the last " + std::to_string(records.size() - step) +
+                                         " steps are not in a saved state, and steps of this program cannot be " +
+                                         "replayed; finetune in Python with the same batches makes them again" +
+                                         (problems.empty() ? "" : " (" + problems.back() + ")"));
+      }
       program.load_state(state);
       for (size_t i = step; i < records.size(); ++i) {
         if (std::isfinite(records[i].loss)) {  // else the step was void
           program.replay(records[i].seed, records[i].projected_gradient, records[i].learning_rate);
         }
       }
-      return problems;
+      for (const std::string& problem : problems) {
+        std::fprintf(stderr, "warning: %s; replaying from the start\n", problem.c_str());
+      }
+      return;
     } catch (const Failure&) {
       throw;
     } catch (const std::exception& error) {  // a number that is none, too

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <filesystem>
-#include <string>
+#include <memory>
 #include <vector>
 
 #include "journal.h"
@@ -20,10 +20,12 @@ constexpr char kSnapshot[] = "snapshot.safetensors";
 // The file appears whole or not at all. Throws `Failure`.
 void write_state(const std::filesystem::path& path, const Program& program, size_t step);
 
+// The journal of a run, which is made if there is none; what had to be mended is said on stderr. Throws `Failure`.
+std::unique_ptr<Journal> open_journal(const std::filesystem::path& folder, const Program& program);
+
 // Set the state to the end of the run: the newest saved state that can be read and that the journal reaches, and a
-// replay of the steps since then. What could not be used on the way is returned, to be said aloud.
-// Throws `Failure` where no saved state can be used.
-std::vector<std::string> restore(const std::filesystem::path& folder, const std::vector<Record>& records,
-                                 Program& program);
+// replay of the steps since then. What could not be used on the way is said on stderr.
+// Throws `Failure` where no saved state can be used, or steps since then cannot be replayed.
+void restore(const std::filesystem::path& folder, const std::vector<Record>& records, Program& program);
 
 }  // namespace host

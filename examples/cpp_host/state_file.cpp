@@ -54,7 +54,9 @@ constexpr uint8_t kFront[] = {
 };
 constexpr size_t kDataBytesAt = 40, kSizeAt = 240, kFingerprintAt = 288, kStateBytesAt = 320;
 
-std::string flat_tensor(const State& state, const Sha256::Digest& fingerprint) {
+}  // namespace
+
+std::string packed_state(const State& state, const Sha256::Digest& fingerprint) {
   const uint64_t state_bytes = state.size() * sizeof(float);
   const uint64_t fingerprint_at = (state_bytes + kAlignment - 1) / kAlignment * kAlignment;
   std::string file(reinterpret_cast<const char*>(kFront), sizeof(kFront));
@@ -68,11 +70,9 @@ std::string flat_tensor(const State& state, const Sha256::Digest& fingerprint) {
   return file.append(fingerprint.begin(), fingerprint.end());
 }
 
-}  // namespace
-
 void save_ptd(const std::filesystem::path& path, const Program& program) {
   try {
-    write_whole_file(path, sealed(flat_tensor(program.state(), program.fingerprint())));
+    write_whole_file(path, sealed(packed_state(program.state(), program.fingerprint())));
   } catch (const std::runtime_error& error) {
     throw Failure(Exit::bad_data, error.what());
   }

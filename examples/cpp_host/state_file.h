@@ -8,6 +8,9 @@
 
 namespace host {
 
+// The bytes of such a file, without the checksum.
+std::string packed_state(const State& state, const Sha256::Digest& fingerprint);
+
 // The file appears whole or not at all. Throws `Failure`.
 void save_ptd(const std::filesystem::path& path, const Program& program);
 

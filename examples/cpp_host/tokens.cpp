@@ -78,7 +78,7 @@ class Reader {
     }
   }
 
-  std::vector<Batch> read() {
+  std::vector<Batch> read(Rows use) {
     std::string text;
     try {
       text = read_file(path_);
@@ -95,7 +95,10 @@ class Reader {
     line_ = 1;
     const std::vector<size_t> columns = columns_of(split(lines[0], '\t'));
     const size_t count = lines.size() - 1, batch = static_cast<size_t>(rows_);
-    if (count == 0 || count % batch != 0) {
+    if (use == Rows::to_read && count == 0) {
+      fail("there are no rows behind the names of the columns");
+    }
+    if (use == Rows::to_train && (count == 0 || count % batch != 0)) {
       fail("there are " + std::to_string(count) + " rows; the program takes " + std::to_string(batch) +
            " in a step, so it must be a multiple of that");
     }
@@ -108,8 +111,8 @@ class Reader {
         values.push_back({kTypes.at(spec->dtype), {}, {}});
       }
       for (size_t i = 0; i < batch; ++i) {
-        line_ = row + i + 2;
-        const std::vector<std::string_view> cells = split(lines[row + i + 1], '\t');
+        line_ = std::min(row + i, count - 1) + 2;
+        const std::vector<std::string_view> cells = split(lines[line_ - 1], '\t');
         if (cells.size() != columns.size()) {
           fail("there are " + std::to_string(cells.size()) + " columns, the first line has " +
                std::to_string(columns.size()));
@@ -119,13 +122,14 @@ class Reader {
           read_row(*specs_[which], cells[column], values[which], specs_[which] == &manifest_.labels);
         }
       }
-      if (manifest_.labels.also && counted_ == 0) {
+      if (use == Rows::to_train && manifest_.labels.also && counted_ == 0) {
         fail("nothing is labelled in this batch: all labels that count are " + std::to_string(*manifest_.labels.also));
       }
       Batch found;
       found.labels = std::move(values.back());
       values.pop_back();
       found.inputs = std::move(values);
+      found.rows = std::min(batch, count - row);
       batches.push_back(std::move(found));
     }
     return batches;
@@ -242,8 +246,26 @@ executorch::extension::TensorPtr Value::tensor() {
   return executorch::extension::from_blob(data.data(), shape, type);
 }
 
-std::vector<Batch> read_batches(const std::filesystem::path& path, const Manifest& manifest) {
-  return Reader(path, manifest).read();
+int64_t Value::integer(size_t place) const {
+  int64_t value = 0;
+  std::memcpy(&value, data.data() + place * sizeof(value), sizeof(value));
+  return value;
+}
+
+std::vector<float> Value::floats() const {
+  std::vector<float> values(data.size() / sizeof(float));
+  std::memcpy(values.data(), data.data(), values.size() * sizeof(float));
+  return values;
+}
+
+bool Value::is_zero(size_t place) const {
+  const size_t size = executorch::runtime::elementSize(type);
+  const auto first = data.begin() + static_cast<std::ptrdiff_t>(place * size);
+  return std::all_of(first, first + static_cast<std::ptrdiff_t>(size), [](uint8_t byte) { return byte == 0; });
+}
+
+std::vector<Batch> read_batches(const std::filesystem::path& path, const Manifest& manifest, Rows use) {
+  return Reader(path, manifest).read(use);
 }
 
 }  // namespace host

@@ -24,15 +24,24 @@ struct Value {
   std::vector<uint8_t> data;
 
   executorch::extension::TensorPtr tensor();  // a view; no copy
+  int64_t integer(size_t place) const;        // of int64
+  std::vector<float> floats() const;          // of float32
+  bool is_zero(size_t place) const;
 };
 
 struct Batch {
   std::vector<Value> inputs;
   Value labels;
+  size_t rows = 0;  // that are in the file; the last one again stands for those that are missing
+};
+
+enum class Rows {
+  to_train,  // whole batches, each with a label
+  to_read,   // any number of rows, which need no labels
 };
 
 // All batches of a file, checked against the manifest, because not every kernel checks: a token or a label out of range
 // may read foreign memory. Throws `Failure` with the line and the column.
-std::vector<Batch> read_batches(const std::filesystem::path& path, const Manifest& manifest);
+std::vector<Batch> read_batches(const std::filesystem::path& path, const Manifest& manifest, Rows use);
 
 }  // namespace host
