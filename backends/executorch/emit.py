@@ -139,6 +139,8 @@ def with_own_graph(program: ExportedProgram, kind: type[ExportedProgram] = Expor
     graph.output(graph.graph_copy(program.graph, copies))
     for old, new in copies.items():
         new.name = old.name  # a copy of an input named like a Python builtin would get another name
+        if new.op == "placeholder":
+            new.target = new.name  # by which the emitter looks for what it stands for
     graph.output_node().meta = dict(program.graph.output_node().meta)
     return kind(
         root=program.graph_module,
