@@ -283,11 +283,12 @@ def functional(exported: ExportedProgram, first: Sequence[Any] = (), *, own: boo
         wanted, done = {*first, *_without_rule(exported, table)}, set[Any]()
         if own and not wanted and _all_known(exported.graph):
             return exported
-        while wanted or not done:
+        while True:
             exported = exported.run_decompositions({target: table[target] for target in wanted})
-            done |= wanted or {None}
+            done |= wanted
             wanted = _without_rule(exported, table) - done
-        return exported
+            if not wanted:
+                return exported
 
 
 def _without_rule(exported: ExportedProgram, table: Mapping[Any, Any]) -> set[Any]:

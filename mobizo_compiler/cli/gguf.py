@@ -10,8 +10,7 @@ import typer
 
 from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, Remarks, TrustRemoteCode, app, print_json
 from mobizo_compiler.cli.options import ConfigFile
-from mobizo_compiler.cli.runs import check_file, check_run, restored, say_effect
-from mobizo_compiler.device.run import begin
+from mobizo_compiler.cli.runs import begin_with_adapter, check_file, check_run, restored
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, ModelSourceError
 from mobizo_compiler.format.gguf_adapter import read_gguf, write_gguf
@@ -75,12 +74,7 @@ def read_gguf_adapter(
     layers = [site.fqn for site in session.program.sites]
     found = read_gguf(adapter, _configuration(session, base_model, trust_remote_code), layers)
     session.load_state(state_of(session.program, found, str(adapter)))
-    say_effect(session, Remarks(quiet), "the adapter")
-    begin(session, run)
-    if as_json:
-        print_json({"run": str(run), "parameters": session.program.parameters})
-    else:
-        typer.echo(f"the run in {run} begins with the adapter in {adapter}")
+    begin_with_adapter(session, run, adapter, as_json, Remarks(quiet))
 
 
 def _configuration(session: Session, base_model: str | None, trust_remote_code: bool) -> Any:

@@ -14,8 +14,7 @@ from rich.text import Text
 from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.cli.app import AsJson, Best, ProgramFile, Quiet, Remarks, app, how_estimated, megabytes, print_json
 from mobizo_compiler.cli.options import ConfigFile
-from mobizo_compiler.cli.runs import check_run, say_effect
-from mobizo_compiler.device.run import begin
+from mobizo_compiler.cli.runs import begin_with_adapter, check_run, say_effect
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.drawing import check_format
 from mobizo_compiler.extensions import spelled
@@ -176,9 +175,4 @@ def read_adapter(
     """
     session = Session(file)
     session.import_adapter(folder)
-    say_effect(session, Remarks(quiet), "the adapter")
-    begin(session, run)
-    if as_json:
-        print_json({"run": str(run), "parameters": session.program.parameters})
-    else:
-        typer.echo(f"the run in {run} begins with the adapter in {folder}")
+    begin_with_adapter(session, run, folder, as_json, Remarks(quiet))

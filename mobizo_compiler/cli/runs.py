@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mobizo_compiler.cli.app import Remarks
+import typer
+
+from mobizo_compiler.cli.app import Remarks, print_json
 from mobizo_compiler.cli.losses import unescaped
-from mobizo_compiler.device.run import JOURNAL
+from mobizo_compiler.device.run import JOURNAL, begin
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import (
     ArtifactError,
@@ -132,3 +134,13 @@ def say_effect(session: Session, remark: Remarks, who: str) -> None:
         remark(f"{who}: moves the model's answer to a fixed input by {effect:.2%}", "dim")
     else:
         remark(f"{who}: changes nothing of the model's answer to a fixed input; is it trained?", "yellow")
+
+
+def begin_with_adapter(session: Session, run: Path, adapter: Path, as_json: bool, remark: Remarks) -> None:
+    """Begin a run from the adapter that a session was given, and say so."""
+    say_effect(session, remark, "the adapter")
+    begin(session, run)
+    if as_json:
+        print_json({"run": str(run), "parameters": session.program.parameters})
+    else:
+        typer.echo(f"the run in {run} begins with the adapter in {adapter}")

@@ -85,7 +85,8 @@ class Session:
         if not isinstance(program, Program):
             program = load(program)
         self.program = program
-        self._runner = program.artifact.runner()
+        runner = self._runner = program.artifact.runner()
+        self._live_state = runner.live_state if isinstance(runner, DeviceRunner) else runner.state  # where it changes
         if program.manifest.state != "shared":  # what is passed in, or looked up in a file, begins with zeros here
             self._runner.state().copy_(program.initial_state())
         self._prefix_cache = None
@@ -509,10 +510,6 @@ class Session:
             self._runner.state().copy_(before)
             raise StateError("the update is too large for float32", hint="give a lower learning rate")
         return results
-
-    def _live_state(self) -> Tensor:
-        """The state where methods change it."""
-        return self._runner.live_state() if isinstance(self._runner, DeviceRunner) else self._runner.state()
 
     def _leaves(self, inputs: Inputs) -> list[Any]:
         """The inputs in flat order, as many as the program takes."""

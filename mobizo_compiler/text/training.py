@@ -28,6 +28,7 @@ from mobizo_compiler.text.evaluation import Score, objective, score
 
 RECORD, BEST = "run.json", "best.safetensors"
 DEFAULT_STEPS = 200
+_RATE, _RATE_OF_ADAMW = 1e-2, 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class TrainingConfig(JsonConfig):
 
     def rates(self, steps: int) -> Callable[[int], float]:
         """The learning rate of every step."""
-        highest = 1e-2 if self.learning_rate is None else self.learning_rate
+        highest = _RATE if self.learning_rate is None else self.learning_rate
         return schedule(self.schedule, highest, steps, warmup=self.warmup, end=self.final_rate)
 
     def for_rule(self, name: str) -> TrainingConfig:
@@ -104,7 +105,7 @@ class TrainingConfig(JsonConfig):
         >>> TrainingConfig().for_rule("adamw").learning_rate
         0.001
         """
-        usual = 1e-3 if name == "adamw" else 1e-2
+        usual = _RATE_OF_ADAMW if name == "adamw" else _RATE
         return self if self.learning_rate is not None else dataclasses.replace(self, learning_rate=usual)
 
 
