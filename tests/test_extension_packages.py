@@ -27,6 +27,7 @@ from mobizo_compiler.step.rules import get_rule
 from mobizo_compiler.testing import TinyCausalLM, check_against_oracle, check_backend, tiny_batch
 
 EXTENSIONS = Path(__file__).parent.parent / "examples" / "extensions"
+MODULES = sorted(file.stem for file in EXTENSIONS.glob("*/*.py"))
 
 
 def install(name: str, folder: Path) -> None:
@@ -45,14 +46,19 @@ def install(name: str, folder: Path) -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on the path with all packages."""
+    """A folder on the path with all packages, of which none is imported before or after."""
     folder = tmp_path / "site"
     for source in EXTENSIONS.iterdir():
         install(source.name, folder)
+    forget()
     monkeypatch.syspath_prepend(folder)
     yield folder
-    for file in EXTENSIONS.glob("*/*.py"):
-        sys.modules.pop(file.stem, None)
+    forget()
+
+
+def forget() -> None:
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("file", sorted(EXTENSIONS.glob("*/mobizo_*.py")), ids=lambda file: file.stem)
