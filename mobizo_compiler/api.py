@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.analysis.ranges import explain_lookup
 from mobizo_compiler.backends import Backend, get_backend
+from mobizo_compiler.compiling.agreement import check_half
 from mobizo_compiler.compiling.cache import cached
 from mobizo_compiler.compiling.captured_forward import CapturedForward
 from mobizo_compiler.compiling.captured_step import CapturedStep
@@ -33,6 +34,7 @@ from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.pipeline import Insertion
 from mobizo_compiler.passes.capture import outputs_of, unwrapped
+from mobizo_compiler.passes.full_precision import is_half
 from mobizo_compiler.quantization.weights import QuantizationConfig
 from mobizo_compiler.step.losses import CallableLoss, Loss
 from mobizo_compiler.step.rules import UpdateRule
@@ -118,7 +120,8 @@ def compile(
     """Compile a model into a program that fine-tunes itself in an inference engine.
 
     Args:
-        model: A module in eval mode, or a `torch.export.ExportedProgram`.
+        model: A module in eval mode, or a `torch.export.ExportedProgram`. A module in bfloat16 or float16 is compiled
+            as its float32 self, from the weights as they are: they are made float32 one at a time.
         example_inputs: A tuple, or a dict for keyword arguments, nested as the model wants it. Their shapes are the
             shapes that the program takes. Values that are no tensors are fixed by the capture.
         lora: Which layers are adapted; `LoraConfig()` if None.
@@ -247,12 +250,14 @@ def compile(
         lora_a = methods["train_step"].lora_a
         wanted = CapturedStep(captured, manifest.sites, lora_a, example.rows, store, chosen.zo, chosen.loss)
         at_zero = _outputs(model, wanted, example)
+        made: dict[int, Tensor] = {}
+        whole = {name: method.whole(made) for name, method in methods.items()}
         forward = None
         if cached_one is not None and manifest.generate is not None:
-            itself = model if isinstance(model, nn.Module) and not store else None
+            itself = model if isinstance(model, nn.Module) and not store and not is_half(model) else None
             forward = CapturedForward(cached_one, manifest.sites, lora_a, store, manifest.generate, itself)
         say("lower")
-        program = Program(manifest, target.lower(methods, manifest), lora_a, methods)
+        program = Program(manifest, target.lower(whole, manifest), lora_a, whole)
         if (most := chosen.activation_memory_bytes) is not None:
             _check_planned(program, most, say)
         say("check")
@@ -295,11 +300,16 @@ def _backend_options(backend: Backend) -> str:
 
 
 def _outputs(model: nn.Module | ExportedProgram, wanted: CapturedStep, example: Example) -> list[Tensor]:
-    """What the model returns for the example inputs: the module itself, or its graph where weights were quantized."""
+    """What the model returns for the example inputs: the module itself, or its graph where weights were quantized or
+    the module computes in half precision."""
     try:
-        if isinstance(model, nn.Module) and not wanted.store:
-            return outputs_of(model, example)
-        return wanted.evaluate(example.tensors, initial_state(wanted.sites, wanted.lora_a))
+        itself = outputs_of(model, example) if isinstance(model, nn.Module) and not wanted.store else None
+        if itself is not None and not is_half(model):
+            return itself
+        found = wanted.evaluate(example.tensors, initial_state(wanted.sites, wanted.lora_a))
+        if itself is not None:
+            check_half(found, itself)
+        return found
     except IndexError:
         explain_lookup(wanted.captured, example.tensors)
         raise

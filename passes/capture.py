@@ -29,6 +29,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.example import Example, Leaf, doubled, flat_names
 from mobizo_compiler.graph.nodes import operator_name, source_line
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
+from mobizo_compiler.passes.full_precision import in_float32, restored
 from mobizo_compiler.upstream import OpOverload, pytree
 
 aten = torch.ops.aten
@@ -48,11 +49,13 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
         CaptureError: The model cannot be exported.
         UnsupportedGraphError: The graph has inputs or outputs that are not tensors, or weights that change.
     """
+    originals: dict[int, Tensor] = {}
     if isinstance(model, ExportedProgram):
         exported = functional(model)
     elif isinstance(model, nn.Module):
         _check_weights(model)
-        exported = functional(_export(model, example, symbolic), own=True)
+        with in_float32(model) as originals:
+            exported = functional(_export(model, example, symbolic), own=True)
     else:
         raise CaptureError(
             f"cannot compile a {type(model).__name__}", hint="pass an nn.Module or a torch.export.ExportedProgram"
@@ -82,7 +85,7 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
         root=nn.Module(),
         graph=exported.graph,
         graph_signature=signature,
-        state_dict={name: frozen(tensor) for name, tensor in exported.state_dict.items()},
+        state_dict={name: restored(frozen(tensor), originals) for name, tensor in exported.state_dict.items()},
         range_constraints=exported.range_constraints,
         module_call_graph=flat_call_graph(len(signature.user_inputs), len(signature.user_outputs)),
         constants={k: v.detach() if isinstance(v, Tensor) else v for k, v in exported.constants.items()},
@@ -188,7 +191,7 @@ def _export_once(model: nn.Module, example: Example, rows: Any) -> ExportedProgr
     def sizes(leaf: Leaf) -> dict[int, Any]:
         return dict(leaf.dims) if leaf.row_axis is None else {**leaf.dims, leaf.row_axis: rows}
 
-    given = example.mapped(doubled) if rows is not None else example.inputs
+    given = example.mapped(doubled if rows is not None else lambda leaf: leaf.tensor)
     shapes = None if rows is None else _shapes(example.mapped(sizes), example.inputs)
     args, kwargs = ((), dict(given)) if isinstance(given, Mapping) else (tuple(given), {})
     if isinstance(shapes, tuple):

@@ -31,6 +31,7 @@ from mobizo_compiler.graph.nodes import operand
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, flat_call_graph
 from mobizo_compiler.optional import optional
 from mobizo_compiler.passes.capture import frozen, functional
+from mobizo_compiler.passes.full_precision import in_float32, restored
 
 aten = torch.ops.aten
 TOKENS = "tokens"  # name of the dynamic size
@@ -56,12 +57,14 @@ def capture_cache(model: object, captured: GraphProgram, context: int) -> GraphP
             hint="leave generate out: evaluate gives the logits of whole rows",
         )
     assert isinstance(model, nn.Module)
-    exported = functional(_export(model, context), (aten.index_copy.default,))
+    with in_float32(model) as originals:
+        exported = functional(_export(model, context), (aten.index_copy.default,))
     _drop_counters(exported)
     _without_wrapper(exported)
     read = {node.name for node in captured.graph.find_nodes(op="placeholder") if node.users}
     known = {path: tensor.data_ptr() for name, (path, tensor) in captured.tensors().items() if name in read}
-    inputs, tensors = _by_path(exported, known)
+    every = {path: restored(frozen(value), originals) for path, value in _tensors(exported).items()}
+    inputs, tensors = _by_path(exported, every, known)
     signature = ExportGraphSignature(inputs, exported.graph_signature.output_specs)
     constants: dict[str, Any] = {
         path: tensor for path, (kind, tensor) in tensors.items() if kind is not InputKind.PARAMETER
@@ -177,8 +180,13 @@ def _drop_counters(exported: ExportedProgram) -> None:
     exported._graph_signature = ExportGraphSignature(inputs, [spec for spec, _ in kept])
 
 
+def _tensors(exported: ExportedProgram) -> dict[str, Tensor]:
+    every = {**exported.constants, **exported.state_dict}
+    return {path: value for path, value in every.items() if isinstance(value, Tensor)}
+
+
 def _by_path(
-    exported: ExportedProgram, known: Mapping[str, int]
+    exported: ExportedProgram, every: Mapping[str, Tensor], known: Mapping[str, int]
 ) -> tuple[list[InputSpec], dict[str, tuple[InputKind, Tensor]]]:
     """The inputs with the model's own paths, and kind and value of every tensor by path.
 
@@ -187,13 +195,12 @@ def _by_path(
     """
     inputs: list[InputSpec] = []
     tensors: dict[str, tuple[InputKind, Tensor]] = {}
-    every = {**exported.constants, **exported.state_dict}
     nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     for spec in exported.graph_signature.input_specs:
         if spec.target is None:
             inputs.append(spec)
             continue
-        path, value, node = spec.target.removeprefix(_INSIDE), frozen(every[spec.target]), nodes[spec.arg.name]
+        path, value, node = spec.target.removeprefix(_INSIDE), every[spec.target], nodes[spec.arg.name]
         names = [name for name, place in known.items() if place == value.data_ptr()]
         path = path if path in names or not names else names[0]
         readers: dict[str, list[fx.Node]] = {}

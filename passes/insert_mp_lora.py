@@ -143,7 +143,7 @@ class InsertMPLoRA(Pass):
                     raise UnsupportedGraphError(
                         f"layer {fqn} computes in {dtype}; adapters need float32",
                         where=source_line(target.call),
-                        hint="call model.float() first",
+                        hint="pass the module itself, which is captured in float32; or export model.float()",
                     )
                 if (target.in_features, target.out_features) != (first.in_features, first.out_features):
                     raise UnsupportedGraphError(

@@ -95,8 +95,7 @@ class Quantize(Pass):
         found = linear_weight(edit, target)
         if found is None:
             return
-        placeholder, weight = found
-        name = str(edit.tensor_name(placeholder))
+        name = str(edit.tensor_name(found.node))
         recipe = self.config
         if isinstance(self.config, QuantizationConfig):
             recipe = self.config.recipe_of(fqn, fqn in self.output_layers)
@@ -106,6 +105,7 @@ class Quantize(Pass):
         key = (name, str(recipe), fqn if recipe is self.config else "")
         factor = self.smoothing.get(name.partition(ROWS)[0]) if recipe in ROUND_ACTIVATIONS else None
         if key not in self.stored:
+            weight = found.read(edit)
             straight = weight.contiguous() if factor is None else weight / factor
             asymmetric = getattr(self.config, "asymmetric", False)
             self.stored[key] = store_weight(straight, recipe, group_size, fqn, asymmetric)
@@ -123,18 +123,20 @@ class Quantize(Pass):
             else:
                 new = edit.inline(stored.linear, x, bias, *parts)
         edit.replace(node, new)
-        used[placeholder] = _Used(stored, parts, factor, turned=weight.shape != placeholder.meta["val"].shape)
+        used[found.node] = _Used(stored, parts, factor, found.turned)
 
     def _embedding(self, edit: Editor, node: fx.Node) -> None:
-        table = edit.tensor(operand(node))
-        if not isinstance(self.config, QuantizationConfig) or self.config.table_recipe == "none" or table is None:
+        config, name = self.config, edit.tensor_name(operand(node))
+        if not isinstance(config, QuantizationConfig) or config.table_recipe == "none" or name is None:
             return
-        name = str(edit.tensor_name(operand(node)))
-        if table.dtype != torch.float32 or self.config.recipe_of(name.removesuffix(".weight"), False) == "none":
+        full = operand(node).meta["val"].dtype == torch.float32
+        if not full or config.recipe_of(name.removesuffix(".weight"), False) == "none":
             return
-        key = (name, "rows", self.config.table_recipe)
+        key = (name, "rows", config.table_recipe)
         if key not in self.stored:
-            self.stored[key] = store_table(table, self.config.table_recipe, self.config.group_size, name)
+            table = edit.tensor(operand(node))
+            assert table is not None
+            self.stored[key] = store_table(table, config.table_recipe, config.group_size, name)
         stored = self.stored[key]
         assert stored.rows is not None
         with edit.graph.inserting_before(node):

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
@@ -267,6 +269,30 @@ def test_equal_prompts_are_on_one_side() -> None:
     assert split(texts, 0.2, seed=0) == (training, validation) != split(texts, 0.2, seed=1)
     with pytest.raises(DataError, match="cannot be split"):
         split(texts[:1], 0.5, seed=0)
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_batches_of_rows_of_similar_length(lengths: list[int], rows: int, seed: int) -> None:
+    """An epoch still has every row once, wherever its batches begin; and no order has less padding, within a pool."""
+    encoded = tuple(Encoded((1,) * (length - 1) + (9 + place,), 1, None, 0) for place, length in enumerate(lengths))
+    layout = BatchShape(
+        rows=rows, tokens=9, shortest=1, vocabulary=99, inputs=("input_ids",), max_labels=1, classes=None, choices=None
+    )
+    batch = TextData(encoded, layout, None, (), 0, PromptConfig()).batches(seed, group_by_length=True)
+    seen = [int(label) - 9 for step in range(3 * len(lengths)) for label in batch(step)[1].max(dim=1).values]
+    epochs = [
+        seen[begin : begin + len(lengths)] for begin in range(0, len(seen) // len(lengths) * len(lengths), len(lengths))
+    ]
+    assert all(sorted(epoch) == list(range(len(lengths))) for epoch in epochs)
+    if len(lengths) % rows == 0:
+        padded = sum(batch(step)[0]["input_ids"].numel() for step in range(len(lengths) // rows))
+        ordered = sorted(lengths, reverse=True)
+        assert padded == sum(rows * ordered[place] for place in range(0, len(lengths), rows))
 
 
 def test_balanced_batches_take_the_answers_in_turns() -> None:

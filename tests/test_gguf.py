@@ -20,6 +20,7 @@ from mobizo_compiler.device.run import begin
 from mobizo_compiler.errors import AdapterError, ConfigError
 from mobizo_compiler.format.gguf_adapter import read_gguf, write_gguf
 from mobizo_compiler.format.peft import PeftAdapter
+from mobizo_compiler.text.hub import load_model
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process, so that its programs are made once
 
@@ -146,3 +147,74 @@ def test_a_program_of_its_layers(tmp_path: Path) -> None:
     assert all(torch.equal(program.lora_a_by_fqn[name], adapter.a[name]) for name in adapter.a)
     with pytest.raises(ConfigError, match="a model of transformers"):
         mobizo.compile(torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), adapter=tmp_path / "a.gguf")
+
+
+def checkpoint(path: Path, model: LlamaForCausalLM, kind: Any) -> None:
+    """A Llama as llama.cpp's converter writes it: names, and the order of rows that its rotation wants."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+    parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
+    parts |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
+    parts |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer in whole:
+            written = whole[layer]
+        else:
+            _, _, block, inner = layer.split(".", 3)
+            written = f"blk.{block}.{parts[inner]}"
+        values = weight.numpy()
+        if (count := heads.get(written.rpartition(".")[2])) is not None:
+            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        stored = gguf.quantize(values, kind) if weight.dim() > 1 else values
+        writer.add_tensor(f"{written}.weight", stored, raw_dtype=kind if weight.dim() > 1 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0", "Q4_1"])
+def test_a_checkpoint_is_compiled(kind: str, tmp_path: Path) -> None:
+    """With the numbers that are in it; `transformers` turns the rows of queries and keys back."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 32, "intermediate_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    checkpoint(tmp_path / "model.gguf", model, gguf.GGMLQuantizationType[kind])
+    loaded = load_model(str(tmp_path / "model.gguf"))
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        wanted, found = model(ids).logits, loaded(ids).logits
+    allowed = {"F32": 1e-6, "Q8_0": 0.02}.get(kind, 0.2)
+    assert float((found - wanted).norm() / wanted.norm()) < allowed
+    compiled = CliRunner().invoke(
+        cli.app,
+        ["compile", str(tmp_path / "model.gguf"), "-o", str(tmp_path / "program.pte"), "--tokens", "6", "--quiet"],
+    )
+    assert compiled.exit_code == 0, compiled.output
+    program = mobizo.load(tmp_path / "program.pte")
+    assert program.manifest.base_model == str(tmp_path / "model.gguf")
+    with torch.no_grad():
+        wanted = loaded(ids, attention_mask=torch.ones_like(ids)).logits
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(mobizo.Session(program).evaluate(inputs)["logits"], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_no_such_checkpoint(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["compile", str(tmp_path / "model.gguf"), "--dry-run"])
+    assert done.exit_code == 1 and "there is no such file" in done.stderr
+    (tmp_path / "model.gguf").write_bytes(b"not one")
+    done = CliRunner().invoke(cli.app, ["compile", str(tmp_path / "model.gguf"), "--dry-run"])
+    assert done.exit_code == 1 and "transformers cannot load this model" in done.stderr

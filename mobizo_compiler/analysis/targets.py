@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -125,8 +126,22 @@ def output_layers(program: GraphProgram) -> tuple[str, ...]:
     return tuple(sorted(set(every) - all_targets(edit, every)))
 
 
-def linear_weight(edit: Editor, target: LayerCall) -> tuple[fx.Node, Tensor] | None:
-    """Placeholder and value [out_features, in_features] of the float32 parameter that a product multiplies by."""
+class LinearWeight(NamedTuple):
+    """The float32 parameter that a product multiplies by: its placeholder, and whether it is [in_features,
+    out_features]."""
+
+    node: fx.Node
+    turned: bool
+
+    def read(self, edit: Editor) -> Tensor:
+        """Its value, [out_features, in_features]."""
+        weight = edit.tensor(self.node)
+        assert weight is not None
+        return weight.t() if self.turned else weight
+
+
+def linear_weight(edit: Editor, target: LayerCall) -> LinearWeight | None:
+    """The float32 parameter that a product multiplies by; None if it is something else."""
     node = target.call
     if node.target not in _PLAIN_PRODUCTS:
         return None
@@ -134,10 +149,10 @@ def linear_weight(edit: Editor, target: LayerCall) -> tuple[fx.Node, Tensor] | N
     turned = node.target is not aten.linear.default
     if placeholder.target is aten.t.default or placeholder.target is aten.transpose.int:
         placeholder, turned = operand(placeholder), not turned
-    weight = edit.tensor(placeholder)
-    if weight is None or weight.dtype != torch.float32 or weight.dim() != 2:
+    value = placeholder.meta["val"]
+    if edit.tensor_name(placeholder) is None or value.dtype != torch.float32 or value.dim() != 2:
         return None
-    return placeholder, weight.t() if turned else weight
+    return LinearWeight(placeholder, turned)
 
 
 def short_names(chosen: Iterable[str], every: Iterable[str]) -> tuple[str, ...]:

@@ -102,7 +102,8 @@ def compile_model(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Folder of a model of transformers, or its name on the hub (then it is downloaded)."
+            metavar="MODEL",
+            help="Folder of a model of transformers, a .gguf checkpoint, or a name on the hub (then it is downloaded).",
         ),
     ],
     output: Annotated[
@@ -289,7 +290,7 @@ def compile_model(
         answers=tuple(words) or None,
         prompt=None if table is None else table.config.to_json(),
         new_weights=tuple(name for name, _ in loaded.named_parameters() if name in new),
-        base_model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        base_model=str(Path(model).resolve()) if Path(model).exists() else model,
         dump_dir=None if dry_run else dump_dir,
         cache_dir=None if dry_run else cache_dir,
         progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),

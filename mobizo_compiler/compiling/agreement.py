@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mobizo_compiler.errors import LoweringError
+from mobizo_compiler.errors import CaptureError, LoweringError
 
 # Two engines add float32 products in different orders. Losses then agree to LOSS_TOLERANCE of their size and outputs to
 # OUTPUT_TOLERANCE of the largest, whatever the model; most models agree much better, to CLOSE of the size of a loss and
@@ -19,6 +19,8 @@ CLOSE, FACTOR = 2e-5, 32.0
 # engines that agree to rounding part by up to what all the rounding does. That is measured, by leaving it out.
 ROUNDING = 4.0
 INTEGERS = 0.02  # share of integers in an output that may be others, as the best of values that are nearly equal are
+
+HALF = 16.0  # last places of half precision that a model in it may be off, as a root mean square
 
 Compare = Callable[[str, str, Tensor, Tensor, float], None]
 
@@ -34,6 +36,29 @@ def compare(
             where=f"backend {backend!r}, {method}: found {_few(found)}, expected {_few(wanted)}",
             hint="report this with the program text (MOBIZO_DUMP=folder), and try another backend",
         )
+
+
+def check_half(whole: Sequence[Tensor], half: Sequence[Tensor]) -> None:
+    """Raise `CaptureError` if a graph in float32 computes something else than its model in half precision.
+
+    Args:
+        whole: Outputs of the graph.
+        half: Outputs of the model, of which some are in half precision.
+    """
+    for position, (found, wanted) in enumerate(zip(whole, half, strict=True)):
+        if not wanted.is_floating_point():
+            continue
+        counts = wanted.isfinite() & found.isfinite()
+        error = root_mean_square(found[counts].float() - wanted[counts].float())
+        allowed = HALF * torch.finfo(torch.bfloat16).eps * root_mean_square(found[counts].float())
+        if wanted.dtype == torch.float16:
+            allowed = HALF * torch.finfo(torch.float16).eps * root_mean_square(found[counts].float())
+        if not error <= allowed + 1e-7:
+            raise CaptureError(
+                f"the graph in float32 computes other numbers than the model in {wanted.dtype}: output {position} "
+                f"differs by {error:.3g}, as a root mean square, more than {allowed:.3g}",
+                hint="compile model.float(), if that is what you mean",
+            )
 
 
 def compare_outputs(

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from mobizo_compiler.analysis.targets import LayerCall, find_targets
 from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
-from mobizo_compiler.graph.eager import EagerRunner
+from mobizo_compiler.graph.eager import EagerRunner, Interpreter
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand, operator_name
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
@@ -152,7 +152,7 @@ class CapturedStep:
         return given_adapters(self.sites, self.lora_a, trained)
 
 
-class _Interpreter(fx.Interpreter):
+class _Interpreter(Interpreter):
     """Runs a program on its own tensors."""
 
     forgets = True

@@ -20,7 +20,7 @@ from mobizo_compiler.format.checksum import of_values
 from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.format.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.graph.example import Example
-from mobizo_compiler.graph.program import LABELS_INPUT, PREFIX, STATE_INPUT, GraphProgram
+from mobizo_compiler.graph.program import LABELS_INPUT, PREFIX, STATE_INPUT, GraphProgram, as_read
 from mobizo_compiler.quantization.weights import default_eps, described
 from mobizo_compiler.step.losses import LOSSES
 from mobizo_compiler.step.rules import RULES, UpdateRule, initial_memory
@@ -61,7 +61,7 @@ def described_program(
         captured.nesting.unflatten([n.meta["val"] for n in evaluate.output_nodes.values()])
     )
     ranges, dynamic = input_ranges(captured), captured.dynamic
-    memory = initial_memory(options.rule, train_step.parameters)
+    memory, (model, weights) = initial_memory(options.rule, train_step.parameters), _identity(captured)
     return Manifest(
         backend=backend,
         versions=installed_versions(),
@@ -96,8 +96,8 @@ def described_program(
         rule=RULES.described(options.rule),
         memory=memory.numel(),
         memory_start=_runs(options.rule, memory),
-        model=_digest(captured),
-        weights=_weights(captured),
+        model=model,
+        weights=weights,
         state=options.state,
         quantization=described(options.quantization),
         eps=default_eps(options.quantization),
@@ -127,18 +127,19 @@ def _shortened(step: str) -> str:
     return step if len(step) <= HISTORY_WIDTH else step[: HISTORY_WIDTH - 3] + "..."
 
 
-def _digest(captured: GraphProgram) -> str:
-    """SHA-256 of the weights by name, so that steps of one model are not replayed on another."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(captured.tensors().values(), key=lambda item: item[0]):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+def _identity(captured: GraphProgram) -> tuple[str, dict[str, int]]:
+    """What says which model this is: SHA-256 of its weights, and a checksum of each by name.
+
+    By the first, steps of one model are not replayed on another; by the second, a model can be compared with the one
+    that was compiled, and the weight named that differs.
+    """
+    digest, weights = hashlib.sha256(), dict[str, int]()
+    values = {node.name: node.meta["val"] for node in captured.graph.nodes if node.op == "placeholder"}
+    tensors = ((path, stored, values[name]) for name, (path, stored) in captured.tensors().items())
+    for path, stored, value in sorted(tensors, key=lambda item: item[0]):
+        tensor = as_read(stored, value)
+        digest.update(f"{path} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _weights(captured: GraphProgram) -> dict[str, int]:
-    """By name, so that a model can be compared with the one that was compiled, and the weight named that differs."""
-    stored = captured.exported.state_dict
-    named = {path: stored[path] for path, _ in captured.tensors().values() if path in stored}
-    plain = {path: tensor for path, tensor in sorted(named.items()) if type(tensor) in (Tensor, nn.Parameter)}
-    return {path: of_values(tensor) for path, tensor in plain.items()}
+        if path in captured.exported.state_dict and type(tensor) in (Tensor, nn.Parameter):
+            weights[path] = of_values(tensor)
+    return digest.hexdigest(), weights

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from torch import Tensor, fx
+from torch import fx
 
 from mobizo_compiler.analysis.costs import multiply_adds, tensor_bytes
 from mobizo_compiler.backends.contract import Backend
@@ -98,11 +98,13 @@ class Estimate:
 def estimate(program: Program) -> Estimate:
     """What a program that was just compiled, or a dry run of one, needs."""
     step, evaluate = program.methods["train_step"], program.methods["evaluate"]
-    weights: dict[int, Tensor] = {}
+    weights: dict[int, int] = {}
     for method in program.methods.values():
-        weights |= {tensor.data_ptr(): tensor for target, tensor in method.tensors().values() if target != STATE}
+        sizes = {node.name: tensor_bytes(node) for node in method.graph.nodes if node.op == "placeholder"}
+        tensors = method.tensors().items()
+        weights |= {tensor.data_ptr(): sizes[name] for name, (target, tensor) in tensors if target != STATE}
     return Estimate(
-        sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
+        sum(weights.values()),
         4 * program.manifest.state_size,
         peak_bytes(step),
         peak_bytes(evaluate),

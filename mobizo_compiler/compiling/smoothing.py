@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler.analysis.targets import find_targets, linear_weight
+from mobizo_compiler.analysis.targets import LinearWeight, find_targets, linear_weight
 from mobizo_compiler.graph.eager import EagerRunner
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand
@@ -22,10 +22,11 @@ from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.quantization.weights import QuantizationConfig, store_weight
 
 STRENGTHS = (0.0, 0.5)
-SAMPLES = 128  # tokens that errors are measured on
+SAMPLES, OUTPUTS = 128, 256  # tokens, and outputs of each layer, that errors are measured on
 SMALLEST = 1e-3  # of the largest channel; what is smaller counts as this
 
-Readers = dict[str, tuple[Tensor, str, str]]  # weight, recipe and layer by the path of the weight
+Readers = dict[str, tuple[LinearWeight, str, str]]  # weight, recipe and layer by the path of the weight
+Layers = list[tuple[Tensor, str, str]]  # the same of one input, with the weights read
 
 
 def smoothing_of(
@@ -51,13 +52,14 @@ def smoothing_of(
         for target in calls:
             found = linear_weight(edit, target)
             if found is not None and config.smooths(fqn, fqn in output_layers):
-                layer = found[1], config.recipe_of(fqn, fqn in output_layers), fqn
-                readers.setdefault(operand(target.call, target.position), {})[str(edit.tensor_name(found[0]))] = layer
+                layer = found, config.recipe_of(fqn, fqn in output_layers), fqn
+                readers.setdefault(operand(target.call, target.position), {})[str(edit.tensor_name(found.node))] = layer
     strengths = STRENGTHS if config.smoothing == "auto" else (float(config.smoothing),)
     smoothing: dict[str, Tensor] = {}
     for x, layers in zip(_values(captured, edit, list(readers), inputs), readers.values(), strict=True):
-        factors = [_factor(x, layers, strength) for strength in strengths]
-        errors = [_error(x, layers, factor, config) for factor in factors] if len(factors) > 1 else [0.0]
+        weights = [(layer.read(edit), recipe, fqn) for layer, recipe, fqn in layers.values()]
+        factors = [_factor(x, weights, strength) for strength in strengths]
+        errors = [_error(x, weights, factor, config) for factor in factors] if len(factors) > 1 else [0.0]
         best = factors[errors.index(min(errors))]
         if best is not None:
             smoothing |= {name: best for name in layers if name not in smoothing}
@@ -72,10 +74,10 @@ def _values(captured: GraphProgram, edit: Editor, nodes: list[fx.Node], inputs: 
     return [value[:: max(1, value.shape[0] // SAMPLES)].clone() for value in values]
 
 
-def _factor(x: Tensor, layers: Readers, strength: float) -> Tensor | None:
+def _factor(x: Tensor, layers: Layers, strength: float) -> Tensor | None:
     if not strength:
         return None
-    largest = torch.stack([weight.abs().amax(0) for weight, _, _ in layers.values()]).amax(0)
+    largest = torch.stack([weight.abs().amax(0) for weight, _, _ in layers]).amax(0)
     factor = _floor(largest) ** (1 - strength) / _floor(x.square().mean(0).sqrt()) ** strength
     return (factor / factor.log().mean().exp()).detach()
 
@@ -84,10 +86,11 @@ def _floor(values: Tensor) -> Tensor:
     return values.clamp(min=max(float(values.max()) * SMALLEST, torch.finfo(torch.float32).tiny))
 
 
-def _error(x: Tensor, layers: Readers, factor: Tensor | None, config: QuantizationConfig) -> float:
+def _error(x: Tensor, layers: Layers, factor: Tensor | None, config: QuantizationConfig) -> float:
     """Square error of the layers, in units of their results, averaged over tokens."""
     total = 0.0
-    for weight, recipe, fqn in layers.values():
+    for whole, recipe, fqn in layers:
+        weight = whole[:: max(1, whole.shape[0] // OUTPUTS)]
         smooth, given = (weight, x) if factor is None else (weight / factor, x * factor)
         stored = store_weight(smooth.contiguous(), recipe, config.group_size, fqn, config.asymmetric)
         exact, found = x @ weight.t(), stored.linear(given, None, *stored.parts.values())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mobizo_compiler.errors import NotSupportedYetError
-from mobizo_compiler.graph.program import STATE, STATE_INPUT, GraphProgram
+from mobizo_compiler.graph.program import STATE, STATE_INPUT, GraphProgram, as_read
 
 EAGER = "eager"  # name of the backend that runs these graphs as they are
 
@@ -42,6 +43,20 @@ class EagerArtifact:
         )
 
 
+class Interpreter(fx.Interpreter):
+    """Runs a graph, and makes weights of half precision float32 one at a time, for the call that reads them."""
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """Arguments with values in place of nodes."""
+
+        def value(node: fx.Node) -> Any:
+            found = self.env[node]
+            weight = node.op == "placeholder" and isinstance(found, Tensor)
+            return as_read(found, node.meta["val"]) if weight else found
+
+        return fx.node.map_arg(args, value)
+
+
 class EagerRunner:
     """Calls graph modules with their tensors, and carries the state between calls."""
 
@@ -49,6 +64,7 @@ class EagerRunner:
         self._methods = methods
         self._state = _initial_state(methods.values())
         self._tensors = {name: self._placeholders(program) for name, program in methods.items()}
+        self._calls = {name: _call(program) for name, program in methods.items()}
 
     def _placeholders(self, program: GraphProgram) -> list[Tensor | None]:
         """What each placeholder stands for: a tensor, the live state, or None for a user input."""
@@ -69,7 +85,7 @@ class EagerRunner:
         given = iter([*inputs, self._state] if STATE_INPUT in program.inputs else inputs)
         arguments = [next(given) if tensor is None else tensor for tensor in self._tensors[method]]
         with torch.no_grad():
-            results = list(program.exported.graph_module(*arguments))
+            results = list(self._calls[method](*arguments))
         signature = program.exported.graph_signature
         kept = {spec.target: tensor for spec, tensor in zip(signature.input_specs, arguments, strict=True)}
         for buffer in signature.buffers_to_mutate.values():
@@ -77,6 +93,15 @@ class EagerRunner:
         if STATE_INPUT in program.outputs:
             self._state.copy_(results.pop())
         return [result.clone() for result in results]
+
+
+def _call(program: GraphProgram) -> Callable[..., Any]:
+    """The graph as a function of its placeholders."""
+    module, values = program.exported.graph_module, program.tensors()
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in values]
+    as_stored = all(values[node.name][1].dtype == node.meta["val"].dtype for node in placeholders)
+    call: Callable[..., Any] = module if as_stored else Interpreter(module).run
+    return call
 
 
 def _initial_state(methods: Iterable[GraphProgram]) -> Tensor:

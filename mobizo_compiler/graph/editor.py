@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from torch.fx.node import map_arg
 
 from mobizo_compiler.errors import PassContractError, UnsupportedGraphError
 from mobizo_compiler.graph.nodes import operand, source_line
-from mobizo_compiler.graph.program import ROWS, STATE, STATE_INPUT, GraphProgram, flat_call_graph
+from mobizo_compiler.graph.program import ROWS, STATE, STATE_INPUT, GraphProgram, as_read, flat_call_graph
 from mobizo_compiler.upstream import FakeTensor, FakeTensorMode, pytree
 
 aten = torch.ops.aten
@@ -100,14 +100,16 @@ class Editor:
         return self._mutated.get(STATE) or self._outputs.get(STATE_INPUT)
 
     def tensor(self, node: fx.Node) -> Tensor | None:
-        """The tensor behind a placeholder; None for user inputs and inner nodes."""
+        """The tensor behind a placeholder, as the graph reads it; None for user inputs and inner nodes."""
         spec = self._input_specs.get(node.name)
-        return None if spec is None or spec.target is None else self._tensors[spec.target]
+        if spec is None or spec.target is None:
+            return None
+        return as_read(self._tensors[spec.target], node.meta["val"])
 
     @property
-    def tensors(self) -> dict[fx.Node, Tensor]:
-        """The tensors behind placeholders."""
-        return {node: tensor for node in self._placeholders() if (tensor := self.tensor(node)) is not None}
+    def tensors(self) -> Mapping[fx.Node, Tensor]:
+        """The tensors behind placeholders, each as `tensor` gives it."""
+        return _Tensors(self, [node for node in self._placeholders() if self.tensor_name(node) is not None])
 
     def tensor_name(self, node: fx.Node) -> str | None:
         """The path in the user's model of the tensor behind a placeholder."""
@@ -177,7 +179,7 @@ class Editor:
         name = f"{whole.target}{ROWS}{hashlib.sha256(repr(rows).encode()).hexdigest()[:8]}"
         if (known := self._of_tensor.get(name)) is not None:
             return known
-        tensor = self._tensors[whole.target].detach()[list(rows)]
+        tensor = as_read(self._tensors[whole.target].detach()[list(rows)], node.meta["val"])
         if whole.kind is InputKind.PARAMETER:
             tensor = torch.nn.Parameter(tensor, requires_grad=False)
         value = self.mode.from_tensor(tensor, static_shapes=True)
@@ -314,11 +316,14 @@ class Editor:
             self.mode = next(iter(inputs.values())).fake_mode
         for node in list(self.graph.nodes):
             if node.op == "placeholder":
-                tensor = self.tensor(node)
                 if inputs and node.name in inputs:
                     node.meta["val"] = inputs[node.name]
-                elif inputs and tensor is not None:
-                    node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
+                elif inputs and (path := self.tensor_name(node)) is not None:
+                    stored, dtype = self._tensors[path], node.meta["val"].dtype
+                    node.meta["val"] = self.mode.from_tensor(stored, static_shapes=True)
+                    if stored.dtype != dtype:
+                        with self.mode:
+                            node.meta["val"] = node.meta["val"].to(dtype)
             elif node.op == "call_function":
                 value = node.meta["val"] = self._recompute(node)
                 if fold and isinstance(value, (int, float, bool)):
@@ -400,6 +405,27 @@ class Editor:
                 f"torch cannot say what shape {node.target} returns for symbolic sizes: {error}",
                 where=source_line(node),
             ) from error
+
+
+class _Tensors(Mapping[fx.Node, Tensor]):
+    """The tensors behind placeholders, read when they are asked for."""
+
+    def __init__(self, edit: Editor, nodes: Sequence[fx.Node]) -> None:
+        self._edit, self._nodes = edit, dict.fromkeys(nodes)
+
+    def __getitem__(self, node: fx.Node) -> Tensor:
+        if node not in self._nodes:
+            raise KeyError(node)
+        return cast(Tensor, self._edit.tensor(node))
+
+    def __contains__(self, node: object) -> bool:
+        return node in self._nodes
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self._nodes)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
 
 
 def _made_of(results: Any, known: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:

@@ -16,6 +16,7 @@ from mobizo_compiler.upstream import pytree
 ExampleInputs = Sequence[Any] | Mapping[str, Any]
 RowAxes = Mapping[str | int, int | None]
 DynamicShapes = Mapping[str, Mapping[int, Any]] | Sequence[Mapping[int, Any] | None]
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Leaf:
 
     Args:
         name: Keyword or position, with the path inside of it: `input_ids`, `0`, `states.1`.
-        tensor: The example.
+        tensor: The example; float32 for one in half precision.
         row_axis: The axis that carries the rows; None if the input has none and all lanes share it.
         dims: Axes with a dynamic size, as `torch.export.Dim`.
     """
@@ -126,6 +127,8 @@ def bind_example(
     if not rows[first]:
         raise ExampleInputError(f"input {first!r} has no rows: its shape is {tuple(tensors[first].shape)}")
     dims = _dims(tensors, dynamic_shapes)
+    if not isinstance(model, ExportedProgram):  # which takes what it was exported with
+        tensors = {name: tensor.float() if tensor.dtype in HALVES else tensor for name, tensor in tensors.items()}
     leaves = tuple(Leaf(name, tensor, axes[name], dims.get(name, {})) for name, tensor in tensors.items())
     fixed = {name: value for name, value in values if not isinstance(value, Tensor)}
     return Example(ordered, leaves, fixed, rows[first])

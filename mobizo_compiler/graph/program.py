@@ -11,10 +11,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 
+from mobizo_compiler.graph.paging import let_go
 from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
@@ -29,6 +30,22 @@ PROJECTED_GRADIENT_INPUT = "mobizo_projected_gradient"
 PREFIX = "mobizo_prefix_"  # inputs of a step that starts after the part that no adapter reaches
 ROWS = "__rows_"  # after the path of a weight: some rows of it
 STATE_INPUT = "mobizo_state"  # name of the state as the last input, and of what it becomes as the last output
+
+
+def as_read(stored: Tensor, value: Any) -> Tensor:
+    """A weight in the dtype in which its graph reads it.
+
+    Weights of half precision are kept as they were given, and made float32 one at a time, where they are needed.
+
+    Args:
+        stored: The weight.
+        value: What stands for it in the graph.
+    """
+    if stored.dtype == value.dtype:
+        return stored
+    read = stored.detach().to(value.dtype)
+    let_go(stored)
+    return read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +141,40 @@ class GraphProgram:
         """The same program, of which more is known."""
         return dataclasses.replace(self, facts=self.facts | set(facts))
 
+    def whole(self, known: dict[int, Tensor]) -> GraphProgram:
+        """The same program with every weight stored as the graph reads it, for those who take its tensors as they are.
+
+        Args:
+            known: Weights of half precision that were made whole for another method, by address; more are added.
+        """
+        values = {node.name: node.meta["val"] for node in self.graph.nodes if node.op == "placeholder"}
+        made: dict[str, Tensor] = {}
+        for name, (path, stored) in self.tensors().items():
+            if stored.dtype != values[name].dtype:
+                read = known.get(stored.data_ptr())
+                if read is None:
+                    read = known[stored.data_ptr()] = as_read(stored, values[name])
+                made[path] = nn.Parameter(read, requires_grad=False) if isinstance(stored, nn.Parameter) else read
+        if not made:
+            return self
+        old = self.exported
+        exported = ExportedProgram(
+            root=nn.Module(),
+            graph=old.graph,
+            graph_signature=old.graph_signature,
+            state_dict={name: made.get(name, tensor) for name, tensor in old.state_dict.items()},
+            range_constraints=old.range_constraints,
+            module_call_graph=old.module_call_graph,
+            constants={name: made.get(name, tensor) for name, tensor in old.constants.items()},
+            verifiers=old.verifiers,
+        )
+        return dataclasses.replace(self, exported=exported)
+
     def tensors(self) -> dict[str, tuple[str, Tensor]]:
-        """Path and value of the parameter, buffer or constant behind each placeholder that is not a user input."""
+        """Path and value of the parameter, buffer or constant behind each placeholder that is not a user input.
+
+        A value may be stored in half precision where the graph reads float32; see `as_read`.
+        """
         known = {**self.exported.constants, **self.exported.state_dict}
         specs = self.exported.graph_signature.input_specs
         return {spec.arg.name: (spec.target, known[spec.target]) for spec in specs if spec.target is not None}

@@ -7,6 +7,7 @@ adapters, the noise, the loss and the state stay float32.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
@@ -201,11 +202,12 @@ def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmet
             f"layer {fqn} has {weight.shape[1]} inputs, which groups of {group_size} do not divide",
             hint=f"QuantizationConfig({recipe!r}, group_size=...) with another size, or skip=({fqn!r},)",
         )
-    stored = _by_torchao(weight, config, fqn)
-    return _with_offsets(weight, stored, group_size) if in_groups and asymmetric else stored
+    if in_groups and asymmetric:
+        return _with_offsets(weight, _by_torchao(weight[:1], config, fqn), group_size)
+    return _by_torchao(weight, config, fqn)
 
 
-def _with_offsets(weight: Tensor, stored: StoredWeight, group_size: int) -> StoredWeight:
+def _with_offsets(weight: Tensor, one_row: StoredWeight, group_size: int) -> StoredWeight:
     """The symmetric layer with other codes and scales, plus the groups' offsets times the sums of their inputs.
 
     Engines have kernels for symmetric groups only. What is added has `group_size` times fewer inputs, and is float32.
@@ -221,26 +223,31 @@ def _with_offsets(weight: Tensor, stored: StoredWeight, group_size: int) -> Stor
     )
     codes = quantize_tinygemm(weight, block, scale.to(weight.dtype), offset, 0, 15) - 8
     groups = in_features // group_size
-    sums = torch.eye(groups).repeat_interleave(group_size, dim=1)
-    parts = stored.parts | {
-        "qdata": codes.to(torch.int8),
-        "scale": scale.reshape(out_features, groups),
+    made = {"qdata": codes.to(torch.int8), "scale": scale.reshape(out_features, groups)}
+    parts = {
+        **{n: made[n] if n in made else part.repeat_interleave(out_features, 0) for n, part in one_row.parts.items()},
         "offset": offset.reshape(out_features, groups),
-        GROUP_SUMS: sums,
+        GROUP_SUMS: _group_sums(groups, group_size),
     }
 
     def linear(x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         *symmetric, offset, sums = tensors
-        return stored.linear(x, bias, *symmetric) + F.linear(F.linear(x, sums), offset)
+        return one_row.linear(x, bias, *symmetric) + F.linear(F.linear(x, sums), offset)
 
     def decoded(*tensors: Tensor) -> Tensor:
         *symmetric, offset, _ = tensors
-        assert stored.decoded is not None
+        assert one_row.decoded is not None
         in_groups = (out_features, groups, group_size)
         offsets = offset.to(torch.float32).unsqueeze(-1)
-        return (stored.decoded(*symmetric).reshape(in_groups) + offsets).reshape(out_features, in_features)
+        return (one_row.decoded(*symmetric).reshape(in_groups) + offsets).reshape(out_features, in_features)
 
     return StoredWeight(parts, linear, decoded=decoded)
+
+
+@functools.lru_cache(maxsize=8)
+def _group_sums(groups: int, group_size: int) -> Tensor:
+    """What sums inputs in groups, [groups, groups * group_size]: one tensor for all layers of a width."""
+    return torch.eye(groups).repeat_interleave(group_size, dim=1)
 
 
 def _by_torchao(weight: Tensor, config: Any, fqn: str) -> StoredWeight:

@@ -32,6 +32,7 @@ from mobizo_compiler.text.prompts import PromptConfig, Sample
 from mobizo_compiler.text.speller import Speller
 
 IGNORED = -100
+POOL = 50  # batches whose rows are sorted by length together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +100,23 @@ class TextData:
         rows = [[row.ids, row.labelled, row.choice, *more] for row, more in zip(self.encoded, parts, strict=True)]
         return hashlib.sha256(json.dumps([rows, self.choices]).encode()).hexdigest()
 
-    def batches(self, seed: int, balanced: bool = False) -> Callable[[int], tuple[dict[str, Tensor], Tensor]]:
+    def batches(
+        self, seed: int, balanced: bool = False, group_by_length: bool = False
+    ) -> Callable[[int], tuple[dict[str, Tensor], Tensor]]:
         """The batch of every step: all rows once, in an order of their own for each epoch, then all of them again.
 
         Args:
             seed: Of the order.
             balanced: Take the answers in turns, so that each is as often there as the others; rows of rare answers come
                 again sooner.
+            group_by_length: Let the rows of a batch have similar lengths, for programs that take any length: a batch is
+                as long as its longest row.
 
         Raises:
-            ConfigError: Balanced, and the answers are no closed set.
+            ConfigError: Balanced, and the answers are no closed set; or balanced and grouped both.
         """
+        if balanced and group_by_length:
+            raise ConfigError("balanced and group_by_length are both given", hint="rows have one order: choose one")
         groups: list[list[int]] = [list(range(len(self.encoded)))]
         if balanced:
             if self.choices is None:
@@ -125,7 +132,12 @@ class TextData:
         @functools.lru_cache(maxsize=2 * len(groups))
         def order(group: int, epoch: int) -> list[int]:
             name = f"{seed} {epoch}" if len(groups) == 1 else f"{seed} {epoch} {group}"
-            return random.Random(name).sample(groups[group], len(groups[group]))
+            generator = random.Random(name)
+            drawn = generator.sample(groups[group], len(groups[group]))
+            if not group_by_length:
+                return drawn
+            lengths = [len(row.ids) for row in self.encoded]
+            return _grouped(drawn, lengths, self.layout.rows, -epoch * len(drawn) % self.layout.rows, generator)
 
         def row_at(place: int) -> Encoded:
             turn, group = divmod(place, len(groups))
@@ -161,6 +173,29 @@ class TextData:
         for place, row in enumerate(rows):
             labels[place, row.places] = torch.tensor(row.ids)[row.places]
         return labels
+
+
+def _grouped(order: list[int], lengths: Sequence[int], rows: int, first: int, generator: random.Random) -> list[int]:
+    """An order in which the rows of a batch have similar lengths.
+
+    Args:
+        order: Rows in a random order.
+        lengths: Tokens of every row.
+        rows: Rows of a batch.
+        first: Rows that end a batch of the epoch before.
+        generator: Of the order of batches.
+
+    >>> _grouped([3, 0, 2, 1], [1, 9, 2, 8], 2, 0, random.Random(0)) in ([1, 3, 2, 0], [2, 0, 1, 3])
+    True
+    """
+    batches = []
+    for begin in range(first, len(order), rows * POOL):  # of a pool, so that an epoch is no walk from short to long
+        pool = sorted(order[begin : begin + rows * POOL], key=lambda row: -lengths[row])
+        batches += [pool[place : place + rows] for place in range(0, len(pool), rows)]
+    whole = [batch for batch in batches if len(batch) == rows]
+    generator.shuffle(whole)
+    rest = [row for batch in batches if len(batch) < rows for row in batch]
+    return [*order[:first], *(row for batch in whole for row in batch), *rest]
 
 
 def filling(layout: BatchShape, speller: Speller) -> int:

@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers, by the name of a hub or from a folder. transformers is optional."""
+"""Models and tokenizers of transformers: from a folder, a GGUF file, or by the name of a hub. All of it is optional."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ def load_model(
     classes: Sequence[str] = (),
     on_new: Callable[[Sequence[str]], object] = lambda names: None,
 ) -> Any:
-    """The model, float32, in eval mode, without a cache of keys and values, its experts computed for each row.
+    """The model as a program can be made of it: in eval mode, without a cache of keys and values, its experts computed
+    for each row. Its weights have the precision in which they are stored, and are read when they are needed.
 
     Args:
-        source: A folder, or the name of a model on the hub, which transformers then downloads.
+        source: A folder, a GGUF checkpoint (`.gguf`; its weights are decoded to float32), or the name of a model on the
+            hub, which transformers then downloads.
         task: A key of `TASKS`.
         trust_remote_code: Whether code that lies beside the model may be run.
         init_missing: Whether weights that the folder lacks may be drawn, from a fixed seed. Those of a head that
@@ -46,9 +48,10 @@ def load_model(
     """
     with quiet():
         transformers = optional("transformers", "loading a model by name")
-    place = find_source(source, "config.json")
+    place, inside = _located(source, "config.json")
     options: dict[str, Any] = {
-        "dtype": torch.float32,
+        **inside,
+        "dtype": torch.float32 if inside else "auto",
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
     }
@@ -72,6 +75,9 @@ def load_model(
             )
         on_new(missing)
     model.config.use_cache = False
+    if inside:  # it says that it is quantized, which it is no more
+        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
     if hasattr(model.config, "experts_implementation") or hasattr(model, "set_experts_implementation"):
         with contextlib.suppress(ValueError, AttributeError), quiet():
             model.set_experts_implementation("batched_mm")  # the others sort tokens of all rows together
@@ -82,7 +88,7 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, by the name of the model or from its folder.
 
     Args:
-        source: A folder, or a name on the hub.
+        source: A folder, a GGUF file, or a name on the hub.
         trust_remote_code: Whether code that lies beside the tokenizer may be run.
 
     Raises:
@@ -90,16 +96,16 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
     """
     with quiet():
         transformers = optional("transformers", "loading a tokenizer")
-    place = find_source(source, "tokenizer_config.json")
+    place, inside = _located(source, "tokenizer_config.json")
     with _explained(source, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **inside)
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model alone.
 
     Args:
-        source: A folder, or a name on the hub.
+        source: A folder, a GGUF file, or a name on the hub.
         trust_remote_code: Whether code that lies beside the model may be run.
 
     Raises:
@@ -107,9 +113,9 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     """
     with quiet():
         transformers = optional("transformers", "reading the configuration of a model")
-    place = find_source(source, "config.json")
+    place, inside = _located(source, "config.json")
     with _explained(source, "configuration"):
-        return transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        return transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **inside)
 
 
 @contextlib.contextmanager
@@ -124,6 +130,18 @@ def _without_bar(transformers: Any, wanted: bool) -> Iterator[None]:
     finally:
         if hidden:
             logs.enable_progress_bar()
+
+
+def _located(source: str, file: str) -> tuple[str, dict[str, str]]:
+    """Where transformers looks for a model, and which file there has all of it."""
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        return find_source(source, file), {}
+    if not path.is_file():
+        raise ModelSourceError("there is no such file", where=source)
+    with quiet():
+        optional("gguf", "reading a GGUF checkpoint")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def find_source(source: str, file: str) -> str:
@@ -177,5 +195,5 @@ def _explained(source: str, what: str) -> Iterator[None]:
             where=source,
             hint="--trust-remote-code runs it; read it first"
             if own_code
-            else "name a folder that save_pretrained wrote, or a model of the hub",
+            else "name a folder that save_pretrained wrote, a GGUF file, or a model of the hub",
         ) from None

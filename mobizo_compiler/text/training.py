@@ -45,6 +45,7 @@ class TrainingConfig(JsonConfig):
         eps: Size of the perturbation; if not given, what suits the program's quantization.
         seed: Of noise, of the order of samples, and of the split.
         balanced: Take the answers in turns, so that rare ones are learnt as often as common ones.
+        group_by_length: Let the rows of a batch have similar lengths, for programs that take any length.
         validation_share: Share of the samples that is held out, where no other file is for validation; 0 for none.
         validation_rows: Most samples that one validation measures.
         validate_every: Steps between validations.
@@ -63,6 +64,7 @@ class TrainingConfig(JsonConfig):
     eps: float | None = None
     seed: int = 0
     balanced: bool = False
+    group_by_length: bool = False
     validation_share: float = 0.1
     validation_rows: int = 200
     validate_every: int = 50
@@ -171,7 +173,7 @@ def train(
         JournalError: As in `Session.finetune`.
     """
     config = config.for_rule(str(session.program.manifest.rule["name"]))
-    folder, batches = Path(run), training.batches(config.seed, config.balanced)
+    folder, batches = Path(run), training.batches(config.seed, config.balanced, config.group_by_length)
     record = _Record.open(folder, config, training, validation, notes or {}, on_change)
     steps = config.total_steps(len(training), training.layout.rows)
     done = session.restore(folder) if (folder / JOURNAL).exists() else 0

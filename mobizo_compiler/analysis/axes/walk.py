@@ -78,7 +78,7 @@ class _Walk:
         self, graph: fx.Graph, inputs: Mapping[str, int], fixed_rows: int | None, tensors: Mapping[fx.Node, Tensor]
     ) -> None:
         self.graph, self.inputs = graph, inputs
-        self.constants: dict[fx.Node, Any] = dict(tensors)
+        self.tensors, self.constants = tensors, dict[fx.Node, Any]()
         self.static = fixed_rows is not None
         self.rows = fixed_rows or ROWS_PRIME
         self.symbols: frozenset[sympy.Symbol] = frozenset()
@@ -185,11 +185,13 @@ class _Walk:
 
     def constant(self, node: fx.Node) -> Any:
         """The value of a node that depends on parameters and constants alone; None if it depends on an input."""
+        if node in self.tensors:
+            return self.tensors[node]
         if node not in self.constants:
-            inputs = [self.constant(inner) for inner in node.all_input_nodes]
+            inputs = {inner: self.constant(inner) for inner in node.all_input_nodes}
             self.constants[node] = None
-            if node.op == "call_function" and all(value is not None for value in inputs):
-                args, kwargs = map_arg((node.args, node.kwargs), lambda inner: self.constants[inner])
+            if node.op == "call_function" and all(value is not None for value in inputs.values()):
+                args, kwargs = map_arg((node.args, node.kwargs), lambda inner: inputs[inner])
                 with torch.no_grad():
                     self.constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.constants[node]

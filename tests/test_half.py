@@ -1,0 +1,132 @@
+"""Models in half precision: they become the programs of their float32 copies, without such a copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mobizo_compiler as mobizo
+from mobizo_compiler import GenerateConfig, LoraConfig, Session, ZOConfig
+from mobizo_compiler.errors import CaptureError, UnsupportedGraphError
+from mobizo_compiler.passes.full_precision import is_half
+from mobizo_compiler.testing import TokenWise, zoo
+
+ZOO = zoo()
+DECODERS = [name for name, case in ZOO.items() if case.family == "decoder"]
+QUICK = ("llama", "gpt2")
+EXACT = ZOConfig(estimator="exact")
+TWO_SIDED = ZOConfig(queries=2)
+
+
+def files(dtype: torch.dtype, folder: Path, **options: Any) -> list[bytes]:
+    """The program of a small Llama in half precision, and of its copy in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    found = []
+    for name in ("half", "whole"):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=2, **sizes)).eval().to(dtype)
+        model = model.float() if name == "whole" else model
+        ids = torch.arange(12).reshape(2, 6)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        mobizo.compile(model, inputs, LoraConfig(r=3), **options).save(folder / name)
+        assert is_half(model) == (name == "half")
+        found.append((folder / name).read_bytes())
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "portable", "zo": TWO_SIDED},
+        {"backend": "xnnpack", "zo": EXACT, "quantization": "8da4w"},
+        {"backend": "xnnpack", "zo": TWO_SIDED, "generate": GenerateConfig(16)},
+    ],
+    ids=["portable", "exact-8da4w", "generate"],
+)
+def test_the_file_is_that_of_the_float32_copy(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    half, whole = files(dtype, tmp_path, **options)
+    assert half == whole
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in DECODERS])
+def test_every_decoder_trains(name: str) -> None:
+    """The steps are those of the float32 copy, to the bit: weights are rounded before either sees them."""
+    states = []
+    for whole in (False, True):
+        case = ZOO[name]
+        torch.manual_seed(0)
+        model = case.model().eval().bfloat16()
+        model = model.float() if whole else model
+        program = mobizo.compile(
+            model,
+            case.inputs(),
+            LoraConfig(r=3, target_modules=case.target_modules),
+            TWO_SIDED,
+            case.loss,
+            backend="eager",
+            **case.options,
+        )
+        session = Session(program)
+        labels = torch.zeros(program.manifest.labels.shape, dtype=torch.int64)  # type: ignore[arg-type]
+        inputs = case.inputs()
+        for seed in range(3):
+            session.train_step(inputs, labels, seed=seed, learning_rate=1e-2)
+        states.append(session.state().clone())
+    assert torch.equal(*states) and bool(states[0].any())
+
+
+def test_the_model_is_as_it_was(tmp_path: Path) -> None:
+    """Weights, tied ones too, and buffers are the same objects afterwards, also where the capture fails."""
+
+    class Refuses(TokenWise):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no")
+
+    for model in (TokenWise().eval().bfloat16(), Refuses().eval().half()):
+        before = {name: (id(t), t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())}
+        ids = (torch.zeros(2, 5, dtype=torch.int64),)
+        try:
+            mobizo.compile(model, ids, LoraConfig(r=2, target_modules=("up",)), backend="eager")
+        except CaptureError:
+            assert isinstance(model, Refuses)
+        assert before == {name: (id(t), t.dtype) for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def test_inputs_of_half_precision_are_taken_in_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).eval().bfloat16()
+    x = torch.randn(4, 6).bfloat16()
+    program = mobizo.compile(model, (x,), LoraConfig(r=2), ZOConfig(queries=1), mobizo.MSELoss(), backend="eager")
+    assert [spec.dtype for spec in program.manifest.inputs] == ["float32"]
+    with torch.no_grad():
+        torch.testing.assert_close(Session(program).evaluate((x.float(),)), model.float()(x.float()))
+
+
+def test_a_graph_that_means_something_else_is_refused() -> None:
+    """A model that looks at its own precision computes other numbers in another one."""
+
+    class Looks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return 2 * y if self.weight.dtype == torch.bfloat16 else y
+
+    model = nn.Sequential(nn.Linear(6, 9), Looks(9, 3)).eval().bfloat16()
+    x = torch.randn(4, 6).bfloat16()
+    with pytest.raises(CaptureError, match=r"other numbers than the model in torch.bfloat16: output 0 differs"):
+        mobizo.compile(model, (x,), LoraConfig(r=2), ZOConfig(queries=1), mobizo.MSELoss(), backend="eager")
+
+
+def test_a_graph_that_was_exported_in_half_precision_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3)).eval().bfloat16()
+    x = torch.randn(4, 6).bfloat16()
+    exported = torch.export.export(model, (x,))
+    with pytest.raises(UnsupportedGraphError, match=r"computes in torch\.bfloat16") as raised:
+        mobizo.compile(exported, (x,), LoraConfig(r=2), ZOConfig(queries=1), mobizo.MSELoss(), backend="eager")
+    assert "the module itself" in str(raised.value.hint)
