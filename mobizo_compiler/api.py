@@ -32,6 +32,7 @@ from mobizo_compiler.format.gguf_adapter import read_gguf
 from mobizo_compiler.format.peft import PeftAdapter, check_base, read_peft
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
+from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.pipeline import Insertion
 from mobizo_compiler.passes.capture import outputs_of, unwrapped
 from mobizo_compiler.passes.full_precision import is_half
@@ -86,6 +87,7 @@ class _NotCollected(contextlib.ContextDecorator):
         """Collect what is new since the last time, for a process that would have; what is old is not visited again."""
         if cls._enabled:
             gc.collect(1)
+        give_back()
 
 
 @_NotCollected()

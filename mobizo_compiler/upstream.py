@@ -74,6 +74,11 @@ PRIVATE: dict[str, Private] = {
         "an engine that starts without lines about the processor",
     ),
     "Cord": Private("executorch.exir._serialize._cord", "Cord", "reading a .ptd"),
+    "FileBackedData": Private("executorch.exir._serialize._cord", "FileBackedData", "lowering in little memory"),
+    "NamedDataStore": Private(
+        "executorch.exir._serialize._named_data_store", "NamedDataStore", "lowering in little memory"
+    ),
+    "xnnpack_preprocess": Private("executorch.backends.xnnpack.xnnpack_preprocess", "", "lowering in little memory"),
     "DataEntry": Private("executorch.exir._serialize.data_serializer", "DataEntry", "writing a .ptd"),
     "DataPayload": Private("executorch.exir._serialize.data_serializer", "DataPayload", "writing a .ptd"),
 }

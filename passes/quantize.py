@@ -30,6 +30,7 @@ from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand
+from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import ROWS
 from mobizo_compiler.passes.tidy import share_equal_calls
@@ -105,6 +106,7 @@ class Quantize(Pass):
         key = (name, str(recipe), fqn if recipe is self.config else "")
         factor = self.smoothing.get(name.partition(ROWS)[0]) if recipe in ROUND_ACTIVATIONS else None
         if key not in self.stored:
+            give_back()
             weight = found.read(edit)
             straight = weight.contiguous() if factor is None else weight / factor
             asymmetric = getattr(self.config, "asymmetric", False)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, ZOConfig
 from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.backends.executorch import lower as lowering
+from mobizo_compiler.backends.executorch import weights_on_disk
 from mobizo_compiler.backends.xnnpack import XnnpackBackend
 from mobizo_compiler.errors import LoweringError
 from mobizo_compiler.format.manifest import Manifest
@@ -116,3 +120,40 @@ def test_a_constant_with_the_bytes_of_the_state_is_not_taken_for_it() -> None:
     session = mobizo.Session(program)
     session.train_step(TOKENS, torch.ones_like(TOKENS[0]), seed=1, learning_rate=0.1)
     assert bool(session.state().any()) and not bool(mobizo.Session(program).state().any())
+
+
+def test_weights_are_not_there_twice_while_delegates_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delegates share the program's tensors, what they serialize waits on the disk, and the file is the same."""
+    shared: list[bool] = []
+    weight = nn.Parameter(torch.randn(160, 160))
+    model = nn.Sequential(nn.Linear(160, 160, bias=False), nn.Tanh(), nn.Linear(160, 160, bias=False)).eval()
+    model[0].weight = weight
+    original = weights_on_disk.xnnpack_preprocess.XnnpackBackend.preprocess
+
+    def looks(program: ExportedProgram, specs: object) -> object:
+        places = {tensor.data_ptr() for tensor in program.state_dict.values()}
+        shared.append(weight.data_ptr() in places)
+        return original(program, specs)
+
+    monkeypatch.setattr(weights_on_disk.xnnpack_preprocess.XnnpackBackend, "preprocess", staticmethod(looks))
+    kept: list[Path] = []
+    keep = weights_on_disk._Folder.keep
+
+    def noting(folder: weights_on_disk._Folder, data: bytes) -> object:
+        kept.append(folder.path)
+        return keep(folder, data)
+
+    monkeypatch.setattr(weights_on_disk._Folder, "keep", noting)
+
+    def files() -> bytes:
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            program = mobizo.compile(model, (torch.ones(2, 160),), LoraConfig(r=2), loss=mobizo.MSELoss())
+            program.save(Path(folder) / "a.pte")
+            return (Path(folder) / "a.pte").read_bytes()
+
+    found = files()
+    assert any(shared) and len(kept) > 2 and not any(path.exists() for path in kept)
+    shared.clear()
+    monkeypatch.setattr(lowering, "weights_on_disk", lambda outlive: contextlib.nullcontext())
+    assert files() == found and shared and not any(shared)

@@ -58,6 +58,11 @@ def edge_programs_to(listener: Callable[[EdgePrograms], None]) -> Iterator[None]
         _listener.reset(token)
 
 
+def somebody_listens() -> bool:
+    """Whether what is lowered is handed to somebody, and has to be kept for them."""
+    return _listener.get() is not None
+
+
 def hear(programs: Mapping[str, ExportedProgram], constant_methods: Mapping[str, Any], state: str) -> None:
     """Give whoever listens the programs before they are emitted."""
     if (listener := _listener.get()) is not None:

@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mobizo_compiler.backends.executorch.cache import runner_methods, write_in_place
-from mobizo_compiler.backends.executorch.emit import emission_config, emit, hear, with_own_graph
+from mobizo_compiler.backends.executorch.emit import emission_config, emit, hear, somebody_listens, with_own_graph
 from mobizo_compiler.backends.executorch.one_copy import share_equal_data
 from mobizo_compiler.backends.executorch.partition import KeepStateOutside
 from mobizo_compiler.backends.executorch.program_file import (
@@ -33,6 +33,7 @@ from mobizo_compiler.backends.executorch.program_file import (
     Delegation,
     ExecuTorchArtifact,
 )
+from mobizo_compiler.backends.executorch.weights_on_disk import weights_on_disk
 from mobizo_compiler.errors import LoweringError, MobizoError
 from mobizo_compiler.format.files import ScratchFolder
 from mobizo_compiler.format.manifest import Manifest
@@ -81,12 +82,14 @@ def lower_to_executorch(
         LoweringError: Lowering lost the state of a method.
     """
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
-    with explained(methods, manifest.backend):
-        executable, delegation = _lower(methods, manifest, lora_a, partitioners)
     folder = ScratchFolder()
     path = folder.path / "program.pte"
-    with path.open("wb") as file:
-        executable.write_to_file(file)
+    with weights_on_disk(outlive=somebody_listens()):
+        with explained(methods, manifest.backend):
+            executable, delegation = _lower(methods, manifest, lora_a, partitioners)
+        with path.open("wb") as file:
+            executable.write_to_file(file)
+    del executable
     share_equal_data(path)
     artifact = ExecuTorchArtifact(path, manifest, delegation)
     weakref.finalize(artifact, folder.remove)

@@ -16,6 +16,7 @@ from mobizo_compiler.upstream import read_header
 
 SMALLEST_BYTES = 1 << 16
 _MOST_ALIGNED = 4096
+_FIRST = 1 << 12  # bytes that are compared before all are read
 
 
 def share_equal_data(path: Path) -> int:
@@ -69,7 +70,11 @@ def _equal_to_constants(data: mmap.mmap, base: int, head: Head) -> dict[int, int
         for start, end in zip(head.constants, ends, strict=True):
             at, other = base + constant.offset + start, base + segment.offset
             large_enough = end - start >= segment.size
-            if large_enough and data[at : at + segment.size] == data[other : other + segment.size]:
+            if (
+                large_enough
+                and data[at : at + _FIRST] == data[other : other + _FIRST]
+                and data[at : at + segment.size] == data[other : other + segment.size]
+            ):
                 inside[index] = start
                 break
     return inside

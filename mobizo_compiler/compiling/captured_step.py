@@ -22,6 +22,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.eager import EagerRunner, Interpreter
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand, operator_name
+from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes import FreeRows, Specialize
@@ -114,6 +115,7 @@ class CapturedStep:
 
     def evaluate(self, inputs: Sequence[Tensor], trained: Tensor) -> list[Tensor]:
         """The model's outputs, flat, with these trained numbers, [P]."""
+        give_back()
         return EagerRunner({"model": self.program}).call("model", [*inputs, *self._adapters(trained)])
 
     def evaluate_exactly(self, inputs: Sequence[Tensor], trained: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ from mobizo_compiler.analysis.targets import LinearWeight, find_targets, linear_
 from mobizo_compiler.graph.eager import EagerRunner
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand
+from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.quantization.weights import QuantizationConfig, store_weight
 
@@ -57,6 +58,7 @@ def smoothing_of(
     strengths = STRENGTHS if config.smoothing == "auto" else (float(config.smoothing),)
     smoothing: dict[str, Tensor] = {}
     for x, layers in zip(_values(captured, edit, list(readers), inputs), readers.values(), strict=True):
+        give_back()
         weights = [(layer.read(edit), recipe, fqn) for layer, recipe, fqn in layers.values()]
         factors = [_factor(x, weights, strength) for strength in strengths]
         errors = [_error(x, weights, factor, config) for factor in factors] if len(factors) > 1 else [0.0]

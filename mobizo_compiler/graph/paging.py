@@ -1,4 +1,4 @@
-"""Weights that lie in a file and are mapped into memory need not stay there once they were read."""
+"""Memory that is given back to the system: weights that lie in a file, once they were read, and what was freed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,23 @@ def let_go(tensor: Tensor) -> None:
     start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (first + size) // mmap.PAGESIZE * mmap.PAGESIZE
     advise(start, end - start, _PAGEOUT)
+
+
+def give_back() -> None:
+    """Return what was freed: the C library keeps pieces of up to 32 MB, as weights are, for the next time."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's function; None with other libraries."""
+    try:
+        call: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+    return call
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 
-from mobizo_compiler.graph.paging import let_go
+from mobizo_compiler.graph.paging import give_back, let_go
 from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
@@ -43,6 +43,7 @@ def as_read(stored: Tensor, value: Any) -> Tensor:
     """
     if stored.dtype == value.dtype:
         return stored
+    give_back()  # what the weight before this one took
     read = stored.detach().to(value.dtype)
     let_go(stored)
     return read
