@@ -153,5 +153,6 @@ class Bar:
 
 def shown(found: Score) -> dict[str, str]:
     """The numbers of a score that are there, for people."""
-    named = {"loss": found.loss, "choice loss": found.choice_loss, "accuracy": found.accuracy, "AUC": found.auc}
+    named = {"loss": found.loss, "choice loss": found.choice_loss, "accuracy": found.accuracy}
+    named |= {"accuracy per token": found.accuracy_per_token, "AUC": found.auc}
     return {name: f"{value:.3f}" for name, value in named.items() if value is not None}

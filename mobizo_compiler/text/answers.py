@@ -22,6 +22,7 @@ class Encoded:
         cut: How many tokens of the prompt had to go.
         types: Token types of the row; empty if all are 0.
         spans: First and last of each run of labelled tokens, the last one not included; empty if the last tokens are.
+        options: Tokens of the answers that are the row's own to choose from; `choice` is then the number of one.
     """
 
     ids: tuple[int, ...]
@@ -30,6 +31,7 @@ class Encoded:
     cut: int
     types: tuple[int, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
+    options: tuple[tuple[int, ...], ...] = ()
 
     @property
     def places(self) -> list[int]:
@@ -160,6 +162,12 @@ class AnswerRows:
             raise DataError("a second text is for programs that classify rows", hint="put both into --template")
         self._layout, self._speller, self._config = layout, speller, config
         self._words, self.choices = _closed_set(texts, layout, speller, config)
+        if layout.choices is not None and (own := [sample for sample in texts if sample.options]):
+            raise DataError(
+                "the row has answers of its own; the program was compiled for a choice between words that all share",
+                where=own[0].where,
+                hint="compile with --loss causal-lm",
+            )
         few = layout.max_labels is not None or self.choices is not None
         self.ends = config.end_answers if config.end_answers is not None else not few and speller.end is not None
         if self.ends and speller.end is None:
@@ -187,10 +195,11 @@ class AnswerRows:
         pieces = self._config.pieces(sample.cells)
         whole = speller.spell(speller.prompt(pieces))
         answer = self._answer(pieces, sample.answer, whole)
-        choice = self._numbers.get(sample.answer)
+        options = tuple(tuple(self._answer(pieces, option, whole)) for option in sample.options)
+        choice = sample.options.index(sample.answer) if options else self._numbers.get(sample.answer)
         if layout.choices is not None and choice is None:
             raise DataError(f"the answer {sample.answer!r} is none of {list(self.choices or ())}", where=sample.where)
-        if choice is not None and tuple(answer) != self.spelled[choice]:
+        if not options and choice is not None and tuple(answer) != self.spelled[choice]:
             raise DataError(
                 f"the answer {sample.answer!r} begins with another token behind this prompt than behind others",
                 where=sample.where,
@@ -203,17 +212,18 @@ class AnswerRows:
                 where=sample.where,
                 hint="compile with a larger --loss-max-labels, or give the answers shorter words: --label-words",
             )
-        room = layout.tokens - len(speller.front) - len(answer)
+        longest = max(len(answer), *map(len, options), 0)  # all options follow the same prompt
+        room = layout.tokens - len(speller.front) - longest
         if room < 1:
             raise DataError(
-                f"the answer has {len(answer)} tokens, and a row of the program {layout.tokens}",
+                f"the answer has {longest} tokens, and a row of the program {layout.tokens}",
                 where=sample.where,
                 hint="compile with more --tokens",
             )
         prompt, cut = fitted(sample, self._config, speller, room, whole)
         if not prompt and not speller.front:
             raise DataError("the prompt is empty", where=sample.where)
-        return Encoded((*speller.front, *prompt, *answer), len(answer), choice, cut)
+        return Encoded((*speller.front, *prompt, *answer), len(answer), choice, cut, options=options)
 
 
 def _closed_set(
@@ -221,6 +231,8 @@ def _closed_set(
 ) -> tuple[Mapping[str, str], tuple[str, ...] | None]:
     """Words of answers, and the answers where they are a closed set: as given, as compiled for, or as found."""
     words = config.words
+    if any(sample.options or sample.references for sample in texts):
+        return words, None
     if layout.choices is not None and layout.names is not None and not words:
         tokens = dict(zip(layout.names, layout.choices, strict=True))
         words = {name: speller.tokenizer.decode([token]).strip() for name, token in tokens.items()}

@@ -96,7 +96,7 @@ class TextData:
     @property
     def digest(self) -> str:
         """SHA-256 of what the program gets to see."""
-        parts = [[*filter(None, (row.types, row.spans))] for row in self.encoded]
+        parts = [[*filter(None, (row.types, row.spans, row.options))] for row in self.encoded]
         rows = [[row.ids, row.labelled, row.choice, *more] for row, more in zip(self.encoded, parts, strict=True)]
         return hashlib.sha256(json.dumps([rows, self.choices]).encode()).hexdigest()
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import DataError
@@ -27,6 +28,8 @@ class Score:
             of rows it is the loss that the program was compiled for, such as that among the choices.
         choice_loss: Mean cross-entropy of the answer among the choices; None if answers are not a closed set.
         accuracy: Share of samples whose answer is the most likely choice.
+        accuracy_per_token: The same by the mean log-probability of a choice's tokens, so that long ones are not at a
+            disadvantage; None unless choices are each row's own.
         auc: Area under the ROC curve, for two choices that are both there: how often a sample of the second has more
             probability of it than a sample of the first.
         chosen: Share of samples for which each choice is the most likely.
@@ -41,6 +44,7 @@ class Score:
     auc: float | None = None
     chosen: tuple[float, ...] | None = None
     calibrated: float | None = None
+    accuracy_per_token: float | None = None
 
     @property
     def biased(self) -> bool:
@@ -54,7 +58,8 @@ class Measured:
 
     Args:
         score: The numbers.
-        log_NC: Log-probability of each choice, float64 [samples, choices]; None if answers are not a closed set.
+        log_NC: Log-probability of each choice, float64 [samples, choices], minus infinity where a row has fewer choices
+            of its own than others; None if there are no choices.
         answers: Number of the right choice of each sample, int64 [samples]; -1 for an answer that is no choice.
     """
 
@@ -96,8 +101,15 @@ def measure(
     answers = torch.tensor([-1 if row.choice is None else row.choice for row in data.encoded])
     if not chosen:
         return Measured(Score(len(losses), loss), None, answers)
-    log_NC = F.log_softmax(torch.stack(chosen).double(), dim=-1)
-    return Measured(_score_of_choices(log_NC, answers, loss), log_NC, answers)
+    summed_NC = pad_sequence(chosen, batch_first=True, padding_value=-math.inf).double()
+    log_NC = F.log_softmax(summed_NC, dim=-1)
+    found = _score_of_choices(log_NC, answers, loss)
+    if data.choices is None:  # the first choice of one row has nothing in common with that of another
+        lengths = [torch.tensor([len(ids) for ids in row.options]) for row in data.encoded]
+        mean_NC = summed_NC / pad_sequence(lengths, batch_first=True, padding_value=1)
+        per_token = float((mean_NC.argmax(dim=-1) == answers).double().mean())
+        found = Score(found.rows, loss, found.choice_loss, found.accuracy, accuracy_per_token=per_token)
+    return Measured(found, log_NC, answers)
 
 
 def _score_of_choices(log_NC: Tensor, answers: Tensor, loss: float) -> Score:
@@ -162,18 +174,19 @@ def _answer_losses(session: Session, data: TextData, rows: Sequence[Encoded]) ->
     """Of each row: loss summed over its answer and number of its tokens; log-probability of each choice."""
     logits_NTV = logits_of(session, data, rows)
     losses = [(-_log_probability(logits, row), row.labelled) for logits, row in zip(logits_NTV, rows, strict=True)]
-    if not data.spelled:
+    choices = [row.options or data.spelled for row in rows]
+    if not any(choices):
         return losses, []
-    if all(len(ids) == 1 for ids in data.spelled):  # one token decides, and it is predicted where the prompt ends
-        tokens = [ids[0] for ids in data.spelled]
-        pairs = zip(logits_NTV, rows, strict=True)
-        return losses, [logits[len(row.ids) - row.labelled - 1, tokens] for logits, row in pairs]
+    if all(len(ids) == 1 for some in choices for ids in some):  # it is predicted where the prompt ends
+        both = zip(logits_NTV, rows, choices, strict=True)
+        return losses, [
+            logits[len(row.ids) - row.labelled - 1, [token for (token,) in some]] for logits, row, some in both
+        ]
     by_choice = []
-    for ids in data.spelled:
-        others = [_with_answer(row, ids, data.layout.tokens) for row in rows]
+    for others in _with_every_answer(rows, choices, data.layout.tokens):
         logits_NTV = logits_of(session, data, others)
         by_choice.append([_log_probability(*pair) for pair in zip(logits_NTV, others, strict=True)])
-    return losses, list(torch.tensor(by_choice).t())
+    return losses, _of_each_row(torch.tensor(by_choice), choices)
 
 
 def _labels_fit(session: Session, data: TextData) -> bool:
@@ -182,6 +195,7 @@ def _labels_fit(session: Session, data: TextData) -> bool:
     if data.layout.classes is not None:
         return all(row.choice is not None for row in data.encoded)
     answers = {tuple(row.ids[place] for place in row.places) for row in data.encoded} | set(map(tuple, data.spelled))
+    answers |= {ids for row in data.encoded for ids in row.options}
     if labels.choices is not None and not {token for answer in answers for token in answer} <= set(labels.choices):
         return False
     return most is None or max(map(len, answers)) <= most
@@ -201,17 +215,18 @@ def _answer_losses_from_prefix(
     session: Session, data: TextData, rows: Sequence[Encoded]
 ) -> tuple[list[Any], list[Tensor]]:
     """As `_answer_losses`, with what the losses of the choices are in place of logits."""
-    labels_NT = data.labels(rows)
-    if not all(len(ids) == 1 for ids in data.spelled) or any(row.labelled != 1 for row in rows):
+    labels_NT, choices = data.labels(rows), [row.options or data.spelled for row in rows]
+    several = any(len(ids) != 1 for some in choices for ids in some) or any(row.labelled != 1 for row in rows)
+    if several or any(row.options for row in rows):
         loss_KN, weight_KN = _row_losses(session, data, rows, labels_NT)
-        others = [[_with_answer(row, ids, data.layout.tokens) for row in rows] for ids in data.spelled]
-        by_choice = [-_row_losses(session, data, other, data.labels(other))[0][0] for other in others]
+        every = _with_every_answer(rows, choices, data.layout.tokens)
+        by_choice = [-_row_losses(session, data, others, data.labels(others))[0][0] for others in every]
     else:
         tokens = [labels_NT.where(labels_NT == IGNORED, ids[0]) for ids in data.spelled]
         loss_KN, weight_KN = _row_losses(session, data, rows, labels_NT, tokens)
         by_choice = list(-loss_KN[1:])
     losses = [(float(loss), int(weight)) for loss, weight in zip(loss_KN[0], weight_KN[0], strict=True)]
-    return losses, list(torch.stack(by_choice).t()) if by_choice else []
+    return losses, _of_each_row(torch.stack(by_choice), choices) if by_choice else []
 
 
 def _row_losses(
@@ -223,6 +238,20 @@ def _row_losses(
     others = [other[filled] for other in instead]
     loss, weight = session.row_losses(_filled_inputs(data, rows), labels[filled], others)
     return loss[:, : len(rows)].double(), weight[:, : len(rows)]
+
+
+def _with_every_answer(
+    rows: Sequence[Encoded], choices: Sequence[Sequence[tuple[int, ...]]], tokens: int
+) -> Iterator[list[Encoded]]:
+    """The rows with the first of their choices, with the second, and so on; a row that has no more keeps its last."""
+    for place in range(max(map(len, choices))):
+        pairs = zip(rows, choices, strict=True)
+        yield [_with_answer(row, some[min(place, len(some) - 1)], tokens) for row, some in pairs]
+
+
+def _of_each_row(by_choice_CN: Tensor, choices: Sequence[Sequence[tuple[int, ...]]]) -> list[Tensor]:
+    """The numbers of each row's choices, of which it has as many as it has."""
+    return [of_row[: len(some)] for of_row, some in zip(by_choice_CN.t(), choices, strict=True)]
 
 
 def _with_answer(row: Encoded, answer: tuple[int, ...], tokens: int) -> Encoded:

@@ -40,6 +40,7 @@ def generate(
     most: int = 64,
     on_text: Callable[[str], None] = lambda text: None,
     sampling: Sampling = MOST_LIKELY,
+    until: str | None = None,
 ) -> Generated:
     """Go on with a prompt, with the method `forward` where the program has it.
 
@@ -54,6 +55,7 @@ def generate(
         most: Most tokens to add.
         on_text: Told each piece of text when it is there.
         sampling: How the next token is chosen.
+        until: A text that ends it too.
 
     Raises:
         DataError: The prompt does not fit, or the program gives no logits of tokens.
@@ -82,6 +84,10 @@ def generate(
         if not text.endswith("\ufffd"):  # else the last character is not whole yet
             on_text(text[len(shown) :])
             shown = text
+        if until is not None and until in text:
+            stopped = "end"
+            found.close()
+            break
     text = tokenizer.decode(tokens)
     on_text(text[len(shown) :])
     return Generated(text, tuple(tokens), stopped)

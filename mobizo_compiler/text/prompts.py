@@ -84,7 +84,7 @@ class PromptConfig(JsonConfig):
             if self.choices is not None and set(self.choices) - words.keys():
                 raise ConfigError(f"choices are {list(self.choices)}, label words are for {list(words)}")
         for template in (self.template, self.pair_template):
-            if template is not None and not _columns(template):
+            if template is not None and not template_columns(template):
                 raise ConfigError(f"the template {template!r} names no column", hint='for example "Review: {text}"')
 
     @property
@@ -92,8 +92,8 @@ class PromptConfig(JsonConfig):
         """The columns that make the prompt; none where a chat template makes it."""
         if self.chat is not None:
             return ()
-        first = (self.prompt_column,) if self.template is None else _columns(self.template)
-        return first if self.pair_template is None else (*first, *_columns(self.pair_template))
+        first = (self.prompt_column,) if self.template is None else template_columns(self.template)
+        return first if self.pair_template is None else (*first, *template_columns(self.pair_template))
 
     def for_rows(self, rows: Sequence[Row]) -> PromptConfig:
         """The same, for conversations where the rows hold some and nothing says how else they become prompts.
@@ -128,7 +128,15 @@ class PromptConfig(JsonConfig):
         return "".join(piece.text for piece in self.pieces(cells))
 
 
-def _columns(template: str) -> tuple[str, ...]:
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns that a template names, in its order.
+
+    Raises:
+        ConfigError: It cannot be read, or has a format for a column.
+
+    >>> template_columns("{a} and {b}")
+    ('a', 'b')
+    """
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -168,12 +176,23 @@ def read_label_words(items: Sequence[str]) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A row as it is learnt: the cells of its prompt, its answer, where it is, and the whole of a conversation."""
+    """A row as it is learnt.
+
+    Args:
+        cells: Of its prompt, by column.
+        answer: What is learnt.
+        where: Where it is, for messages.
+        messages: The whole of a conversation.
+        options: The answers that the choice is between, where they are the row's own.
+        references: All texts that answer a question rightly, where the answer is free.
+    """
 
     cells: Mapping[str, str]
     answer: str
     where: str
     messages: tuple[Message, ...] = ()
+    options: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
 
 
 def samples(rows: Sequence[Row], config: PromptConfig) -> list[Sample]:
