@@ -1,4 +1,4 @@
-"""Rows of text from files: CSV, JSON lines, plain text, and folders of `datasets`."""
+"""Rows of text from files: CSV, JSON lines, plain text, parquet, and folders of `datasets`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mobizo_compiler.text.tables import read_table
 
 TEXT = "text"  # the column of a file of lines
 UTF8 = "utf-8"
-_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +57,23 @@ def read_rows(path: str | PathLike[str], encoding: str = UTF8) -> list[Row]:
 
     Args:
         path: `.csv` or `.tsv` with a header; `.jsonl` with an object a line; `.json` with a list of objects; `.txt`
-            with a row a line, whose column is `text`; or a folder of `Dataset.save_to_disk`.
+            with a row a line, whose column is `text`; `.parquet`; or a folder of `Dataset.save_to_disk`.
         encoding: Of a text file, as Python names it.
 
     Raises:
         DataError: There is no such file, it is empty, or it is damaged; the message names the line.
         ConfigError: There is no such encoding.
+        MissingPackageError: It is parquet and pyarrow is not installed, or a folder and datasets is not.
     """
     source = Path(path)
     if source.is_dir():
         rows = list(_saved(source))
     elif not source.is_file():
         raise DataError("there is no such file", where=str(source))
-    elif source.suffix not in _SUFFIXES:
-        raise DataError(f"a file of rows ends in {', '.join(_SUFFIXES)}", where=str(source))
+    elif source.suffix not in SUFFIXES:
+        raise DataError(f"a file of rows ends in {', '.join(SUFFIXES)}", where=str(source))
+    elif source.suffix == ".parquet":
+        rows = list(_parquet(source))
     else:
         text = _text(source, encoding)
         if source.suffix in (".csv", ".tsv"):
@@ -129,6 +132,16 @@ def _value(line: str, where: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise DataError(f"the line is not JSON: {error}", where=where) from None
+
+
+def _parquet(path: Path) -> Iterable[Row]:
+    parquet = optional("pyarrow.parquet", f"reading the file {path}")
+    try:
+        table = parquet.read_table(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"the file is not parquet: {error}", where=str(path)) from None
+    for number, values in enumerate(table.to_pylist()):
+        yield row_of(values, f"{path}, row {number}")
 
 
 def _saved(folder: Path) -> Iterable[Row]:
