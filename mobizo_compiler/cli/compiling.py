@@ -33,6 +33,7 @@ from mobizo_compiler.cli.classify import ClassTable, check_free, completed
 from mobizo_compiler.cli.losses import LOSSES, LossChoice, loss_kind, loss_of, unescaped
 from mobizo_compiler.cli.model_inputs import check_room, example_inputs
 from mobizo_compiler.cli.options import ConfigFile, Section, chosen, with_sections
+from mobizo_compiler.cli.tasks import PaperProgram, check_alone
 from mobizo_compiler.compiling.dry_run import DryRun, estimate
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
@@ -45,6 +46,7 @@ from mobizo_compiler.inspection.figures import draw_program
 from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
 from mobizo_compiler.step.rules import RULES
 from mobizo_compiler.text.hub import TASKS, load_model, load_tokenizer
+from mobizo_compiler.text.paper_tasks import get_task
 from mobizo_compiler.text.prompts import Piece, PromptConfig, read_label_words
 from mobizo_compiler.text.rows import TEXT, UTF8, read_rows
 from mobizo_compiler.text.speller import Speller
@@ -179,6 +181,16 @@ def compile_model(
         typer.Option(help="Column of the classes in the rows of --classify. [default: answer]", show_default=False),
     ] = None,
     encoding: Encoding = UTF8,
+    paper_task: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="TASK",
+            help="A task of the paper: adapters, estimate, loss, rows and tokens are the paper's; what is given goes "
+            "first. mobizo finetune --task names them.",
+            show_default=False,
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -211,8 +223,15 @@ def compile_model(
     not lowered.
     """
     remark = Remarks(quiet)
-    _check(task, output, dry_run, graph, tokens, max_tokens, rows, max_rows)
     words = read_label_words(label_words.split(",")) if label_words else {}
+    if paper_task is not None:
+        check_alone(task, classes, adapter, template, label_words)
+        paper = PaperProgram.of(
+            get_task(paper_task), lora, zo, loss, generate, rows, tokens, max_tokens, split_prefix=split_prefix
+        )
+        lora, zo, loss, generate, words = paper.lora, paper.zo, paper.loss, paper.generate, paper.words
+        rows, tokens, max_tokens, template = paper.rows, paper.tokens, paper.max_tokens, paper.template
+    _check(task, output, dry_run, graph, tokens, max_tokens, rows, max_rows)
     table, recipe = None, None
     if classes is not None:
         head = task != "causal-lm"
@@ -307,7 +326,8 @@ def compile_model(
         _show(program, described, dry_run)
         if output is not None and not dry_run:
             data, training = (table.file, table.training(recipe.steps)) if table and recipe else (None, "")
-            typer.echo(recommended(program.manifest, output, data, training))
+            of_task = f"next: mobizo finetune {output} --task {paper_task} --data FOLDER --run RUN"
+            typer.echo(of_task if paper_task else recommended(program.manifest, output, data, training))
 
 
 def _check(

@@ -31,6 +31,7 @@ from mobizo_compiler.cli.app import (
 from mobizo_compiler.cli.options import ConfigFile, with_sections
 from mobizo_compiler.cli.progress import Bar
 from mobizo_compiler.cli.runs import check_file, prompt_of, record_of, restored, tokenizer_for
+from mobizo_compiler.cli.tasks import Asked
 from mobizo_compiler.cli.text import PROMPTS, TokenizerName
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, DataError
@@ -87,6 +88,7 @@ def predict_classes(
     record = record_of(run, best)
     prompt = prompt_of(prompts, file, record)
     rows = _one_row(text, prompt) if text is not None else read_rows(data or Path(), encoding)
+    task = Asked.of(None, encoding, record=record).task
     if output is not None:
         _check_columns(rows, output)
     program = load(file)
@@ -97,7 +99,7 @@ def predict_classes(
     with Bar(remark) as bar:
         if data is not None:
             bar.begin(0, len(rows), "predicting")
-        found = classifier.predict(rows, bar.done)
+        found = classifier.predict(rows if task is None else task.rows(rows), bar.done)
     if cut := sum(one.cut > 0 for one in found):
         remark(f"{cut} of {len(found)} prompts are too long and are cut (--cut)", "yellow")
     described = [_described(row, one) for row, one in zip(rows, found, strict=True)]

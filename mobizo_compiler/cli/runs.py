@@ -53,9 +53,11 @@ def record_of(run: Path | None, best: bool) -> dict[str, Any]:
     return read_record(run)
 
 
-def prompt_of(given: dict[str, Any], file: Path, record: Mapping[str, Any]) -> PromptConfig:
-    """How rows become prompts: as given, else as in a run before, else as the program has it."""
-    before = record.get("data", {}).get("prompt")
+def prompt_of(
+    given: dict[str, Any], file: Path, record: Mapping[str, Any], of_task: Mapping[str, Any] | None = None
+) -> PromptConfig:
+    """How rows become prompts: as given, else as in a run before, else as a task or the program has it."""
+    before = record.get("data", {}).get("prompt", of_task)
     if before is None and not {"template", "prompt_column"} & given.keys():
         before = load(file, verify=False).manifest.prompt
     given = dict(given)

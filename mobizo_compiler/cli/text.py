@@ -45,6 +45,7 @@ from mobizo_compiler.cli.runs import (
     tokenizer_for,
     training_in,
 )
+from mobizo_compiler.cli.tasks import Asked, TaskName, TaskRows, task_score
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import MissingPackageError
@@ -54,9 +55,10 @@ from mobizo_compiler.text.confusion import Confusion
 from mobizo_compiler.text.data import TextData
 from mobizo_compiler.text.evaluation import Score, measure
 from mobizo_compiler.text.generation import generate
+from mobizo_compiler.text.paper_tasks import ROWS
 from mobizo_compiler.text.plot import plot_run
-from mobizo_compiler.text.prompts import PromptConfig, Sample, empty_prompts, samples, split
-from mobizo_compiler.text.rows import UTF8, read_rows
+from mobizo_compiler.text.prompts import PromptConfig, Sample, empty_prompts, split
+from mobizo_compiler.text.rows import UTF8
 from mobizo_compiler.text.training import Outcome, TrainingConfig, read_record, train
 from mobizo_compiler.text.tuning import Trial, tune
 
@@ -65,7 +67,10 @@ SAMPLING = Section("sampling", (Sampling,), "", "Choice of the next token")
 DataFile = Annotated[
     Path,
     typer.Option(
-        "--data", help="Rows: .csv, .tsv, .jsonl, .json, or a folder that datasets saved.", show_default=False
+        "--data",
+        help="Rows: .csv, .tsv, .jsonl, .json, .parquet, or a folder that datasets saved; with --task, a folder of "
+        "splits.",
+        show_default=False,
     ),
 ]
 TokenizerName = Annotated[
@@ -86,6 +91,8 @@ def finetune_program(
     validation: Annotated[
         Path | None, typer.Option(help="Rows to measure on, in place of a share of the data.", show_default=False)
     ] = None,
+    task: TaskName = None,
+    task_rows: TaskRows = ROWS,
     encoding: Encoding = UTF8,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -96,21 +103,24 @@ def finetune_program(
 ) -> None:
     """Fine-tune a program on rows with a prompt and an answer.
 
-    Only answers are labelled. What no adapter reaches is computed once for every row, and kept in the folder, if the
-    program was compiled with --split-prefix. Ctrl-C ends the step in flight and leaves a run that the same command goes
-    on with; its exit code is 130.
+    Only answers are labelled. With --task the data is a folder with the splits of a task of the paper, and settings are
+    the paper's where none are given. What no adapter reaches is computed once for every row, and kept in the folder, if
+    the program was compiled with --split-prefix. Ctrl-C ends the step in flight and leaves a run that the same command
+    goes on with; its exit code is 130.
     """
     remark = Remarks(quiet)
     options = TrainingConfig.from_json(training)
     check_file(file)
-    prompt = prompt_of(prompts, file, {})
-    (learnt, prompt), measured = _read(data, prompt, encoding), list[Sample]()
-    if validation is not None:
-        measured, _ = _read(validation, prompt, encoding)
+    asked = Asked.of(task, encoding, task_rows)
+    prompt = prompt_of(prompts, file, {}, asked.prompt)
+    (learnt, prompt), measured = asked.read(data, prompt, "train", remark), list[Sample]()
+    if validation is not None or asked.has_validation(data):
+        measured, _ = asked.read(validation or data, prompt, "validation", remark)
     elif options.validation_share:
         learnt, measured = split(learnt, options.validation_share, options.seed)
     program = load(file)
     manifest = program.manifest
+    options = TrainingConfig.from_json(asked.training(training, manifest, remark))
     spelling, source = tokenizer_for(tokenizer, manifest, trust_remote_code)
     rows = TextData.encode(learnt, manifest, spelling, prompt)
     held_out = None
@@ -120,6 +130,8 @@ def finetune_program(
     if rows.config.chat is not None:
         say_first_row(remark, rows, spelling)
     notes = {"program": str(file), "data_file": str(data), "tokenizer": source, "eps_used": options.eps or manifest.eps}
+    if asked.task is not None:
+        notes["task"] = asked.task.name
     with training_in(run), _interruptible(remark) as interrupted:
         # Before the bar takes hold of stderr.
         session = Session(program, prefix_cache=run / PREFIX if manifest.prefix else None)
@@ -149,7 +161,7 @@ def finetune_program(
     if as_json:
         print_json(_result(outcome, run, drawn))
     elif not quiet:
-        _show_outcome(Console(), outcome, run, drawn, _next_commands(file, run, rows, manifest))
+        _show_outcome(Console(), outcome, run, drawn, _next_commands(file, run, rows, manifest, data if task else None))
     if outcome.why == "interrupted":
         remark(
             f"interrupted after step {outcome.summary.steps} of {outcome.steps}; the same command goes on from there"
@@ -167,6 +179,8 @@ def tune_program(
     share: Annotated[float, typer.Option(min=0, max=1, help="Most that the search may take of them.")] = 0.1,
     eps: Annotated[float | None, typer.Option(help="Not searched for if given.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the run.")] = 0,
+    task: TaskName = None,
+    task_rows: TaskRows = ROWS,
     encoding: Encoding = UTF8,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -177,8 +191,8 @@ def tune_program(
     """Search for the size of the perturbation and the learning rate of a run, in a small part of its steps."""
     remark = Remarks(quiet)
     check_file(file)
-    prompt = prompt_of(prompts, file, {})
-    learnt, prompt = _read(data, prompt, encoding)
+    asked = Asked.of(task, encoding, task_rows)
+    learnt, prompt = asked.read(data, prompt_of(prompts, file, {}, asked.prompt), "train", remark)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code)
     rows = TextData.encode(learnt, program.manifest, spelling, prompt)
@@ -202,6 +216,8 @@ def evaluate_program(
     data: DataFile,
     run: RunFolder = None,
     best: Best = False,
+    task: TaskName = None,
+    task_rows: TaskRows = ROWS,
     encoding: Encoding = UTF8,
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -212,31 +228,37 @@ def evaluate_program(
     """Measure a program on rows: loss of an answer's token, and, where answers are choices, accuracy and AUC.
 
     Without --run it is the model as it was compiled. With it, prompts are made as in the run where no option says
-    otherwise.
+    otherwise. With --task, and after a run with it, the score of the task is measured too, on the split for validation.
     """
     remark = Remarks(quiet)
     check_file(file)
     record = record_of(run, best)
-    prompt = prompt_of(prompts, file, record)
-    asked, prompt = _read(data, prompt, encoding)
+    asked = Asked.of(task, encoding, task_rows, record)
+    texts, prompt = asked.read(data, prompt_of(prompts, file, record, asked.prompt), "validation", remark)
     program = load(file)
     spelling, _ = tokenizer_for(tokenizer, program.manifest, trust_remote_code, record.get("tokenizer"))
-    rows = TextData.encode(asked, program.manifest, spelling, prompt)
+    rows = TextData.encode(texts, program.manifest, spelling, prompt)
     session = Session(program)
     steps = restored(session, run, best)
-    _say_data(remark, rows, None, 0, empty_prompts(asked))
+    _say_data(remark, rows, None, 0, empty_prompts(texts))
+    scores: dict[str, float | None] = {}
     with Bar(remark) as bar:
         bar.begin(0, len(rows), "evaluating")
         measured = measure(session, rows, bar.done)
-    assert measured is not None
-    found, confusion = measured.score, None
-    if measured.log_NC is not None and rows.choices is not None:
-        confusion = Confusion.of(measured.log_NC.argmax(dim=-1), measured.answers, rows.choices)
+        assert measured is not None
+        found, confusion = measured.score, None
+        if measured.log_NC is not None and rows.choices is not None:
+            confusion = Confusion.of(measured.log_NC.argmax(dim=-1), measured.answers, rows.choices)
+        if asked.task is not None:
+            scores = task_score(asked.task, session, spelling, rows, texts, confusion, bar, remark)
     if as_json:
-        print_json({"steps": steps, "choices": rows.choices, **dataclasses.asdict(found), **_as_json(confusion)})
+        of_task = {} if asked.task is None else {"task": asked.task.name, "task_scores": scores}
+        own = {"steps": steps, "choices": rows.choices, **dataclasses.asdict(found)}
+        print_json({**own, **_as_json(confusion), **of_task})
         return
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in {"after steps": str(steps), "rows": str(found.rows), **shown(found)}.items():
+    named = {name: f"{value:.3f}" for name, value in scores.items() if value is not None}
+    for name, value in {"after steps": str(steps), "rows": str(found.rows), **shown(found), **named}.items():
         table.add_row(name, value)
     Console().print(table)
     if confusion is not None:
@@ -279,13 +301,6 @@ def generate_text(
         print_json(dataclasses.asdict(found))
     else:
         typer.echo()
-
-
-def _read(path: Path, prompt: PromptConfig, encoding: str) -> tuple[list[Sample], PromptConfig]:
-    """The samples of a file, and how they become prompts."""
-    rows = read_rows(path, encoding)
-    prompt = prompt.for_rows(rows)
-    return samples(rows, prompt), prompt
 
 
 def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measured: int, empty: int) -> None:
@@ -383,14 +398,14 @@ def _as_json(confusion: Confusion | None) -> dict[str, Any]:
     return {"confusion": confusion.counts, "classes": confusion.by_choice(), "macro_f1": confusion.macro_f1}
 
 
-def _next_commands(file: Path, run: Path, rows: TextData, manifest: Manifest) -> list[str]:
-    """What a run is for: commands that fit the program and what it has learnt."""
-    found = [f"evaluate {file} --run {run} --data FILE"]
-    if rows.choices is not None:
+def _next_commands(file: Path, run: Path, rows: TextData, manifest: Manifest, data: Path | None) -> list[str]:
+    """What a run is for: commands that fit the program and what it has learnt; `data` is that of a task."""
+    found = [f"evaluate {file} --run {run} --data {data or 'FILE'}"]
+    if rows.choices is not None and len(set(rows.config.columns)) == 1:
         found.append(f"predict {file} --run {run} TEXT")
     if manifest.generate is not None and rows.config.chat is not None:
         found.append(f"chat {file} --run {run}")
-    elif writes_text(manifest):
+    elif writes_text(manifest) and data is None:
         found.append(f"generate {file} --run {run} PROMPT")
     return [*found, f"export-adapter {file} {run} FOLDER"]
 
