@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import mobizo_compiler as mobizo
 from mobizo_compiler import cli
 from mobizo_compiler.cli import text as text_commands
+from mobizo_compiler.cli.outcome import say_unchanged
 from mobizo_compiler.text.hub import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -231,7 +232,7 @@ def test_a_run_that_made_nothing_better_says_so(capsys: pytest.CaptureFixture[st
         found = tuple(Validation(step * 10, loss, Score(4, loss)) for step, loss in enumerate(losses))
         best = min(found, key=lambda v: v.objective)
         outcome = Outcome(RunSummary(20, 0, (), ()), 20, found, best, "done")
-        text_commands._say_unchanged(Remarks(quiet=False), outcome)
+        say_unchanged(Remarks(quiet=False), outcome)
         return capsys.readouterr().err
 
     assert "no validation was better" in said(1.0, 1.5, 1.2) and "mobizo tune" in said(1.0, 1.0)

@@ -104,11 +104,11 @@ def test_each_turn_draws_anew(session: Session, tokenizer: Any) -> None:
 def test_a_run_on_conversations_recommends_to_talk(session: Session) -> None:
     from types import SimpleNamespace
 
-    from mobizo_compiler.cli.text import _next_commands
+    from mobizo_compiler.cli.outcome import next_commands
 
     def recommended(**config: Any) -> list[str]:
         rows: Any = SimpleNamespace(choices=None, config=PromptConfig(**config))
-        return _next_commands(Path("p.pte"), Path("r"), rows, session.program.manifest)
+        return next_commands(Path("p.pte"), Path("r"), rows, session.program.manifest)
 
     assert recommended(chat="messages")[1] == "chat p.pte --run r"
     assert recommended(template="{text}")[1] == "generate p.pte --run r PROMPT"

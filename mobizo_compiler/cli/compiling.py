@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from torch.export import Dim
 
@@ -24,24 +20,21 @@ from mobizo_compiler.cli.app import (
     Remarks,
     TrustRemoteCode,
     app,
-    how_estimated,
-    megabytes,
     print_json,
 )
 from mobizo_compiler.cli.classes import recommended
 from mobizo_compiler.cli.classify import ClassTable, check_free, completed
+from mobizo_compiler.cli.compiled import description, say_new, say_rank, show_program
 from mobizo_compiler.cli.losses import LOSSES, LossChoice, loss_kind, loss_of, unescaped
 from mobizo_compiler.cli.model_inputs import check_room, example_inputs
 from mobizo_compiler.cli.options import ConfigFile, Section, chosen, with_sections
 from mobizo_compiler.cli.tasks import PaperProgram, check_alone
-from mobizo_compiler.compiling.dry_run import DryRun, estimate
+from mobizo_compiler.compiling.dry_run import DryRun
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
 from mobizo_compiler.errors import AdapterError, BackendUnavailableError, ConfigError
-from mobizo_compiler.extensions import spelled
 from mobizo_compiler.format.peft import read_peft
-from mobizo_compiler.format.program import Program
 from mobizo_compiler.inspection.figures import draw_program
 from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
 from mobizo_compiler.step.rules import RULES
@@ -283,7 +276,7 @@ def compile_model(
         on_new=new.extend,
     )
     if new:
-        _say_new(remark, new)
+        say_new(remark, new)
     if output is not None and not dry_run:
         check_room(output, loaded, options.quantization)
     speller = None
@@ -314,16 +307,16 @@ def compile_model(
         cache_dir=None if dry_run else cache_dir,
         progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),
     )
-    _say_rank(remark, program)
+    say_rank(remark, program)
     if output is not None and not dry_run:
         program.save(output)
     if graph is not None and not dry_run:
         draw_program(program.manifest, graph)
-    described = _described(program, None if dry_run else output)
+    described = description(program, None if dry_run else output)
     if as_json:
         print_json(described)
     elif dry_run or not quiet:
-        _show(program, described, dry_run)
+        show_program(program, described, dry_run)
         if output is not None and not dry_run:
             data, training = (table.file, table.training(recipe.steps)) if table and recipe else (None, "")
             of_task = f"next: mobizo finetune {output} --task {paper_task} --data FOLDER --run RUN"
@@ -381,28 +374,6 @@ def _texts(examples: Path | None, template: str | None, encoding: str, kind: str
     return [prompt.pieces({name: row.cell(name, "--template chooses") for name in prompt.columns}) for row in rows]
 
 
-def _say_new(remark: Remarks, names: Sequence[str]) -> None:
-    remark(
-        f"the folder has no {', '.join(names)}: drawn from a fixed seed, frozen, and kept in exported adapters as "
-        "modules_to_save",
-        "yellow",
-    )
-
-
-def _say_rank(remark: Remarks, program: Program) -> None:
-    """Warn where one direction is all that an adapter on the output layer alone can move."""
-    manifest = program.manifest
-    choices = len(manifest.labels.choices or manifest.answers or ())
-    (site, *others) = program.sites
-    vocabulary = manifest.outputs[0].shape[-1] if manifest.outputs else None
-    if not others and site.out_features == vocabulary and site.r < choices - 1:
-        remark(
-            f"an adapter of rank {site.r} on the output layer alone cannot tell {choices} answers apart: --lora-r "
-            f"{choices - 1}",
-            "yellow",
-        )
-
-
 def _dynamic(inputs: dict[str, Tensor], max_rows: int | None, max_tokens: int | None) -> Any:
     sizes = {}
     if max_rows is not None:
@@ -410,50 +381,3 @@ def _dynamic(inputs: dict[str, Tensor], max_rows: int | None, max_tokens: int | 
     if max_tokens is not None:
         sizes[1] = Dim("tokens", max=max_tokens)
     return dict.fromkeys(inputs, sizes) if sizes else None
-
-
-def _described(program: Program, output: Path | None) -> dict[str, Any]:
-    manifest = program.manifest
-    return {
-        "file": str(output) if output else None,
-        "file_bytes": output.stat().st_size if output else None,
-        "backend": manifest.backend,
-        "loss": manifest.loss,
-        "quantization": manifest.quantization,
-        "lanes": manifest.zo.lanes,
-        "eps": manifest.eps,
-        "parameters": program.parameters,
-        "sites": [site.fqn for site in program.sites],
-        # A program out of the cache has no graphs to estimate from.
-        "estimate": dataclasses.asdict(estimate(program)) if program.methods else None,
-    }
-
-
-def _show(program: Program, described: dict[str, Any], dry_run: bool) -> None:
-    manifest, needs = program.manifest, described["estimate"]
-    rows = {
-        "file": "none: this was a dry run"
-        if dry_run
-        else f"{described['file']}, {megabytes(described['file_bytes'] or 0)}",
-        "backend": manifest.backend,
-        "loss": spelled(manifest.loss),
-        "estimator": f"{how_estimated(manifest.zo.to_json(), manifest.lanes, manifest.eps)}; {spelled(manifest.rule)}",
-        "adapters": f"{program.parameters:,} parameters in {len(program.sites)} layers",
-    }
-    if dry_run:
-        named = [site.fqn for site in program.sites]
-        rows["layers"] = ", ".join(named[:6]) + (f", ... and {len(named) - 6} more" if len(named) > 6 else "")
-    if needs:
-        ratio = needs["step_multiply_adds"] / max(1, needs["inference_multiply_adds"])
-        rows["weights"] = f"{megabytes(needs['weight_bytes'])}, state {megabytes(needs['state_bytes'])}"
-        rows["activations"] = (
-            f"about {megabytes(needs['step_activation_bytes'])} in a step, "
-            f"{megabytes(needs['inference_activation_bytes'])} in an evaluation of one batch"
-        )
-        rows["work"] = f"{needs['step_multiply_adds'] / 1e9:.3g} G multiply-adds in a step, {ratio:.3g} evaluations"
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows.items():
-        table.add_row(name, Text(text))
-    Console().print(table)

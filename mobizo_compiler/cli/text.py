@@ -8,12 +8,11 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -32,9 +31,10 @@ from mobizo_compiler.cli.app import (
     print_json,
 )
 from mobizo_compiler.cli.chat import say_first_row
-from mobizo_compiler.cli.classes import confusion_table, writes_text
+from mobizo_compiler.cli.classes import confusion_table
 from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
+from mobizo_compiler.cli.outcome import PLOT, next_commands, plotted, result_of, say_unchanged, show_outcome
 from mobizo_compiler.cli.progress import Bar, TimeLeft, shown
 from mobizo_compiler.cli.runs import (
     asked_of,
@@ -48,18 +48,15 @@ from mobizo_compiler.cli.runs import (
 from mobizo_compiler.cli.tasks import Asked, TaskName, TaskRows, task_score
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.device.session import Session
-from mobizo_compiler.errors import MissingPackageError
-from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.load import load
 from mobizo_compiler.text.confusion import Confusion
 from mobizo_compiler.text.data import TextData
 from mobizo_compiler.text.evaluation import Score, measure
 from mobizo_compiler.text.generation import generate
 from mobizo_compiler.text.paper_tasks import ROWS
-from mobizo_compiler.text.plot import plot_run
 from mobizo_compiler.text.prompts import PromptConfig, Sample, empty_prompts, split
 from mobizo_compiler.text.rows import UTF8
-from mobizo_compiler.text.training import Outcome, TrainingConfig, read_record, train
+from mobizo_compiler.text.training import TrainingConfig, read_record, train
 from mobizo_compiler.text.tuning import Trial, tune
 
 PROMPTS = Section("prompts", (PromptConfig,), "", "Prompts and answers")
@@ -77,7 +74,7 @@ TokenizerName = Annotated[
     str | None,
     typer.Option("--tokenizer", help="Folder or name of the tokenizer; the model's if left out.", show_default=False),
 ]
-PLOT, PREFIX = "plot.png", "prefix"
+PREFIX = "prefix"
 
 
 @app.command("finetune")
@@ -155,13 +152,13 @@ def finetune_program(
                 on_change=lambda text: remark(text, "yellow"),
                 stop=interrupted,
             )
-    _say_unchanged(remark, outcome)
+    say_unchanged(remark, outcome)
     record = read_record(run)
-    drawn = plot and outcome.why != "interrupted" and _plot(record, run / PLOT, remark)
+    drawn = plot and outcome.why != "interrupted" and plotted(record, run / PLOT, remark)
     if as_json:
-        print_json(_result(outcome, run, drawn))
+        print_json(result_of(outcome, run, drawn))
     elif not quiet:
-        _show_outcome(Console(), outcome, run, drawn, _next_commands(file, run, rows, manifest, data if task else None))
+        show_outcome(Console(), outcome, run, drawn, next_commands(file, run, rows, manifest, data if task else None))
     if outcome.why == "interrupted":
         remark(
             f"interrupted after step {outcome.summary.steps} of {outcome.steps}; the same command goes on from there"
@@ -326,17 +323,6 @@ def _say_data(remark: Remarks, rows: TextData, held_out: TextData | None, measur
             remark(f"{data.cut} of {len(data)} {name}{what}", "yellow")
 
 
-def _say_unchanged(remark: Remarks, outcome: Outcome) -> None:
-    """Say where training made nothing better."""
-    found = outcome.validations
-    if outcome.why != "interrupted" and len(found) > 1 and outcome.best is found[0] and found[0].step == 0:
-        remark(
-            "no validation was better than the one before the first step: nothing was learnt that helps other rows "
-            "(another --learning-rate, which mobizo tune finds, more --steps, or more rows)",
-            "yellow",
-        )
-
-
 @contextlib.contextmanager
 def _interruptible(remark: Remarks) -> Iterator[Callable[[], bool]]:
     """Within the block, Ctrl-C only asks for an end; a second one is the usual interrupt."""
@@ -369,64 +355,7 @@ def _say_bias(remark: Remarks, found: Score, choices: tuple[str, ...] | None) ->
         )
 
 
-def _plot(record: dict[str, Any], path: Path, remark: Remarks) -> bool:
-    """Whether there is a plot: a run is not worth less without one."""
-    try:
-        plot_run(record, path)
-    except MissingPackageError as error:
-        remark(f"no {path.name}: {error.problem} (pip install matplotlib, or --no-plot)", "yellow")
-        return False
-    return True
-
-
-def _result(outcome: Outcome, run: Path, drawn: bool) -> dict[str, Any]:
-    return {
-        "run": str(run),
-        "ended": outcome.why,
-        "steps": outcome.summary.steps,
-        "resumed_at": outcome.summary.resumed_at,
-        "void_steps": list(outcome.summary.void),
-        "validations": [dataclasses.asdict(v) for v in outcome.validations],
-        "best_step": outcome.best.step if outcome.best else None,
-        "plot": str(run / PLOT) if drawn else None,
-    }
-
-
 def _as_json(confusion: Confusion | None) -> dict[str, Any]:
     if confusion is None:
         return {"confusion": None, "classes": None, "macro_f1": None}
     return {"confusion": confusion.counts, "classes": confusion.by_choice(), "macro_f1": confusion.macro_f1}
-
-
-def _next_commands(file: Path, run: Path, rows: TextData, manifest: Manifest, data: Path | None) -> list[str]:
-    """What a run is for: commands that fit the program and what it has learnt; `data` is that of a task."""
-    found = [f"evaluate {file} --run {run} --data {data or 'FILE'}"]
-    if rows.choices is not None and len(set(rows.config.columns)) == 1:
-        found.append(f"predict {file} --run {run} TEXT")
-    if manifest.generate is not None and rows.config.chat is not None:
-        found.append(f"chat {file} --run {run}")
-    elif writes_text(manifest) and data is None:
-        found.append(f"generate {file} --run {run} PROMPT")
-    return [*found, f"export-adapter {file} {run} FOLDER"]
-
-
-def _show_outcome(console: Console, outcome: Outcome, run: Path, drawn: bool, commands: Sequence[str]) -> None:
-    ended = {"done": "trained", "stopped early": "stopped early", "interrupted": "interrupted"}[outcome.why]
-    console.print(f"{ended} after {outcome.summary.steps} steps", highlight=False)
-    if outcome.summary.void:
-        console.print(f"{len(outcome.summary.void)} steps had no finite loss and changed nothing", style="yellow")
-    if outcome.validations and outcome.best is not None:
-        chosen = {"before": outcome.validations[0], "now": outcome.validations[-1], "best": outcome.best}
-        table = Table(
-            "", *(f"{name} (step {v.step})" for name, v in chosen.items()), box=box.SIMPLE_HEAD, pad_edge=False
-        )
-        numbers = [shown(v.score) for v in chosen.values()]
-        for name in numbers[0]:
-            table.add_row(name, *(some.get(name, "") for some in numbers))
-        console.print(table)
-    files = ["run.json", "journal", *([PLOT] if drawn else [])]
-    console.print(f"in {run}: {', '.join(files)}", highlight=False, markup=False)
-    if outcome.why != "interrupted":
-        for place, command in enumerate(commands):
-            start = "      " if place else "next: "
-            console.print(f"{start}mobizo {command}", highlight=False, markup=False)
