@@ -41,6 +41,7 @@ from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Program, Runner
 from mobizo_compiler.graph.eager import EagerArtifact
 from mobizo_compiler.graph.example import Example
+from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.program import LABELS_INPUT, STATE_INPUT
 from mobizo_compiler.passes.update_state import updated_by_both, updated_by_gradient, updated_state
 from mobizo_compiler.step.estimators import get_estimator, scaled
@@ -88,6 +89,7 @@ def check_program(
     if reason is not None:
         check.compare(graphs.runner(), "the graphs compute other numbers than the model")
         return reason
+    give_back()  # before the engine packs its weights
     # Where a switch of the engine rounds, it is the code that is compared; what rounding does is the user's choice.
     try:
         check.compare(program.artifact.exact_runner(), "the lowered program computes other numbers than the model")
