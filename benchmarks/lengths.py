@@ -3,9 +3,9 @@
     python -m benchmarks.lengths [--rows 4] [--samples 240] [--tokens 64] [--quantization 8da4w] [--out runs/lengths]
 
 SmolLM2 with two-sided steps (q = 4) on XNNPACK, prompt A of the examples. Three ways to go through the same sentences
-once: a program of a fixed length; one that takes every length, in the drawn order; and the same with the rows of a batch
-of similar lengths (`group_by_length`). Programs are run in turns, batch by batch; the time of an epoch is the sum of
-the medians of its batches over the rounds. Before that, every row's loss is compared between the two programs.
+once: a program of a fixed length; one that takes every length, in the drawn order; and the same with batches of rows of
+similar lengths (`group_by_length`). Programs are run in turns, batch by batch; the time of an epoch is the sum of the
+medians of its batches over the rounds. Before that, every row's loss is compared between the two programs.
 """
 
 from __future__ import annotations
