@@ -373,7 +373,7 @@ class ModelSourceError(MobizoError, ValueError):
 
 
 def raised_errors() -> list[type[MobizoError]]:
-    """All error classes with a code of their own, sorted by code.
+    """All error classes of this package, sorted by code; those that other packages derive are theirs.
 
     >>> raised_errors()[0].__name__
     'ConfigError'
@@ -382,6 +382,7 @@ def raised_errors() -> list[type[MobizoError]]:
     pending = [MobizoError]
     while pending:
         for cls in pending.pop().__subclasses__():
-            found.append(cls)
             pending.append(cls)
+            if cls.__module__ == __name__:
+                found.append(cls)
     return sorted(found, key=lambda cls: cls.code)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import JournalWarning, LoraConfig, Session, ZOConfig
-from mobizo_compiler.device.journal import Journal, Record, read_journal
+from mobizo_compiler.device.journal import Journal, Record, pack_journal, read_journal, unpack_journal
 from mobizo_compiler.device.run import SNAPSHOT, START, read_state, step_seed, write_state
 from mobizo_compiler.errors import InputError, JournalError, JournalLockedError
 
@@ -314,6 +314,25 @@ def test_records_come_back(steps: list[tuple[int, float, list[float]]]) -> None:
             for record in records:
                 journal.append(record)
         assert str(read_journal(Path(folder) / "journal", program)) == str(records)
+
+
+def test_a_journal_as_bytes(program: mobizo.Program, tmp_path: Path) -> None:
+    """They are those of the file, and every one of them counts: nothing that was sent may be cut off in silence."""
+    Session(program).finetune(batch, steps=3, run=tmp_path, **TRAINING)
+    data = (tmp_path / "journal").read_bytes()
+    records = unpack_journal(data, program, "what came")
+    assert records == read_journal(tmp_path / "journal", program) and pack_journal(records, program) == data
+    assert unpack_journal(pack_journal([], program), program, "nothing") == []
+    for length in set(range(len(data))) - {64, 64 + 32, 64 + 2 * 32}:
+        with pytest.raises(JournalError, match="at: what came"):
+            unpack_journal(data[:length], program, "what came")
+    for position in range(len(data)):
+        with pytest.raises(JournalError):
+            unpack_journal(data[:position] + bytes([data[position] ^ 16]) + data[position + 1 :], program, "what came")
+    with pytest.raises(JournalError, match="record 0 says that it is step 1"):
+        pack_journal(records[1:], program)
+    with pytest.raises(JournalError, match="another program"):
+        unpack_journal(data, compiled(seed=1), "what came")
 
 
 @pytest.mark.parametrize(

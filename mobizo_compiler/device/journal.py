@@ -24,7 +24,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -189,6 +189,44 @@ def read_journal(path: str | PathLike[str], program: Program) -> list[Record]:
     return records
 
 
+def pack_journal(records: Sequence[Record], program: Program) -> bytes:
+    """A journal as bytes: what a file of these records holds, to be sent rather than kept.
+
+    Args:
+        records: Steps from 0 on.
+        program: The program that made them.
+
+    Raises:
+        JournalError: They are not steps 0, 1, 2, ...
+    """
+    header, layout = _header(program), _record(program.manifest.zo.queries)
+    for position, record in enumerate(records):
+        if record.step != position:
+            raise JournalError(f"record {position} says that it is step {record.step}")
+    return header + b"".join(_packed(record, header, layout) for record in records)
+
+
+def unpack_journal(data: bytes, program: Program, where: str) -> list[Record]:
+    """The records of a journal that came as bytes; unlike a file's, they must be whole to the end.
+
+    Args:
+        data: What `pack_journal` made, or the bytes of a journal's file.
+        program: A program with the same fingerprint.
+        where: What errors call it.
+
+    Raises:
+        JournalError: It is no journal, or of another program, or damaged, or cut off.
+    """
+    records, whole = _parsed(data, _header(program), _record(program.manifest.zo.queries), where)
+    if whole < len(data):
+        raise JournalError(
+            f"the journal is damaged: its last {len(data) - whole} bytes are not a whole step, after {len(records)}",
+            where=where,
+            hint="have it sent again",
+        )
+    return records
+
+
 def _header(program: Program) -> bytes:
     fields = (MAGIC, VERSION, program.manifest.zo.queries, fingerprint(program), program.parameters, 0)
     body = _HEADER.pack(*fields, 0)[: -_CHECKSUM.size]
@@ -216,7 +254,12 @@ def _read(path: Path, header: bytes, layout: struct.Struct) -> tuple[list[Record
         data = path.read_bytes()
     except OSError as error:
         raise JournalError(f"the journal cannot be read: {error}", where=str(path)) from None
-    _check_header(data[: _HEADER.size], header, str(path))
+    return _parsed(data, header, layout, str(path))
+
+
+def _parsed(data: bytes, header: bytes, layout: struct.Struct, where: str) -> tuple[list[Record], int]:
+    """The whole records, and how many of the bytes they and the header are."""
+    _check_header(data[: _HEADER.size], header, where)
     size = layout.size + _CHECKSUM.size
     records: list[Record] = []
     start = zlib.crc32(header)
@@ -229,13 +272,13 @@ def _read(path: Path, header: bytes, layout: struct.Struct) -> tuple[list[Record
     while position < len(data) and whole(position):
         records.append(_unpacked(data[position : position + size], layout))
         if records[-1].step != len(records) - 1:
-            raise JournalError(f"record {len(records) - 1} says that it is step {records[-1].step}", where=str(path))
+            raise JournalError(f"record {len(records) - 1} says that it is step {records[-1].step}", where=where)
         position += size
     later = next((p for p in range(position + size, len(data), size) if whole(p)), None)
     if later is not None:
         raise JournalError(
             f"step {len(records)} is damaged, and steps after it are not: {(later - position) // size} in between",
-            where=str(path),
+            where=where,
             hint=f"what is left after step {len(records)} cannot be restored; truncate the file to {position} bytes to "
             "go on from there",
         )
@@ -263,7 +306,7 @@ def _check_header(found: bytes, wanted: bytes, where: str) -> None:
     )
 
 
-def replayed(records: list[Record]) -> Iterator[tuple[int, torch.Tensor, float]]:
+def replayed(records: Sequence[Record]) -> Iterator[tuple[int, torch.Tensor, float]]:
     """Arguments of `Session.replay` for every step that was not void."""
     for record in records:
         if math.isfinite(record.loss):
