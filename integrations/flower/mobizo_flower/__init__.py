@@ -1,0 +1,25 @@
+"""Federated zeroth-order training: clients exchange a few numbers of every step, and stay the same bit for bit.
+
+`Server` and `Client` are the protocol, as bytes, and need nothing but `mobizo_compiler`. `mobizo_flower.flower` carries
+them over Flower.
+"""
+
+from mobizo_flower.client import Client
+from mobizo_flower.errors import DamagedMessageError, ForeignMessageError, MessageError, OutOfRoundError
+from mobizo_flower.ledger import Ledger
+from mobizo_flower.server import Outcome, Plan, Protocol, RoundReport, Server, Verdict
+
+__all__ = [
+    "Client",
+    "DamagedMessageError",
+    "ForeignMessageError",
+    "Ledger",
+    "MessageError",
+    "OutOfRoundError",
+    "Outcome",
+    "Plan",
+    "Protocol",
+    "RoundReport",
+    "Server",
+    "Verdict",
+]
