@@ -24,6 +24,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file integrations/flower/pyproject.toml
 	$(BIN)/python -m docs.generate --check
 
 docs: $(READY)  ## write the generated pages again

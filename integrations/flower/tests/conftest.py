@@ -1,10 +1,11 @@
-"""The package is imported from its folder, as long as it is not installed."""
+"""The package and what its tests share are imported from their folders, as long as they are not installed."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent.parent
-if str(HERE) not in sys.path:
-    sys.path.insert(0, str(HERE))
+HERE = Path(__file__).parent
+for folder in (HERE, HERE.parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
