@@ -90,11 +90,13 @@ def flower_bytes(content: RecordDict) -> int:
 
 
 def table(found: Evidence, program: mobizo.Program) -> str:
-    """Bytes of a client and a round, beside those of FedAvg with the same adapters, as a table in Markdown."""
-    tasks = sum(line["tasks"] for line in found.lines)
-    answers = sum(line["answers"] for line in found.lines)
-    down = sum(line["task_bytes"] for line in found.lines) / tasks
-    up = sum(line["answer_bytes"] for line in found.lines) / max(answers, 1)
+    """Bytes of a client and a round, beside those of FedAvg with the same adapters, as a table in Markdown.
+
+    What was sent again, or did not count, is in it.
+    """
+    counted = sum(len(line["clients"]) for line in found.lines)
+    down = sum(line["task_bytes"] for line in found.lines) / counted
+    up = sum(line["answer_bytes"] for line in found.lines) / counted
     floats = numpy.zeros(program.parameters, numpy.float32)
     fedavg = RecordDict({"arrays": ArrayRecord([floats])})
     rows = [("this", round(down), round(up)), ("FedAvg of the adapters, float32", floats.nbytes, floats.nbytes)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/flower"), help="emptied first")
     options = parser.parse_args(arguments)
     folder = options.output.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that Flower's processes end with this one
     if not options.keep:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -104,8 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| | steps | accuracy | AUC |\n| --- | ---: | ---: | ---: |")
     for name, count, found in (("zero-shot", 0, zero), ("federated", steps, federated), (CENTRE, steps, after)):
         print(f"| {name} | {count} | {found['accuracy']:.3f} | {found['auc']:.3f} |")
-    down = sum(t.task_bytes for t in traffic) / sum(t.tasks for t in traffic)
-    up = sum(t.answer_bytes for t in traffic) / sum(t.answers for t in traffic)
+    counted = options.rounds * options.clients
+    down, up = (
+        sum(bytes_) / counted for bytes_ in ([t.task_bytes for t in traffic], [t.answer_bytes for t in traffic])
+    )
     print(f"{down:,.0f} bytes to a client in a round, {up:,.0f} from it; the adapter is {4 * program.parameters:,}")
     return 0
 

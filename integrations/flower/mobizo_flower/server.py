@@ -130,7 +130,7 @@ class RoundReport:
         loss: Mean of their losses that are finite; NaN if there are none.
         steps: Steps that everybody replays.
         state: CRC-32 of the state after it.
-        answer_bytes: Of the answers that count, together.
+        counted_bytes: Of the answers that count, together.
     """
 
     number: int
@@ -138,7 +138,7 @@ class RoundReport:
     loss: float
     steps: int
     state: int
-    answer_bytes: int
+    counted_bytes: int
 
 
 class Server:

@@ -64,7 +64,7 @@ def test_repeated_and_late_answers(protocol: Protocol, tmp_path: Path) -> None:
         impostor = Client(tmp_path / "other", Session(program()), 1, batches(9)).answer(task)
         assert "another answer" in server.accept(impostor).reason
         report = server.close_round()
-        assert report.clients == (1,) and report.answer_bytes == len(first)
+        assert report.clients == (1,) and report.counted_bytes == len(first)
         state = server.session.state()
         assert server.accept(late) == dataclasses.replace(server.accept(late), outcome=Outcome.LATE, client=2)
         assert server.accept(first).outcome == Outcome.LATE
