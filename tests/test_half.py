@@ -17,7 +17,7 @@ from mobizo_compiler.testing import TokenWise, zoo
 
 ZOO = zoo()
 DECODERS = [name for name, case in ZOO.items() if case.family == "decoder"]
-QUICK = ("llama", "gpt2")
+QUICK = ("llama",)
 EXACT = ZOConfig(estimator="exact")
 TWO_SIDED = ZOConfig(queries=2)
 
@@ -40,17 +40,21 @@ def files(dtype: torch.dtype, folder: Path, **options: Any) -> list[bytes]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),
     [
-        {"backend": "portable", "zo": TWO_SIDED},
-        {"backend": "xnnpack", "zo": EXACT, "quantization": "8da4w"},
-        {"backend": "xnnpack", "zo": TWO_SIDED, "generate": GenerateConfig(16)},
+        pytest.param(torch.bfloat16, {"backend": "xnnpack", "zo": EXACT, "quantization": "8da4w"}, id="exact-8da4w"),
+        *(
+            pytest.param(dtype, options, id=f"{name}-{dtype}", marks=pytest.mark.slow)
+            for dtype in (torch.bfloat16, torch.float16)
+            for name, options in {
+                "portable": {"backend": "portable", "zo": TWO_SIDED},
+                "generate": {"backend": "xnnpack", "zo": TWO_SIDED, "generate": GenerateConfig(16)},
+            }.items()
+        ),
     ],
-    ids=["portable", "exact-8da4w", "generate"],
 )
-def test_the_file_is_that_of_the_float32_copy(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_file_is_that_of_the_float32_copy(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
     half, whole = files(dtype, tmp_path, **options)
     assert half == whole
 
