@@ -90,7 +90,7 @@ def main() -> None:
 
 def losses(session: Any, batches: Batches, step: int) -> Tensor:
     """Lane losses of a batch, without a change of the state."""
-    result: Tensor = session.train_step(*batches(step), seed=step, learning_rate=0.0).losses
+    result: Tensor = session.train_step(*batches(step), seed=step, learning_rate=0.0).lane_losses
     return result
 
 
