@@ -18,6 +18,7 @@ from torch import nn
 import mobizo_compiler as mobizo
 from mobizo_compiler import passes
 from mobizo_compiler.backends.eager import EagerBackend
+from mobizo_compiler.format.bundle import LARGEST, Expected, check_expected
 from mobizo_compiler.graph import facts, parse
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.step.rules import RULES
@@ -200,6 +201,11 @@ def mbz402():
 def mbz501():
     Path("program.pte").write_bytes(bytes(100))
     mobizo.load("program.pte")
+
+
+def mbz502():
+    losses = {"step/0": torch.tensor([2.31]), "wanted step/0": torch.tensor([2.07])}
+    check_expected(Expected("step/0", "wanted step/0", LARGEST, 2e-4), losses, "program.pte")
 
 
 def mbz601():

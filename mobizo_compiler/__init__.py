@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mobizo_compiler.device.run import RunSummary
     from mobizo_compiler.device.schedules import schedule
     from mobizo_compiler.device.session import Session
+    from mobizo_compiler.device.verification import verify_bundle, write_bundle
     from mobizo_compiler.errors import MobizoError
     from mobizo_compiler.format.program import Program, StepResult
     from mobizo_compiler.load import load
@@ -62,6 +63,8 @@ __all__ = [
     "load",
     "noise",
     "schedule",
+    "verify_bundle",
+    "write_bundle",
 ]
 
 # Where the public names are. They are imported when they are asked for, so that the command can handle Ctrl-C before
@@ -91,6 +94,8 @@ _HOMES = {
     "load": "mobizo_compiler.load",
     "noise": "mobizo_compiler.step.noise",
     "schedule": "mobizo_compiler.device.schedules",
+    "verify_bundle": "mobizo_compiler.device.verification",
+    "write_bundle": "mobizo_compiler.device.verification",
 }
 
 

@@ -259,6 +259,16 @@ class ArtifactError(MobizoError):
     code = "MBZ501"
 
 
+class VerificationError(MobizoError):
+    """A program computes other numbers on this machine than where its bundle was made.
+
+    Copy the program again. If that does not help, the processor, the emulator or the runtime here is at fault: the
+    message names the value, how far it is off and how far it may be. Do not train there, and report it.
+    """
+
+    code = "MBZ502"
+
+
 class InputError(MobizoError, ValueError):
     """A call of a session got an input of the wrong name, shape, dtype or value.
 

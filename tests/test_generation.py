@@ -31,7 +31,7 @@ from mobizo_compiler import (
     ZOConfig,
     cli,
 )
-from mobizo_compiler.compiling import agreement, pipelines
+from mobizo_compiler.compiling import pipelines
 from mobizo_compiler.compiling.captured_forward import CapturedForward
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.errors import (
@@ -44,6 +44,7 @@ from mobizo_compiler.errors import (
     TokenRangeError,
 )
 from mobizo_compiler.format.program import Runner
+from mobizo_compiler.step import agreement
 from mobizo_compiler.testing import TokenWise
 
 pytestmark = pytest.mark.xdist_group("generation")  # one process, so that its programs are made once

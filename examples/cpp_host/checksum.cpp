@@ -53,6 +53,16 @@ void check_file(const std::filesystem::path& path) {
   }
 }
 
+std::string content_digest(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  Sha256::Digest digest{};
+  file.seekg(-static_cast<std::streamoff>(digest.size()), std::ios::end);
+  if (!file.read(reinterpret_cast<char*>(digest.data()), static_cast<std::streamsize>(digest.size()))) {
+    throw std::runtime_error(path.string() + ": it became shorter while it was read");
+  }
+  return hexadecimal(digest);
+}
+
 std::string sealed(std::string data) {
   Sha256 hash;
   hash.update(data.data(), data.size());

@@ -12,6 +12,7 @@ enum class Exit : int {
   bad_data = 4,     // the token file, or a state to load or save
   bad_run = 5,      // the run folder: damaged, of another program, or not writable
   locked = 6,       // somebody else trains in the run folder
+  other_numbers = 7,  // a program computes other numbers here than where it was compiled
 };
 
 class Failure : public std::runtime_error {

@@ -24,6 +24,7 @@
 #include "state_file.h"
 #include "threads.h"
 #include "tokens.h"
+#include "verify.h"
 
 namespace {
 
@@ -36,6 +37,7 @@ constexpr char kUsage[] =
     "       mobizo_host predict PROGRAM TOKENS [--run RUN | --load FILE.ptd] [--threads N] [--quiet]\n"
     "       mobizo_host generate PROGRAM --prompt \"1 2 3\" --steps N [--stop \"2 0\"]\n"
     "                   [--run RUN | --load FILE.ptd] [--threads N] [--quiet]\n"
+    "       mobizo_host verify PROGRAM BUNDLE [--threads N] [--quiet]\n"
     "\n"
     "Without a verb it trains:\n"
     "\n"
@@ -61,11 +63,13 @@ constexpr char kUsage[] =
     "  --steps N          most tokens to generate\n"
     "  --stop IDS         token ids that end the text (those of the program)\n"
     "\n"
-    "exit codes: 2 arguments, 3 program, 4 token file or .ptd file, 5 run folder, 6 the run is open elsewhere\n";
+    "  verify             whether the program computes on this processor what it computed where `mobizo bundle` ran\n"
+    "\n"
+    "exit codes: 2 arguments, 3 program, 4 token file or .ptd file, 5 run folder, 6 the run is open elsewhere, 7 other numbers\n";
 
 // What has a first argument of its own; each gets those behind it.
 const std::map<std::string, void (*)(const std::vector<std::string>&)> kVerbs = {
-    {"evaluate", host::evaluate}, {"generate", host::generate}, {"predict", host::predict}};
+    {"evaluate", host::evaluate}, {"generate", host::generate}, {"predict", host::predict}, {"verify", host::verify}};
 
 constexpr size_t kSnapshotEvery = 200;
 

@@ -139,12 +139,19 @@ void Program::load_methods(Use use) {
   if (use == Use::generate && !manifest_.generate) {
     fail("it has no method forward, which generates with a cache: compile with generate=GenerateConfig(...)");
   }
-  const std::string first = use == Use::train ? kTrainStep : use == Use::evaluate ? kEvaluate : kForward;
+  const bool trains = use == Use::train || use == Use::verify;
+  const std::string first = trains ? kTrainStep : use == Use::evaluate ? kEvaluate : kForward;
   load_method(first);
+  if (use == Use::verify) {
+    load_method(kEvaluate);
+    if (manifest_.generate) {
+      load_method(kForward);
+    }
+  }
   if (replays_) {
     load_method(kReplay);
   }
-  if (use == Use::train && manifest_.has_prefix) {
+  if (trains && manifest_.has_prefix) {
     load_method(kPrefix);
   }
   if (manifest_.state == StateIn::call) {
@@ -230,6 +237,29 @@ Output Program::evaluate(Batch& batch) {
     fail("evaluate does not return float32, and this host reads no other values");
   }
   return {{tensor.sizes().begin(), tensor.sizes().end()}, floats(outputs[*manifest_.output])};
+}
+
+std::vector<Value> Program::call(const std::string& method, const std::vector<Value*>& arguments) {
+  Tensors tensors;
+  for (Value* argument : arguments) {
+    tensors.push_back(argument->tensor());
+  }
+  const bool updates = method == kTrainStep || method == kReplay;
+  auto outputs = updates ? update(method, tensors)
+                         : method == kEvaluate ? run_with_state(method, tensors) : run(method, tensors);
+  if (updates && !passed_.empty()) {
+    outputs.pop_back();  // the state
+  }
+  std::vector<Value> values;
+  for (const EValue& output : outputs) {
+    if (!output.isTensor()) {
+      fail(method + " returns something that is no tensor");
+    }
+    const auto tensor = output.toTensor();
+    const auto* bytes = static_cast<const uint8_t*>(tensor.const_data_ptr());
+    values.push_back({tensor.scalar_type(), {tensor.sizes().begin(), tensor.sizes().end()}, {bytes, bytes + tensor.nbytes()}});
+  }
+  return values;
 }
 
 std::vector<float> Program::next_logits(std::vector<int64_t> tokens, int64_t start) {

@@ -29,7 +29,7 @@ struct Output {
 };
 
 // What a program is loaded for: only the methods that this needs are loaded, and one that restores a run.
-enum class Use { train, evaluate, generate };
+enum class Use { train, evaluate, generate, verify };
 
 class Program {
  public:
@@ -45,6 +45,9 @@ class Program {
 
   // The output that the loss is of, with the adapter on and nothing perturbed. Labels are not read.
   Output evaluate(Batch& batch);
+
+  // Any method with these arguments, the state not among them; what it returns is copied.
+  std::vector<Value> call(const std::string& method, const std::vector<Value*>& arguments);
 
   // The logits of the token behind `tokens`, the first of which stands at `start`; what came before is in the cache.
   std::vector<float> next_logits(std::vector<int64_t> tokens, int64_t start);

@@ -29,7 +29,18 @@ FAILED, INTERRUPTED = 1, 130  # 0: done; 2: wrong usage, which typer itself says
 # In the order in which a person comes to them: make a program, use it, carry it elsewhere, look at what there is.
 ORDER = (
     *("compile", "finetune", "tune", "evaluate", "predict", "generate", "chat", "inspect"),
-    *("export-adapter", "import-adapter", "export-gguf", "import-gguf", "backends", "extensions", "passes", "doctor"),
+    *(
+        "export-adapter",
+        "import-adapter",
+        "export-gguf",
+        "import-gguf",
+        "bundle",
+        "verify",
+        "backends",
+        "extensions",
+        "passes",
+        "doctor",
+    ),
 )
 
 

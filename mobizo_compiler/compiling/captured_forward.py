@@ -13,13 +13,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mobizo_compiler.compiling.agreement import (
-    ROUNDING,
-    Compare,
-    compare_outputs,
-    largest_difference,
-    root_mean_square,
-)
 from mobizo_compiler.compiling.captured_step import AddAdapters, InFloat64, given_adapters, rounds, without_rounding
 from mobizo_compiler.errors import CaptureError
 from mobizo_compiler.format.manifest import Generation
@@ -28,6 +21,13 @@ from mobizo_compiler.graph.eager import EagerRunner
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes import Specialize
+from mobizo_compiler.step.agreement import (
+    ROUNDING,
+    Compare,
+    compare_outputs,
+    largest_difference,
+    root_mean_square,
+)
 from mobizo_compiler.step.sites import Site, initial_state
 
 MOST_TOKENS, ONE_BY_ONE, SEED = 12, 3, 20

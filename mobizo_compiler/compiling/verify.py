@@ -22,37 +22,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mobizo_compiler.compiling import agreement
-from mobizo_compiler.compiling.agreement import (
-    CLOSE,
-    LOSS_TOLERANCE,
-    OUTPUT_TOLERANCE,
-    ROUNDING,
-    Compare,
-    compare_outputs,
-    largest_difference,
-    may_differ,
-    root_mean_square,
-)
 from mobizo_compiler.compiling.captured_forward import CapturedForward
 from mobizo_compiler.compiling.captured_step import CapturedStep, rounds, without_rounding
 from mobizo_compiler.errors import LoweringError, UnsupportedGraphError
-from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.probe import random_labels
 from mobizo_compiler.format.program import Program, Runner
 from mobizo_compiler.graph.eager import EagerArtifact
 from mobizo_compiler.graph.example import Example
 from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.program import LABELS_INPUT, STATE_INPUT
 from mobizo_compiler.passes.update_state import updated_by_both, updated_by_gradient, updated_state
+from mobizo_compiler.step import agreement
+from mobizo_compiler.step.agreement import (
+    ARITHMETIC,
+    CLOSE,
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    ROUNDING,
+    UPDATE_TOLERANCE,
+    Compare,
+    compare_outputs,
+    largest_difference,
+    may_differ,
+    root_mean_square,
+    slope,
+)
 from mobizo_compiler.step.estimators import get_estimator, scaled
 from mobizo_compiler.step.rules import get_rule
 from mobizo_compiler.step.sites import in_their_places, trained_before
 
-# Given the losses, the projected gradient is a few operations on them; given the gradient, an update agrees to the last
-# bits of the noise, as a share of its norm, and a rule that takes signs may turn a few of them.
-ARITHMETIC = 1e-5
-UPDATE_TOLERANCE = 1e-2
-GRADIENT_TOLERANCE = 1e-3  # of an exact gradient, as a share of its norm
 LANE_TOLERANCE = 1e-5  # one engine, other batch sizes
 MOST_LANES = 8  # that are run alone; of more, as many from the first to the last
 EPS, LEARNING_RATE, SEED, STATE_SCALE = 1e-2, 1e-3, 20, 1e-2
@@ -239,8 +238,8 @@ class _Check:
             wanted = scaled(wanted, losses, eps, zo.normalize, zo.clip)
             largest = float(wanted.nan_to_num(posinf=0, neginf=0).abs().max())
             last_place = 2.0**-22 * float(losses.nan_to_num(posinf=0, neginf=0).abs().max())
-            slope = _slope(losses, zo.normalize) * (1 + largest * zo.normalize)
-            allowed = ARITHMETIC * (1 + largest) + last_place * slope
+            steepness = slope(losses, EPS, zo.normalize) * (1 + largest * zo.normalize)
+            allowed = ARITHMETIC * (1 + largest) + last_place * steepness
             compare("train_step", "projected gradient", slopes, wanted, allowed)
         if exact is not None:
             self._compare_exact(compare, after, slopes, exact)
@@ -409,30 +408,3 @@ class _Check:
         names = [name for name in self.program.methods["train_step"].inputs if name != STATE_INPUT]
         assert names.index(LABELS_INPUT) == len(inputs) and len(names) == len(arguments), names
         return arguments
-
-
-def _slope(losses: Tensor, normalize: bool) -> float:
-    """How much of an error of a loss a projected gradient has, in units of 1 where it is normalized."""
-    if not normalize:
-        return 1 / EPS
-    smallest = 2.0**-22 * max(1e-3, float(losses.abs().max()))  # lanes may all have one loss
-    return 1 / max(float(losses.std()), smallest)
-
-
-def random_labels(manifest: Manifest, inputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """Labels for these inputs, anywhere in their range, as many of a row as may count."""
-    spec = manifest.labels
-    known: dict[str, int] = {}
-    for value, size in zip(inputs, manifest.inputs, strict=True):
-        known |= {name: n for name, n in zip(size.shape, value.shape, strict=True) if isinstance(name, str)}
-    shape = tuple(known[size] if isinstance(size, str) else size for size in spec.shape)
-    dtype = getattr(torch, spec.dtype)
-    if spec.low is None or spec.high is None:
-        normal = torch.randn(shape, generator=generator)
-        return normal.to(dtype) if dtype.is_floating_point else (normal > 0).to(dtype)
-    labels = torch.randint(spec.low, spec.high + 1, shape, generator=generator)
-    if spec.choices is not None:
-        labels = torch.tensor(spec.choices)[labels % len(spec.choices)]
-    if manifest.max_labels is not None and spec.also is not None:
-        labels[:, : max(0, labels.shape[1] - manifest.max_labels)] = spec.also
-    return labels.to(getattr(torch, spec.dtype))

@@ -90,6 +90,13 @@ def check(path: Path) -> None:
             )
 
 
+def of_file(path: Path) -> str:
+    """SHA-256 of the content of a sealed file, in hexadecimal, as its trailer has it; `check` says whether it is so."""
+    with path.open("rb") as file:
+        file.seek(-SIZE + len(MAGIC), os.SEEK_END)
+        return file.read().hex()
+
+
 def of_tensors(described: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and values, in hexadecimal; for formats that have no room for a trailer."""
     digest = hashlib.sha256(repr(sorted(described.items())).encode())

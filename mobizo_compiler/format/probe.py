@@ -104,3 +104,22 @@ def answer_of(outputs: Sequence[Tensor]) -> tuple[float, ...]:
     last = numbers.double().reshape(-1, numbers.shape[-1] if numbers.dim() else 1)[-1]
     signs = noise_values(torch.zeros(1, dtype=torch.int32), NUMBERS, len(last), "rademacher").double()
     return tuple((signs @ last / math.sqrt(len(last))).tolist())
+
+
+def random_labels(manifest: Manifest, inputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Labels for these inputs, anywhere in their range, as many of a row as may count."""
+    spec = manifest.labels
+    known: dict[str, int] = {}
+    for value, size in zip(inputs, manifest.inputs, strict=True):
+        known |= {name: n for name, n in zip(size.shape, value.shape, strict=True) if isinstance(name, str)}
+    shape = tuple(known[size] if isinstance(size, str) else size for size in spec.shape)
+    dtype = getattr(torch, spec.dtype)
+    if spec.low is None or spec.high is None:
+        normal = torch.randn(shape, generator=generator)
+        return normal.to(dtype) if dtype.is_floating_point else (normal > 0).to(dtype)
+    labels = torch.randint(spec.low, spec.high + 1, shape, generator=generator)
+    if spec.choices is not None:
+        labels = torch.tensor(spec.choices)[labels % len(spec.choices)]
+    if manifest.max_labels is not None and spec.also is not None:
+        labels[:, : max(0, labels.shape[1] - manifest.max_labels)] = spec.also
+    return labels.to(getattr(torch, spec.dtype))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mobizo_compiler.api import compile
 from mobizo_compiler.backends import Backend
-from mobizo_compiler.compiling.verify import random_labels
 from mobizo_compiler.config import LoraConfig, ZOConfig
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ContractError
+from mobizo_compiler.format.probe import random_labels
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.step.estimators import Estimator

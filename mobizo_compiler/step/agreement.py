@@ -18,6 +18,11 @@ CLOSE, FACTOR = 2e-5, 32.0
 # Where activations are rounded to integers, a value in the last place decides now and then which integer it is, and two
 # engines that agree to rounding part by up to what all the rounding does. That is measured, by leaving it out.
 ROUNDING = 4.0
+# Given the losses, the projected gradient is a few operations on them; given the gradient, an update agrees to the last
+# bits of the noise, as a share of its norm, and a rule that takes signs may turn a few of them.
+ARITHMETIC = 1e-5
+UPDATE_TOLERANCE = 1e-2
+GRADIENT_TOLERANCE = 1e-3  # of an exact gradient, as a share of its norm
 INTEGERS = 0.02  # share of integers in an output that may be others, as the best of values that are nearly equal are
 
 HALF = 16.0  # last places of half precision that a model in it may be off, as a root mean square
@@ -121,3 +126,11 @@ def root_mean_square(values: Tensor) -> float:
 
 def _few(values: Tensor) -> str:
     return "[" + ", ".join(f"{float(v):.6g}" for v in values.flatten()[:4]) + ", ...]"
+
+
+def slope(losses: Tensor, eps: float, normalize: bool) -> float:
+    """How much of an error of a loss a projected gradient has, in units of 1 where it is normalized."""
+    if not normalize:
+        return 1 / eps
+    smallest = 2.0**-22 * max(1e-3, float(losses.abs().max()))  # lanes may all have one loss
+    return 1 / max(float(losses.std()), smallest)
