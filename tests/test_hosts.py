@@ -43,6 +43,7 @@ from mobizo_compiler.device.journal import Journal, Record, fingerprint, read_jo
 from mobizo_compiler.device.run import SNAPSHOT, START, step_seed
 from mobizo_compiler.errors import ArtifactError, JournalLockedError
 from mobizo_compiler.format import checksum, data_file
+from mobizo_compiler.format.bundle import read_bundle
 from mobizo_compiler.format.manifest import FORMAT_VERSION
 from mobizo_compiler.step.losses import get_loss
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
@@ -57,7 +58,7 @@ pytestmark = pytest.mark.xdist_group("hosts")  # one process, so that the host i
 ROOT = Path(__file__).parent.parent
 LEARNING_RATE, QUERIES = 0.05, 2
 LOSS_ERROR = 3e-6  # fifty times the unit roundoff of float32
-BAD_ARGUMENTS, BAD_PROGRAM, BAD_DATA, BAD_RUN, LOCKED = 2, 3, 4, 5, 6
+BAD_ARGUMENTS, BAD_PROGRAM, BAD_DATA, BAD_RUN, LOCKED, OTHER_NUMBERS = 2, 3, 4, 5, 6, 7
 
 Batch = tuple[dict[str, Tensor], Tensor]
 
@@ -965,6 +966,42 @@ def test_tokens_come_one_by_one(speaker: Case) -> None:
         packets = list(iter(lambda: ours.recv(1000).decode(), ""))
     wanted = [str(token) for token in Session(speaker.program).generate([3], 9)]
     assert packets == [wanted[0], *(f" {token}" for token in wanted[1:]), "\n"]
+
+
+@pytest.mark.parametrize("name", ["case", "passed", "chooser", "exact", "speaker"])
+def test_a_bundle_is_verified(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    case: Case = request.getfixturevalue(name)
+    bundle = mobizo.write_bundle(case.path, tmp_path / "bundle")
+    wanted = mobizo.verify_bundle(case.path, bundle)
+    lines = case.says("verify", tokens=bundle).splitlines()
+    assert lines[-1] == f"{len(wanted)} values agree"
+    found = dict(re.findall(r"^(.*): the (.*) is .*, of at most .*$", "\n".join(lines), re.MULTILINE))
+    assert set(found) == {key.partition(",")[0] for key in wanted}
+    assert case.says("verify", "--quiet", tokens=bundle) == ""
+    whole, copy = read_bundle(bundle), tmp_path / "other"
+    for value in found.keys() - {"again/state"}:
+        other = whole.tensors[f"wanted {value}"] + 10
+        dataclasses.replace(whole, tensors={**whole.tensors, f"wanted {value}": other}).write(copy)
+        assert f": {value}: the " in case.cannot(OTHER_NUMBERS, "verify", tokens=copy)
+
+
+def test_bundles_that_are_none(case: Case, passed: Case, tmp_path: Path) -> None:
+    bundle = mobizo.write_bundle(case.path, tmp_path / "bundle")
+    assert "the bundle is of another program" in passed.cannot(BAD_DATA, "verify", tokens=bundle)
+    data = bytearray(bundle.read_bytes())
+    data[-3] ^= 1
+    for content, problem in (
+        (bytes(data), "its checksum is another"),
+        (bytes(data[:-8]), "cut off"),
+        (b"{}", "no safetensors file, or cut off"),
+        ((tmp_path / "bundle").read_bytes().replace(b"mobizo_bundle", b"mobizo_bumble"), "this is no bundle"),
+    ):
+        (tmp_path / "bad").write_bytes(content)
+        assert problem in case.cannot(BAD_DATA, "verify", tokens=tmp_path / "bad")
+    whole = read_bundle(bundle)
+    lacking = {name: tensor for name, tensor in whole.tensors.items() if name != "start"}
+    dataclasses.replace(whole, tensors=lacking).write(tmp_path / "bad")
+    assert "it has no value start" in case.cannot(BAD_DATA, "verify", tokens=tmp_path / "bad")
 
 
 def test_quiet_is_quiet(case: Case, tmp_path: Path) -> None:

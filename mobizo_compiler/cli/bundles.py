@@ -17,6 +17,7 @@ from mobizo_compiler.format.bundle import read_bundle
 def make_bundle(
     file: ProgramFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle is written.", show_default=False)],
+    steps: Annotated[int, typer.Option(help="Training steps, each from where the one before led.")] = 1,
     config: ConfigFile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -25,7 +26,7 @@ def make_bundle(
 
     Run it on the machine that compiled the program, where it was compared with the model.
     """
-    write_bundle(file, output)
+    write_bundle(file, output, steps)
     bundle = read_bundle(output)
     count = sum(len(call.expected) for call in bundle.calls)
     if as_json:

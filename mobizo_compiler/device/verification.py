@@ -12,6 +12,7 @@ What is not measured is rounding before the first adapter; of that `prefix` alon
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mobizo_compiler.device.scalars import whole
 from mobizo_compiler.errors import ArtifactError, InputError
 from mobizo_compiler.format import checksum
 from mobizo_compiler.format.bundle import LARGEST, NORM, OTHERS, Bundle, Call, Expected, check_expected, read_bundle
@@ -50,7 +52,7 @@ Moved = Callable[[str], float]  # how far a value may move, by its name
 Expect = Callable[[str, Values, list[Values], Moved], list[Expected]]
 
 
-def write_bundle(program: str | PathLike[str], path: str | PathLike[str]) -> Path:
+def write_bundle(program: str | PathLike[str], path: str | PathLike[str], steps: int = 1) -> Path:
     """Run a program on a fixed input and write what it computes, with tolerances, to a bundle.
 
     Do this on the machine that compiled it, where `compile` has compared it with the model.
@@ -58,6 +60,7 @@ def write_bundle(program: str | PathLike[str], path: str | PathLike[str]) -> Pat
     Args:
         program: A program file.
         path: The bundle, a safetensors file. It appears whole or not at all.
+        steps: Training steps, each from the state that the one before led to here, so that differences do not add up.
 
     Returns:
         The path of the bundle.
@@ -70,7 +73,7 @@ def write_bundle(program: str | PathLike[str], path: str | PathLike[str]) -> Pat
     if not target.parent.is_dir():
         raise ArtifactError(f"there is no folder {str(target.parent)!r}", where=str(target))
     loaded = load(program)
-    made = _Making(loaded)
+    made = _Making(loaded, whole("steps", steps, 1))
     made_on = {"machine": platform.machine(), **loaded.manifest.versions}
     Bundle(checksum.of_file(Path(program)), made_on, tuple(made.calls), made.tensors).write(target)
     return target
@@ -120,7 +123,7 @@ def _run(runner: Runner, call: Call, values: Values) -> None:
 class _Making:
     """The calls and tensors of a bundle, by running a program."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, steps: int) -> None:
         self.program, self.manifest = program, program.manifest
         self.runner = program.artifact.runner()
         self.calls: list[Call] = []
@@ -137,7 +140,8 @@ class _Making:
         self._draw_labels()
         self._add(self._outputs, _call("evaluate", "evaluate", self.inputs))
         starts = self._add_prefix() if self.manifest.prefix else self.inputs
-        self._add_step([*starts, "labels", "seed", "learning_rate", "eps"])
+        for step in range(steps):
+            self._add_step(starts, f"_{step}" if step else "")
         if self.manifest.generate is not None:
             self._add_generation(self.manifest.generate)
 
@@ -167,14 +171,14 @@ class _Making:
     def _trained(self, state: Tensor) -> Tensor:
         return state[: self.program.parameters]
 
-    def _moved(self) -> Values:
-        """The tensors with trained numbers that are others in a few places."""
-        signs = torch.randint(0, 2, self.tensors["start"].shape, generator=self._generator) * 2 - 1
-        return {**self.tensors, "start": self.tensors["start"] * (1 + MOVED * signs)}
+    def _moved(self, state: str) -> Values:
+        """The tensors with another state, whose numbers are moved a little."""
+        signs = torch.randint(0, 2, self.tensors[state].shape, generator=self._generator) * 2 - 1
+        return {**self.tensors, state: self.tensors[state] * (1 + MOVED * signs)}
 
     def _add(self, expect: Expect, *calls: Call) -> Values:
         """Run calls as they are and with moved numbers, and add them with what they gave, which is returned."""
-        variants = [dict(self.tensors), *(self._moved() for _ in range(TIMES))]
+        variants = [dict(self.tensors), *(self._moved(calls[0].state) for _ in range(TIMES))]
         for values in variants:
             for call in calls:
                 _run(self.runner, call, values)
@@ -230,25 +234,31 @@ class _Making:
         described = json.loads(self.manifest.quantization or "null")
         return described is not None and described.get("recipe", "of torchao") in (*ROUND_ACTIVATIONS, "of torchao")
 
-    def _add_step(self, arguments: list[str]) -> None:
-        zo = self.manifest.zo
-        values = self._add(self._step, _call("step", "train_step", arguments))
+    def _add_step(self, starts: list[str], behind: str) -> None:
+        """A step, and its replay; `behind` is what its names end with."""
+        zo, state, seed, name = self.manifest.zo, f"start{behind}", f"seed{behind}", f"step{behind}"
+        if behind:
+            self.tensors[seed] = self.tensors["seed"] + int(behind[1:])
+            self.tensors[state] = self._after
+        call = Call(name, "train_step", state, (*starts, "labels", seed, "learning_rate", "eps"), ())
+        values = self._add(functools.partial(self._step, state), call)
+        after = self._after = values[f"{name}/state"]
         if zo.differentiates:
             return
         share = ARITHMETIC if self.manifest.rule["name"] == "sgd" else UPDATE_TOLERANCE
-        start, after = self.tensors["start"], values["step/state"]
+        start = self.tensors[state]
         # An update agrees to the last bits of the noise, and to those of the state that it is added to.
         allowed = share * float((after - start).norm()) + 2.0**-23 * float(start.norm())
-        self.tensors["wanted replayed/state"] = after
-        replay = ("seed", "wanted step/2", "learning_rate")
-        wanted = Expected("replayed/state", "wanted replayed/state", NORM, allowed)
-        self.calls.append(Call("replayed", "replay", "start", replay, (wanted,)))
-        same = Expected("again/state", "step/state", LARGEST, 0.0)  # a step and its replay, both here
-        self.calls.append(Call("again", "replay", "start", ("seed", "step/2", "learning_rate"), (same,)))
+        replayed, again = f"replayed{behind}", f"again{behind}"
+        self.tensors[f"wanted {replayed}/state"] = after
+        wanted = Expected(f"{replayed}/state", f"wanted {replayed}/state", NORM, allowed)
+        self.calls.append(Call(replayed, "replay", state, (seed, f"wanted {name}/2", "learning_rate"), (wanted,)))
+        same = Expected(f"{again}/state", f"{name}/state", LARGEST, 0.0)  # a step and its replay, both there
+        self.calls.append(Call(again, "replay", state, (seed, f"{name}/2", "learning_rate"), (same,)))
 
-    def _step(self, name: str, values: Values, others: list[Values], moved: Moved) -> list[Expected]:
+    def _step(self, state: str, name: str, values: Values, others: list[Values], moved: Moved) -> list[Expected]:
         """Losses up to rounding; a projected gradient up to that of two losses; a gradient and its step by norm."""
-        zo, start = self.manifest.zo, self.tensors["start"]
+        zo, start = self.manifest.zo, self.tensors[state]
         losses, gradient = values[f"{name}/1"], values[f"{name}/2"]
         size = max(1.0, float(losses.nan_to_num(posinf=0, neginf=0).abs().max()))
         lane = LOSS_TOLERANCE * size + moved(f"{name}/1")
@@ -264,7 +274,7 @@ class _Making:
         if not zo.differentiates:
             return expected
         change = values[f"{name}/state"] - start
-        apart = max(float((other[f"{name}/state"] - other["start"] - change).norm()) for other in others)
+        apart = max(float((other[f"{name}/state"] - other[state] - change).norm()) for other in others)
         share = GRADIENT_TOLERANCE + (UPDATE_TOLERANCE if self.manifest.memory or zo.measures else 0.0)
         most = share * float(change.norm()) + ROUNDING * apart
         return [*expected, Expected(f"{name}/state", f"wanted {name}/state", NORM, most)]

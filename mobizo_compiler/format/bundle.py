@@ -9,8 +9,8 @@ One safetensors file, which appears whole or not at all. Its tensors are argumen
     sha256           of the text "program calls", then of every tensor in the order of names: the text
                      "name torch.<dtype> [sizes]" and its bytes; hexadecimal
 
-What a call gives has the names `<call>/0`, `<call>/1`, ... and `<call>/state`, beside the tensors of the file. Arguments
-and expected values of later calls may be among them, so that a host needs no more than a loop over calls.
+What a call gives is named `<call>/0`, `<call>/1`, ... and `<call>/state`, beside the tensors of the file. Arguments and
+expected values of later calls may be among them, so that a host needs no more than a loop over calls.
 """
 
 from __future__ import annotations
