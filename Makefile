@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two processes with one thread each; at the end what took longest, and what took most processor time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10 --cpu
 
-.PHONY: demo test test-all lint docs docs-site clean
+.PHONY: demo test test-all test-arm64 lint docs docs-site clean
 
 demo: $(READY)  ## compile SmolLM2, fine-tune it, show the gain
 	$(BIN)/python -m examples.demo
@@ -19,6 +19,9 @@ test: lint  ## lint, types, fresh generated pages, all tests but the slow ones
 
 test-all: lint  ## with the slow tests, which need the whole model
 	$(PYTEST) -m "slow or not slow"
+
+test-arm64: $(READY)  ## programs, runs and the C++ host on 64-bit Arm, under QEMU; says which tools it needs
+	$(BIN)/python -m pytest -s -m slow tests/arm64
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -17,7 +17,6 @@ from torch.export import ExportedProgram
 from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.analysis.ranges import explain_lookup
 from mobizo_compiler.backends import Backend, get_backend
-from mobizo_compiler.compiling.agreement import check_half
 from mobizo_compiler.compiling.cache import cached
 from mobizo_compiler.compiling.captured_forward import CapturedForward
 from mobizo_compiler.compiling.captured_step import CapturedStep
@@ -37,6 +36,7 @@ from mobizo_compiler.graph.pipeline import Insertion
 from mobizo_compiler.passes.capture import outputs_of, unwrapped
 from mobizo_compiler.passes.full_precision import is_half
 from mobizo_compiler.quantization.weights import QuantizationConfig
+from mobizo_compiler.step.agreement import check_half
 from mobizo_compiler.step.losses import CallableLoss, Loss
 from mobizo_compiler.step.rules import UpdateRule
 from mobizo_compiler.step.sites import initial_state

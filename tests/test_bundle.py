@@ -57,7 +57,7 @@ def test_what_was_computed_is_computed_again(program: Path, bundle: Path) -> Non
     assert [name.partition(",")[0] for name in found] == names
     assert all(error == 0 for error, _ in found.values()), "it is the same engine"
     # ln 16 is the loss of a model that knows nothing: that much, times a share of 1e-4, and what six moves showed.
-    assert 2.8e-4 < found["step/1, largest difference"][1] < 6e-4
+    assert 2.8e-4 < found["step/1, largest difference"][1] < 1e-3
     assert found["again/state, largest difference"][1] == 0
     assert [path.name for path in program.parent.iterdir() if path.name.startswith(".")] == [], "nothing is left behind"
     assert read_bundle(bundle).made_on["torch"] == torch.__version__
@@ -73,7 +73,8 @@ def test_steps_begin_where_others_led(program: Path, tmp_path: Path) -> None:
     bundle = mobizo.write_bundle(program, tmp_path / "bundle", steps=3)
     found, tensors = mobizo.verify_bundle(program, bundle), read_bundle(bundle).tensors
     assert [f"step_{n}/1, largest difference" in found for n in (1, 2, 3)] == [True, True, False]
-    assert torch.equal(tensors["start_2"], tensors["wanted replayed_1/state"]) and int(tensors["seed_2"]) == 22
+    states = [call.state for call in read_bundle(bundle).calls if call.method == "train_step"]
+    assert states == ["start", "wanted replayed/state", "wanted replayed_1/state"] and int(tensors["seed_2"]) == 22
 
 
 def test_one_wrong_weight_is_refused(bundle: Path, tmp_path: Path) -> None:

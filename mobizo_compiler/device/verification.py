@@ -1,10 +1,10 @@
 """Whether a program computes here what it computed where it was compiled: bundles are made there, and checked anywhere.
 
 Two processors add the same products in other orders, so that their numbers are equal up to rounding. How much that is
-for a program is measured where the bundle is made: trained numbers are moved by 2^-12 of themselves. For a program of
-real numbers that is less than `LOSS_TOLERANCE`. Where activations are rounded to integers, it decides now and then
-which integer a value becomes, as the last places of another processor do, and the losses part by what all the rounding
-does; so much, `ROUNDING` times, is allowed on top.
+for a program is measured where the bundle is made: trained numbers are moved by 2^-10 of themselves. For a program of
+real numbers that does less than `LOSS_TOLERANCE`. Where activations are rounded to integers, it decides which integers
+values become, as the arithmetic of another processor does, and the losses part by what all the rounding does; so much,
+`ROUNDING` times, is allowed on top.
 
 What is not measured is rounding before the first adapter; of that `prefix` alone shows something.
 """
@@ -43,7 +43,7 @@ from mobizo_compiler.step.agreement import (
 )
 
 SEED, LEARNING_RATE, STATE_SCALE = 20, 1e-3, 1e-2
-MOVED, TIMES = 2.0**-12, 6  # share of every trained number; how often it is tried
+MOVED, TIMES = 2.0**-10, 6  # share of every trained number; how often it is tried
 ROUNDED_START = 2e-2  # of the norm of what a prefix returns, where activations are rounded: an 8-bit step or two
 DRAWS, PROMPT = 4, 8
 
@@ -140,8 +140,9 @@ class _Making:
         self._draw_labels()
         self._add(self._outputs, _call("evaluate", "evaluate", self.inputs))
         starts = self._add_prefix() if self.manifest.prefix else self.inputs
+        state = "start"
         for step in range(steps):
-            self._add_step(starts, f"_{step}" if step else "")
+            state = self._add_step(starts, state, step)
         if self.manifest.generate is not None:
             self._add_generation(self.manifest.generate)
 
@@ -234,17 +235,16 @@ class _Making:
         described = json.loads(self.manifest.quantization or "null")
         return described is not None and described.get("recipe", "of torchao") in (*ROUND_ACTIVATIONS, "of torchao")
 
-    def _add_step(self, starts: list[str], behind: str) -> None:
-        """A step, and its replay; `behind` is what its names end with."""
-        zo, state, seed, name = self.manifest.zo, f"start{behind}", f"seed{behind}", f"step{behind}"
-        if behind:
-            self.tensors[seed] = self.tensors["seed"] + int(behind[1:])
-            self.tensors[state] = self._after
+    def _add_step(self, starts: list[str], state: str, step: int) -> str:
+        """A step from a state, and its replay; the name of the state behind it."""
+        behind = f"_{step}" if step else ""
+        zo, seed, name = self.manifest.zo, f"seed{behind}", f"step{behind}"
+        self.tensors[seed] = torch.tensor([SEED + step], dtype=torch.int32)
         call = Call(name, "train_step", state, (*starts, "labels", seed, "learning_rate", "eps"), ())
         values = self._add(functools.partial(self._step, state), call)
-        after = self._after = values[f"{name}/state"]
+        after = values[f"{name}/state"]
         if zo.differentiates:
-            return
+            return f"wanted {name}/state"
         share = ARITHMETIC if self.manifest.rule["name"] == "sgd" else UPDATE_TOLERANCE
         start = self.tensors[state]
         # An update agrees to the last bits of the noise, and to those of the state that it is added to.
@@ -255,6 +255,7 @@ class _Making:
         self.calls.append(Call(replayed, "replay", state, (seed, f"wanted {name}/2", "learning_rate"), (wanted,)))
         same = Expected(f"{again}/state", f"{name}/state", LARGEST, 0.0)  # a step and its replay, both there
         self.calls.append(Call(again, "replay", state, (seed, f"{name}/2", "learning_rate"), (same,)))
+        return wanted.wanted
 
     def _step(self, state: str, name: str, values: Values, others: list[Values], moved: Moved) -> list[Expected]:
         """Losses up to rounding; a projected gradient up to that of two losses; a gradient and its step by norm."""
