@@ -178,11 +178,6 @@ def test_bad_compilations(options: dict[str, Any], error: type[MobizoError], mes
         compile_tokens(**options)
 
 
-def test_half_precision_is_refused() -> None:
-    with pytest.raises(UnsupportedGraphError, match=r"computes in torch.bfloat16(.|\n)*model.float\(\)"):
-        compile_tokens(TokenWise().eval().bfloat16())
-
-
 def test_choices_are_checked() -> None:
     with pytest.raises(LossError, match="choice 11 is outside of the model's vocabulary of 11"):
         compile_tokens(loss=ChoiceLoss((1, 11)))
