@@ -139,9 +139,9 @@ class NoMatchingTargetError(MobizoError, ValueError):
 class UnsupportedGraphError(MobizoError):
     """A node of the captured graph cannot be transformed correctly.
 
-    The message names the node and your source line. Typical causes: weights in half precision (`model.float()`), a
-    model that changes its buffers, an adapted layer that also works on a value without rows. Change the model, or
-    leave the layer out of `target_modules`.
+    The message names the node and your source line. Typical causes: a graph that was exported in half
+    precision (pass the module), a model that changes its buffers, an adapted layer that also works on a value without
+    rows. Change the model, or leave the layer out of `target_modules`.
     """
 
     code = "MBZ204"
