@@ -161,6 +161,7 @@ NOT_RUN = {
     "docs/backends/aot_inductor.md": 1,
     "docs/backends/cuda.md": 1,
     "docs/backends/vulkan.md": 1,
+    "docs/federated.md": 1,  # run by integrations/flower/tests/test_flower.py
     "docs/hosts.md": 5,  # run by tests/test_hosts.py
 }
 BLOCKS = [block for page in block_pages() for block in blocks(page)]
