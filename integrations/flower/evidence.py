@@ -14,10 +14,9 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from mobizo_demo import tiny
 from mobizo_flower import Client, Outcome, Plan, Server
-from safetensors.torch import load_file
 
 import mobizo_compiler as mobizo
-from mobizo_compiler.device.run import SNAPSHOT
+from mobizo_compiler.device.run import SNAPSHOT, read_state
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class Evidence:
     Args:
         rounds: In the server's folder.
         replay: Whether a plain replay of the journals gives the server's state, bit for bit.
-        clients: How many clients have that state on their disks, bit for bit.
+        clients: How many clients have on their disks, bit for bit, what a replay of as many rounds gives.
+        up_to_date: How many of them have all rounds; who was away when the last one was handed on has not.
         calm: Whether the same rounds without network, processes and kills, by the same clients, give that state.
         accuracy: Of that state.
         lines: A line for every round, as the server wrote it.
@@ -36,6 +36,7 @@ class Evidence:
     rounds: int
     replay: bool
     clients: int
+    up_to_date: int
     calm: bool
     accuracy: float
     lines: list[dict[str, Any]]
@@ -50,16 +51,19 @@ def evidence(folder: Path, program: mobizo.Program, scratch: Path) -> Evidence:
         scratch: For the federation that is made again.
     """
     lines = [json.loads(line) for line in (folder / "server" / "rounds.jsonl").read_text().splitlines()]
-    server_state = load_file(folder / "server" / "rounds" / SNAPSHOT)["lora_b"]
     session = mobizo.Session(program)
+    server_state, _ = read_state(folder / "server" / "rounds" / SNAPSHOT, session)
     journals = sorted((folder / "server" / "rounds").glob("*.journal"))
+    states = [session.state()]
     for journal in journals:
         session.merge([journal], weight=1.0)
-    kept = [load_file(path)["lora_b"] for path in folder.glob(f"clients/client*/*/rounds/{SNAPSHOT}")]
+        states.append(session.state())
+    kept = [read_state(path, session) for path in folder.glob(f"clients/client*/*/rounds/{SNAPSHOT}")]
     return Evidence(
         rounds=len(journals),
         replay=torch.equal(session.state(), server_state),
-        clients=sum(torch.equal(state, server_state) for state in kept),
+        clients=sum(torch.equal(state, states[rounds]) for state, rounds in kept),
+        up_to_date=sum(rounds == len(journals) for _, rounds in kept),
         calm=torch.equal(_made_again(folder, program, lines, scratch), server_state),
         accuracy=tiny.accuracy(session),
         lines=lines,

@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _kill(flower, folder, options.rounds, options.clients, run, node)
         _until(lambda: _done(folder) >= options.rounds)
         last = options.rounds - 1
-        _until(lambda: len(list(folder.glob(f"clients/*/*/rounds/{last:05d}.journal"))) == options.clients, 120)
+        _until(
+            lambda: len(list(folder.glob(f"clients/*/*/rounds/{last:05d}.journal"))) == options.clients, options.timeout
+        )
         time.sleep(2)  # the snapshot follows the journal
     found = evidence(folder, program, folder / "again")
     for line in found.lines:
@@ -83,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{found.rounds} rounds, accuracy {found.accuracy:.3f}; {program.parameters} parameters")
     print(f"the state is that of a replay of the journals: {found.replay}")
     print(f"the state is that of the same rounds in one process: {found.calm}")
-    print(f"clients with that state: {found.clients} of {options.clients}")
+    print(f"clients with the state of a replay of their rounds: {found.clients} of {options.clients}")
+    print(f"clients with all rounds: {found.up_to_date} of {options.clients}")
     print(table(found, program))
     return 0 if found.replay and found.calm and found.clients == options.clients else 1
 

@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     print(f"the state is that of a replay of the journals: {found.replay}")
     print(f"the state is that of the same rounds in one process: {found.calm}")
-    print(f"clients with that state: {found.clients} of {options.clients}")
+    print(f"clients with the state of a replay of their rounds: {found.clients} of {options.clients}")
+    print(f"clients with all rounds: {found.up_to_date} of {options.clients}")
     print(table(found, program))
     return 0 if found.replay and found.calm and found.clients == options.clients else 1
 

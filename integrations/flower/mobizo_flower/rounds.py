@@ -101,7 +101,8 @@ def run_rounds(
         JournalError: A round that a client lacks is damaged on the server's disk.
     """
     post = _Post(network, server, at_once)
-    while server.round < rounds and len(network.nodes()) < clients:
+    began = time.monotonic()
+    while len(network.nodes()) < clients and (server.round < rounds or time.monotonic() - began < timeout_s):
         time.sleep(poll_s)
     while server.round < rounds:
         number, began, tried = server.round, time.monotonic(), time.monotonic()

@@ -36,11 +36,11 @@ def test_processes_that_are_killed(protocol: str, python: Path, tmp_path: Path) 
     options = ("--kill", "--clients", 5, "--rounds", 6, "--queries", 2, "--timeout", 90, "--protocol", protocol)
     text = run(python, "run_processes.py", *options, "--output", tmp_path / "run")
     assert text.count("killed in round") == 3 and "server killed" in text
-    assert "clients with that state: 5 of 5" in text
+    assert "clients with the state of a replay of their rounds: 5 of 5" in text
 
 
 def test_many_clients_in_a_simulation(python: Path, tmp_path: Path) -> None:
     """All answer, and each has the server's state at the end."""
     text = run(python, "run_simulation.py", "--clients", 40, "--rounds", 2, "--output", tmp_path / "run")
     assert len(re.findall(r"round \d: 40 clients", text)) == 2
-    assert "clients with that state: 40 of 40" in text
+    assert "clients with all rounds: 40 of 40" in text
