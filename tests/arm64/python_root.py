@@ -1,10 +1,11 @@
 """Python with PyTorch and ExecuTorch on emulated 64-bit Arm, for who wants to run a session there.
 
-    python tests/arm64/python_root.py [FOLDER]     make it (1.5 GB) and print the command that runs it
+    python tests/arm64/python_root.py [FOLDER]     make it (1.2 GB) and print the command that runs it
 
 On Debian, whose packages bring the interpreter. The aarch64 wheel of torch is built for CUDA and loads NVIDIA's
 libraries when it is imported, some of which have no wheel for it: libraries without content take their place, in which
-every function returns 100, cudaErrorNoDevice. Importing all of it takes two minutes of processor time.
+every function returns 100, cudaErrorNoDevice. Importing all of it takes two minutes of processor time. QEMU 10 runs it;
+QEMU 7.2 crashes in the first call of ExecuTorch's runtime.
 """
 
 from __future__ import annotations
