@@ -87,7 +87,6 @@ class _NotCollected(contextlib.ContextDecorator):
         """Collect what is new since the last time, for a process that would have; what is old is not visited again."""
         if cls._enabled:
             gc.collect(1)
-        give_back()
 
 
 @_NotCollected()
@@ -182,6 +181,7 @@ def compile(
 
     def say(line: str) -> None:
         _NotCollected.between_phases()
+        give_back()
         if progress is not None:
             progress(line)
 

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from executorch.exir.lowered_backend_module import LoweredBackendModule
@@ -33,7 +32,7 @@ class _Folder:
 
     def __init__(self) -> None:
         scratch = ScratchFolder()
-        self.path, self.written = scratch.path, dict[bytes, Path]()
+        self.path = scratch.path
         self.remove = weakref.finalize(self, scratch.remove)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Folder:
@@ -42,12 +41,11 @@ class _Folder:
     def keep(self, data: bytes) -> Any:
         """The same bytes on the disk, as ExecuTorch takes them."""
         digest = hashlib.sha256(data).digest()
-        if digest not in self.written:
-            path = self.path / digest.hex()
+        path = self.path / digest.hex()
+        if not path.exists():
             path.write_bytes(data)
-            self.written[digest] = path
         give_back()  # what it was made of
-        kept = FileBackedData(str(self.written[digest]), sha256=digest)
+        kept = FileBackedData(str(path), sha256=digest)
         kept.folder = self
         return kept
 

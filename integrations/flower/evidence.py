@@ -93,6 +93,22 @@ def flower_bytes(content: RecordDict) -> int:
     return sum(len(each.deflate()) for each in get_all_nested_objects(content).values())
 
 
+def report(found: Evidence, program: mobizo.Program, clients: int) -> int:
+    """Print what was found; 0 if all states are what they must be, of so many clients, else 1."""
+    for line in found.lines:
+        print(
+            f"round {line['number'] + 1}: {len(line['clients'])} clients {line['outcomes']}, loss {line['loss']:.3f}, "
+            f"accuracy {line['accuracy']:.3f}, {line['seconds']:.1f} s"
+        )
+    print(f"{found.rounds} rounds, accuracy {found.accuracy:.3f}; {program.parameters} parameters")
+    print(f"the state is that of a replay of the journals: {found.replay}")
+    print(f"the state is that of the same rounds in one process: {found.calm}")
+    print(f"clients with the state of a replay of their rounds: {found.clients} of {clients}")
+    print(f"clients with all rounds: {found.up_to_date} of {clients}")
+    print(table(found, program))
+    return 0 if found.replay and found.calm and found.clients == clients else 1
+
+
 def table(found: Evidence, program: mobizo.Program) -> str:
     """Bytes of a client and a round, beside those of FedAvg with the same adapters, as a table in Markdown.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "demo"), str(HERE), str(HERE.parent.parent)]
 
-from evidence import evidence, table  # noqa: E402  (the package is beside this file)
+from evidence import evidence, report  # noqa: E402  (the package is beside this file)
 from mobizo_demo import tiny  # noqa: E402
 from processes import Flower  # noqa: E402
 
@@ -76,19 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lambda: len(list(folder.glob(f"clients/*/*/rounds/{last:05d}.journal"))) == options.clients, options.timeout
         )
         time.sleep(2)  # the snapshot follows the journal
-    found = evidence(folder, program, folder / "again")
-    for line in found.lines:
-        print(
-            f"round {line['number'] + 1}: {len(line['clients'])} clients {line['outcomes']}, loss {line['loss']:.3f}, "
-            f"accuracy {line['accuracy']:.3f}, {line['seconds']:.1f} s"
-        )
-    print(f"{found.rounds} rounds, accuracy {found.accuracy:.3f}; {program.parameters} parameters")
-    print(f"the state is that of a replay of the journals: {found.replay}")
-    print(f"the state is that of the same rounds in one process: {found.calm}")
-    print(f"clients with the state of a replay of their rounds: {found.clients} of {options.clients}")
-    print(f"clients with all rounds: {found.up_to_date} of {options.clients}")
-    print(table(found, program))
-    return 0 if found.replay and found.calm and found.clients == options.clients else 1
+    return report(evidence(folder, program, folder / "again"), program, options.clients)
 
 
 def _kill(

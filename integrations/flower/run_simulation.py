@@ -21,7 +21,7 @@ sys.path[:0] = [str(HERE / "demo"), str(HERE), str(HERE.parent.parent)]
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])  # for the processes of Ray
 
-from evidence import evidence, table  # noqa: E402  (the package is beside this file)
+from evidence import evidence, report  # noqa: E402  (the package is beside this file)
 from flwr.app import Context  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
 from mobizo_demo import apps, tiny  # noqa: E402
@@ -61,18 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         num_supernodes=options.clients,
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 2}},
     )
-    found = evidence(folder, program, folder / "again")
-    for line in found.lines:
-        print(
-            f"round {line['number'] + 1}: {len(line['clients'])} clients, loss {line['loss']:.3f}, "
-            f"accuracy {line['accuracy']:.3f}, {line['seconds']:.1f} s"
-        )
-    print(f"the state is that of a replay of the journals: {found.replay}")
-    print(f"the state is that of the same rounds in one process: {found.calm}")
-    print(f"clients with the state of a replay of their rounds: {found.clients} of {options.clients}")
-    print(f"clients with all rounds: {found.up_to_date} of {options.clients}")
-    print(table(found, program))
-    return 0 if found.replay and found.calm and found.clients == options.clients else 1
+    return report(evidence(folder, program, folder / "again"), program, options.clients)
 
 
 def _serve(run: dict[str, str | int | float], network: FlowerNetwork, context: Context) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mobizo_compiler.errors import ArtifactError
-from mobizo_compiler.format.files import raw_bytes, remove_partial
+from mobizo_compiler.format.checksum import add_tensor
+from mobizo_compiler.format.files import remove_partial
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.graph.printer import program_text
@@ -59,8 +60,6 @@ def content_key(methods: Mapping[str, GraphProgram], manifest: Manifest, options
     for name, program in methods.items():
         digest.update(f"{name}\n{program_text(program)}".encode())
         for target, tensor in sorted({**program.exported.state_dict, **program.exported.constants}.items()):
-            digest.update(f"{target} {tensor.dtype} {list(tensor.shape)}".encode())
-            if tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                digest.update(raw_bytes(tensor))
+            add_tensor(digest, target, tensor, values=tensor.data_ptr() not in seen)
+            seen.add(tensor.data_ptr())
     return digest.hexdigest()

@@ -16,8 +16,7 @@ from mobizo_compiler.analysis.targets import short_names
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import ALL_LINEAR
 from mobizo_compiler.errors import ConfigError
-from mobizo_compiler.format.checksum import of_values
-from mobizo_compiler.format.files import raw_bytes
+from mobizo_compiler.format.checksum import add_tensor, of_values
 from mobizo_compiler.format.manifest import Manifest, nesting_to_json, tensor_spec
 from mobizo_compiler.graph.example import Example
 from mobizo_compiler.graph.program import LABELS_INPUT, PREFIX, STATE_INPUT, GraphProgram, as_read
@@ -134,12 +133,11 @@ def _identity(captured: GraphProgram) -> tuple[str, dict[str, int]]:
     that was compiled, and the weight named that differs.
     """
     digest, weights = hashlib.sha256(), dict[str, int]()
-    values = {node.name: node.meta["val"] for node in captured.graph.nodes if node.op == "placeholder"}
+    values = captured.placeholders
     tensors = ((path, stored, values[name]) for name, (path, stored) in captured.tensors().items())
     for path, stored, value in sorted(tensors, key=lambda item: item[0]):
         tensor = as_read(stored, value)
-        digest.update(f"{path} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
+        add_tensor(digest, path, tensor)
         if path in captured.exported.state_dict and type(tensor) in (Tensor, nn.Parameter):
             weights[path] = of_values(tensor)
     return digest.hexdigest(), weights

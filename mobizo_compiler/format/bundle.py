@@ -28,7 +28,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mobizo_compiler.errors import ArtifactError, VerificationError
-from mobizo_compiler.format.files import raw_bytes, whole_file
+from mobizo_compiler.format.checksum import add_tensor
+from mobizo_compiler.format.files import whole_file
 from mobizo_compiler.step.agreement import largest_difference
 
 VERSION = "1"
@@ -164,8 +165,7 @@ def _call(values: Any) -> Call:
 def _digest(program: str, calls: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(f"{program} {calls}".encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
+        add_tensor(digest, name, tensor)
     return digest.hexdigest()
 
 

@@ -101,9 +101,15 @@ def of_tensors(described: Mapping[str, str], tensors: Mapping[str, Tensor]) -> s
     """SHA-256 over names, types, shapes and values, in hexadecimal; for formats that have no room for a trailer."""
     digest = hashlib.sha256(repr(sorted(described.items())).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(raw_bytes(tensor))
+        add_tensor(digest, name, tensor)
     return digest.hexdigest()
+
+
+def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor, *, values: bool = True) -> None:
+    """Add name, type, shape and, unless they are in it already, values of a tensor."""
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    if values:
+        digest.update(raw_bytes(tensor))
 
 
 def of_values(tensor: Tensor) -> int:

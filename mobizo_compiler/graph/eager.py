@@ -73,7 +73,7 @@ class EagerRunner:
             name: self._state if path == STATE else value.clone() if path in kept else value
             for name, (path, value) in program.tensors().items()
         }
-        return [known.get(node.name) for node in program.graph.nodes if node.op == "placeholder"]
+        return [known.get(name) for name in program.placeholders]
 
     def state(self) -> Tensor:
         """The live state."""
@@ -97,9 +97,8 @@ class EagerRunner:
 
 def _call(program: GraphProgram) -> Callable[..., Any]:
     """The graph as a function of its placeholders."""
-    module, values = program.exported.graph_module, program.tensors()
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in values]
-    as_stored = all(values[node.name][1].dtype == node.meta["val"].dtype for node in placeholders)
+    module, values = program.exported.graph_module, program.placeholders
+    as_stored = all(tensor.dtype == values[name].dtype for name, (_, tensor) in program.tensors().items())
     call: Callable[..., Any] = module if as_stored else Interpreter(module).run
     return call
 

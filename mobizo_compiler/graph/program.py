@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 
-from mobizo_compiler.graph.paging import give_back, let_go
+from mobizo_compiler.graph.paging import let_go
 from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
@@ -43,7 +43,6 @@ def as_read(stored: Tensor, value: Any) -> Tensor:
     """
     if stored.dtype == value.dtype:
         return stored
-    give_back()  # what the weight before this one took
     read = stored.detach().to(value.dtype)
     let_go(stored)
     return read
@@ -111,10 +110,15 @@ class GraphProgram:
         return cast(fx.Graph, self.exported.graph_module.graph)
 
     @property
+    def placeholders(self) -> dict[str, Any]:
+        """What stands for each tensor that the graph is given, its weights among them, by name, in order."""
+        return {node.name: node.meta["val"] for node in self.graph.nodes if node.op == "placeholder"}
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """User inputs by name, in order, each as the fake tensor that stands for it."""
         names = set(self.exported.graph_signature.user_inputs)
-        return {n.name: n.meta["val"] for n in self.graph.nodes if n.op == "placeholder" and n.name in names}
+        return {name: value for name, value in self.placeholders.items() if name in names}
 
     @property
     def output_nodes(self) -> dict[str, fx.Node]:
@@ -148,7 +152,7 @@ class GraphProgram:
         Args:
             known: Weights of half precision that were made whole for another method, by address; more are added.
         """
-        values = {node.name: node.meta["val"] for node in self.graph.nodes if node.op == "placeholder"}
+        values = self.placeholders
         made: dict[str, Tensor] = {}
         for name, (path, stored) in self.tensors().items():
             if stored.dtype != values[name].dtype:

@@ -54,10 +54,10 @@ def check_half(whole: Sequence[Tensor], half: Sequence[Tensor]) -> None:
         if not wanted.is_floating_point():
             continue
         counts = wanted.isfinite() & found.isfinite()
-        error = root_mean_square(found[counts].float() - wanted[counts].float())
-        allowed = HALF * torch.finfo(torch.bfloat16).eps * root_mean_square(found[counts].float())
-        if wanted.dtype == torch.float16:
-            allowed = HALF * torch.finfo(torch.float16).eps * root_mean_square(found[counts].float())
+        values = found[counts].float()
+        error = root_mean_square(values - wanted[counts].float())
+        eps = torch.finfo(torch.float16 if wanted.dtype == torch.float16 else torch.bfloat16).eps
+        allowed = HALF * eps * root_mean_square(values)
         if not error <= allowed + 1e-7:
             raise CaptureError(
                 f"the graph in float32 computes other numbers than the model in {wanted.dtype}: output {position} "

@@ -97,7 +97,7 @@ class Ledger:
 
     def sent(self, number: int) -> bytes:
         """A round as messages have it: its journal without the header, which the other side knows."""
-        return pack_journal(self.records(number), self._program)[len(self._empty) :]
+        return self._bare(self.records(number))
 
     def received(self, data: bytes, number: int) -> list[Record]:
         """The steps of a round that a message brought.
@@ -110,7 +110,7 @@ class Ledger:
     def confirms(self, number: int, records: Sequence[Record]) -> bool:
         """Whether a round that is here already is that; a damaged file is written again."""
         try:
-            return self.sent(number) == pack_journal(records, self._program)[len(self._empty) :]
+            return self.sent(number) == self._bare(records)
         except JournalError:
             self._write(number, records)
             return True
@@ -158,6 +158,9 @@ class Ledger:
         with whole_file(self._path(number)) as file:
             file.write(pack_journal(records, self._program))
         sync_folder(self.folder)
+
+    def _bare(self, records: Sequence[Record]) -> bytes:
+        return pack_journal(records, self._program)[len(self._empty) :]
 
     def _drop(self, first: int) -> None:
         for number in reversed(range(first, self.rounds)):  # so that a kill leaves no gap
