@@ -30,6 +30,7 @@ from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError,
 from mobizo_compiler.format.gguf_adapter import read_gguf
 from mobizo_compiler.format.peft import PeftAdapter, check_base, read_peft
 from mobizo_compiler.format.program import Program
+from mobizo_compiler.format.vocabulary import vocabulary_of
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.pipeline import Insertion
@@ -114,6 +115,7 @@ def compile(
     prompt: Mapping[str, Any] | None = None,
     new_weights: Sequence[str] = (),
     base_model: str | None = None,
+    tokenizer: Any = None,
     dump_dir: str | PathLike[str] | None = None,
     cache_dir: str | PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -142,6 +144,7 @@ def compile(
         new_weights: Names of parameters that the base model lacks, as a head that was drawn for this: they are kept in
             the program and travel with exported adapters, as `modules_to_save` of peft.
         base_model: Name or folder of the model, kept in the program for those who load its tokenizer or the adapter.
+        tokenizer: The model's tokenizer; the program keeps a checksum of it, so that that of another model is refused.
         dump_dir: Write the program text after every pass here; the environment variable MOBIZO_DUMP does the same.
         cache_dir: Reuse a program compiled before from the same graph, weights, options and versions.
         state: "shared": a buffer that all methods share, which the Python and C++ runtimes do; it starts at zero.
@@ -241,6 +244,7 @@ def compile(
         manifest,
         answers=answer_names(answers, model, manifest),
         padding=padding_of(model, manifest),
+        vocabulary=None if tokenizer is None else vocabulary_of(tokenizer),
         prompt=prompt,
         saved=saved_weights(new_weights, model),
         generate=generation(chosen.generate, model, cached_one),

@@ -256,12 +256,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, Path]:
     return session, session.export_adapter(tmp_path_factory.mktemp("adapter"))
 
 
+@pytest.mark.parametrize("form", ["peft", "ptd"])
 @pytest.mark.parametrize("share", [0.0, 2.0])
 def test_an_adapter_that_does_something_else_is_refused(
-    share: float, trained: tuple[Session, Path], monkeypatch: pytest.MonkeyPatch
+    share: float, form: str, trained: tuple[Session, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where an engine leaves the adapter out, or adds it twice."""
     session, folder = trained
+    file = session.export_ptd(tmp_path / "adapter.ptd")
+
+    def load() -> None:
+        fresh.import_adapter(folder) if form == "peft" else fresh.import_ptd(file)
+
     fresh = Session(session.program)
     runner = fresh._runner
     call = runner.call
@@ -278,9 +284,9 @@ def test_an_adapter_that_does_something_else_is_refused(
     with monkeypatch.context() as patched:
         patched.setattr(runner, "call", other)
         with pytest.raises(AdapterError, match="moves the model's answer to the probe"):
-            fresh.import_adapter(folder)
+            load()
     assert not fresh.state().any(), "the state is what it was"
-    fresh.import_adapter(folder)
+    load()
     assert fresh.probe() == session.probe()
 
 

@@ -45,6 +45,7 @@ from mobizo_compiler.errors import ArtifactError, JournalLockedError
 from mobizo_compiler.format import checksum, data_file
 from mobizo_compiler.format.bundle import read_bundle
 from mobizo_compiler.format.manifest import FORMAT_VERSION
+from mobizo_compiler.format.probe import Probe
 from mobizo_compiler.step.losses import get_loss
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 from mobizo_compiler.text.answers import Encoded
@@ -704,15 +705,35 @@ def test_data_files_go_back_and_forth(case: Case, tmp_path: Path) -> None:
     session = Session(case.program)
     session.load_state(torch.randn(session.state().shape, generator=torch.Generator().manual_seed(0)) * 0.1)
     given = session.export_ptd(tmp_path / "given.ptd")
-    case.train(tmp_path / "run", 0, "--load", str(given), "--save", str(tmp_path / "back.ptd"))
+    done = case.train(tmp_path / "run", 0, "--load", str(given), "--save", str(tmp_path / "back.ptd"))
+    assert f"moves the model's answer to a fixed input by {100 * session.probe().effect:.2f} %" in done.stderr
     other = Session(case.program)
     other.import_ptd(tmp_path / "back.ptd")
     assert torch.equal(other.state(), session.state())
-    assert (tmp_path / "back.ptd").read_bytes() == given.read_bytes(), "the same state is the same file"
+    wanted = data_file.packed(session.state(), fingerprint(session.program))
+    assert (tmp_path / "back.ptd").read_bytes() == wanted, "the same state is the same file, without a probe"
     given.write_bytes(data_file.packed(session.state(), bytes(32)))
     assert "state of another program" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(given))
     given.write_bytes(data_file.packed(session.state()))
     assert "does not say which program" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(given))
+
+
+@pytest.mark.parametrize("which", ["case", "passed", "chooser", "exact"])
+def test_the_probe_of_an_adapter(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The host finds Python's numbers, with ids, masks, dynamic sizes and several outputs, and refuses others."""
+    case: Case = request.getfixturevalue(which)
+    session, file = strayed(case, tmp_path)
+    probe = session.probe()
+    said = case.read("evaluate", "--load", file)
+    assert said.returncode == 0, said.stderr
+    assert f"moves the model's answer to a fixed input by {100 * probe.effect:.2f} %" in said.stderr
+    assert "fixed input" not in case.read("evaluate", "--load", file, "--quiet").stderr
+    turned = Probe(probe.base, tuple(2 * b - a for b, a in zip(probe.base, probe.adapted, strict=True)))
+    Path(file).write_bytes(data_file.packed(session.state(), fingerprint(session.program), turned))
+    assert "when it was exported" in case.cannot(BAD_DATA, "evaluate", "--load", file)
+    fresh = Session(case.program)
+    fresh.export_ptd(file)
+    assert "changes nothing of the model's answer" in case.read("evaluate", "--load", file, "--quiet").stderr
 
 
 @pytest.mark.slow
@@ -846,7 +867,7 @@ def test_a_state_in_a_data_file_trains(chooser: Case, tmp_path: Path) -> None:
         assert float(said.split()[1]) == pytest.approx(mean_loss(session, chooser.data), rel=LOSS_ERROR, abs=1e-6)
     given = session.export_ptd(tmp_path / "given.ptd")
     chooser.train(tmp_path / "other", 0, "--load", str(given), "--save", str(tmp_path / "same.ptd"))
-    assert (tmp_path / "same.ptd").read_bytes() == given.read_bytes()
+    assert (tmp_path / "same.ptd").read_bytes() == data_file.packed(session.state(), fingerprint(session.program))
 
 
 def test_runs_of_exact_steps(exact: Case, tmp_path: Path) -> None:

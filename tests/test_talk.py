@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import mobizo_compiler as mobizo
 from mobizo_compiler import GenerateConfig, LoraConfig, Session, ZOConfig, cli
 from mobizo_compiler.device.generation import Sampling
-from mobizo_compiler.errors import ConfigError, DataError
+from mobizo_compiler.errors import ConfigError, DataError, ModelSourceError
 from mobizo_compiler.text.chat_rows import asked
 from mobizo_compiler.text.conversations import Message
 from mobizo_compiler.text.prompts import PromptConfig
@@ -46,6 +47,7 @@ def saved(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         backend="portable",
         generate=GenerateConfig(160, stop_ids=()),
         base_model=str(folder / "model"),
+        tokenizer=tokenizer,
     )
     return program.save(folder / "program.pte")
 
@@ -102,8 +104,6 @@ def test_each_turn_draws_anew(session: Session, tokenizer: Any) -> None:
 
 
 def test_a_run_on_conversations_recommends_to_talk(session: Session) -> None:
-    from types import SimpleNamespace
-
     from mobizo_compiler.cli.outcome import next_commands
 
     def recommended(**config: Any) -> list[str]:
@@ -120,6 +120,28 @@ def test_a_program_without_a_cache_is_refused(tokenizer: Any) -> None:
     program = mobizo.compile(TinyCausalLM().eval(), tiny_batch()[0], backend="eager")
     with pytest.raises(ConfigError, match=r"no cache of keys and values(.|\n)*--generate-context"):
         Talk(Session(program), tokenizer)
+
+
+def test_the_tokenizer_of_another_model_is_refused(
+    saved: Path, session: Session, tokenizer: Any, tmp_path: Path
+) -> None:
+    """With as many tokens, two of which changed places, and with fewer; words that were added are no matter."""
+    tokenizer.save_pretrained(tmp_path / "swapped")
+    file = tmp_path / "swapped" / "tokenizer.json"
+    text = json.loads(file.read_text())
+    words = text["model"]["vocab"]
+    (one, first), (two, second) = list(words.items())[100:102]
+    words[one], words[two] = second, first
+    file.write_text(json.dumps(text))
+    _, error = run("chat", saved, "--tokenizer", tmp_path / "swapped", said="Hi\n", code=1)
+    assert "the tokenizer of another model" in error and "the same number, but other ones" in error
+    with pytest.raises(ModelSourceError, match=r"has \d+ tokens, not \d+"):
+        Talk(session, SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}))
+    more = tokenizer_of("smollm2")
+    more.add_tokens(["<thought>"])
+    Talk(session, more)
+    with pytest.raises(ConfigError, match="no tokenizer with get_vocab"):
+        Talk(session, object())
 
 
 def test_the_command(saved: Path, session: Session, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ class Trainer(programPath: String, stateFile: File, private val seed: Int = 0) :
     private set
 
   init {
-    check(manifest.getInt("format_version") == 10) { "the program has format ${manifest.getInt("format_version")}" }
+    check(manifest.getInt("format_version") == 11) { "the program has format ${manifest.getInt("format_version")}" }
     check(manifest.getString("state") == "io") { "compile the program with state=\"io\"" }
     read()
   }

@@ -17,6 +17,7 @@
 #include "generate.h"
 #include "journal.h"
 #include "predict.h"
+#include "probe.h"
 #include "program.h"
 #include "quiet.h"
 #include "run_folder.h"
@@ -197,7 +198,7 @@ void train(const Options& options) {
   host::Journal& journal = *opened;
   if (journal.records().empty() && !std::filesystem::exists(options.run / host::kStart)) {
     if (!options.load.empty()) {
-      program.load_state(host::load_ptd(options.load, program));
+      host::load_adapter(program, host::Use::train, options.program, options.load, options.quiet);
     }
     host::write_state(options.run / host::kStart, program, 0);
   } else {

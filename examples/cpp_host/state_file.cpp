@@ -21,6 +21,7 @@ using executorch::extension::FlatTensorDataMap;
 
 constexpr char kKey[] = "mobizo_lora_b";
 constexpr char kFingerprint[] = "mobizo_fingerprint";
+constexpr char kProbe[] = "mobizo_probe";
 constexpr size_t kAlignment = 128;  // of what follows another tensor
 
 // What ExecuTorch's own serializer writes in front of a state and a fingerprint. The wheel has no writer in C++
@@ -78,7 +79,7 @@ void save_ptd(const std::filesystem::path& path, const Program& program) {
   }
 }
 
-State load_ptd(const std::filesystem::path& path, const Program& program) {
+DataFile load_ptd(const std::filesystem::path& path, const Program& program) {
   const size_t size = program.manifest().state_size;
   const auto fail = [&path](const std::string& problem) {
     return Failure(Exit::bad_data, path.string() + ": " + problem);
@@ -109,14 +110,25 @@ State load_ptd(const std::filesystem::path& path, const Program& program) {
   if (fingerprint->size() != wanted.size() || std::memcmp(fingerprint->data(), wanted.data(), wanted.size()) != 0) {
     throw fail("it has the state of another program");
   }
-  State state(size);
+  DataFile found{State(size), std::nullopt};
+  State& state = found.state;
   if (tensors->load_data_into(kKey, state.data(), layout->nbytes()) != executorch::runtime::Error::Ok) {
     throw fail("it cannot be read");
   }
   if (!std::all_of(state.begin(), state.end(), [](float value) { return std::isfinite(value); })) {
     throw fail("the state has values that are not finite");
   }
-  return state;
+  if (const auto probe = tensors->get_tensor_layout(kProbe); probe.ok()) {
+    std::array<float, 2 * Probe::kNumbers> values;
+    if (probe->scalar_type() != executorch::aten::ScalarType::Float || probe->nbytes() != sizeof(values) ||
+        tensors->load_data_into(kProbe, values.data(), sizeof(values)) != executorch::runtime::Error::Ok) {
+      throw fail("what its adapter did cannot be read");
+    }
+    found.probe.emplace();
+    std::copy_n(values.begin(), Probe::kNumbers, found.probe->base.begin());
+    std::copy_n(values.begin() + Probe::kNumbers, Probe::kNumbers, found.probe->adapted.begin());
+  }
+  return found;
 }
 
 }  // namespace host

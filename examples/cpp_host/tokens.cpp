@@ -108,7 +108,7 @@ class Reader {
       counted_ = 0;
       std::vector<Value> values;
       for (const TensorSpec* spec : specs_) {
-        values.push_back({kTypes.at(spec->dtype), {}, {}});
+        values.push_back({scalar_type(*spec), {}, {}});
       }
       for (size_t i = 0; i < batch; ++i) {
         line_ = std::min(row + i, count - 1) + 2;
@@ -262,6 +262,15 @@ bool Value::is_zero(size_t place) const {
   const size_t size = executorch::runtime::elementSize(type);
   const auto first = data.begin() + static_cast<std::ptrdiff_t>(place * size);
   return std::all_of(first, first + static_cast<std::ptrdiff_t>(size), [](uint8_t byte) { return byte == 0; });
+}
+
+executorch::aten::ScalarType scalar_type(const TensorSpec& spec) {
+  const auto found = kTypes.find(spec.dtype);
+  if (found == kTypes.end()) {
+    throw Failure(Exit::bad_program, "this host has no values of the type " + spec.dtype + ", as " + spec.name +
+                                         " wants them");
+  }
+  return found->second;
 }
 
 std::vector<Batch> read_batches(const std::filesystem::path& path, const Manifest& manifest, Rows use) {

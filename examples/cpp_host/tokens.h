@@ -40,6 +40,9 @@ enum class Rows {
   to_read,   // any number of rows, which need no labels
 };
 
+// The type of an input's values. Throws `Failure` where this host has no values of it.
+executorch::aten::ScalarType scalar_type(const TensorSpec& spec);
+
 // All batches of a file, checked against the manifest, because not every kernel checks: a token or a label out of range
 // may read foreign memory. Throws `Failure` with the line and the column.
 std::vector<Batch> read_batches(const std::filesystem::path& path, const Manifest& manifest, Rows use);

@@ -2,9 +2,9 @@
 
 #include <filesystem>
 
+#include "probe.h"
 #include "quiet.h"
 #include "run_folder.h"
-#include "state_file.h"
 #include "threads.h"
 
 namespace host {
@@ -43,7 +43,7 @@ std::unique_ptr<Program> open_trained(const Arguments& arguments, Use use) {
   if (run != nullptr) {
     load_run(*run, *program);
   } else if (load != nullptr) {
-    program->load_state(load_ptd(*load, *program));
+    load_adapter(*program, use, arguments.places.at(0), *load, arguments.quiet);
   }
   return program;
 }

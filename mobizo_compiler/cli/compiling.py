@@ -33,7 +33,7 @@ from mobizo_compiler.compiling.dry_run import DryRun
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
-from mobizo_compiler.errors import AdapterError, BackendUnavailableError, ConfigError
+from mobizo_compiler.errors import AdapterError, BackendUnavailableError, ConfigError, ModelSourceError
 from mobizo_compiler.format.peft import read_peft
 from mobizo_compiler.inspection.figures import draw_program
 from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
@@ -279,9 +279,9 @@ def compile_model(
         say_new(remark, new)
     if output is not None and not dry_run:
         check_room(output, loaded, options.quantization)
-    speller = None
-    if texts or kind == "choice":
-        speller = Speller(load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code))
+    needed = bool(texts) or kind == "choice" or tokenizer is not None
+    spelling = _tokenizer(tokenizer or model, needed, trust_remote_code)
+    speller = Speller(spelling) if texts or kind == "choice" else None
     if table is not None and speller is not None and rows is not None:
         words, options, tokens = completed(
             remark, table, words, options, rows, tokens, model=loaded, speller=speller, task=task
@@ -303,6 +303,7 @@ def compile_model(
         prompt=None if table is None else table.config.to_json(),
         new_weights=tuple(name for name, _ in loaded.named_parameters() if name in new),
         base_model=str(Path(model).resolve()) if Path(model).exists() else model,
+        tokenizer=spelling,
         dump_dir=None if dry_run else dump_dir,
         cache_dir=None if dry_run else cache_dir,
         progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),
@@ -346,6 +347,18 @@ def _check(
     for name, size, most in (("tokens", tokens or TOKENS, max_tokens), ("rows", rows or ROWS, max_rows)):
         if most is not None and size > most:
             raise ConfigError(f"--{name} is {size}, which is more than --max-{name} {most}")
+
+
+def _tokenizer(source: str, needed: bool, trust_remote_code: bool) -> Any:
+    """The tokenizer, or None where there is none and the program can be made without; GGUF files take long for it."""
+    if not needed and source.endswith(".gguf"):
+        return None
+    try:
+        return load_tokenizer(source, trust_remote_code=trust_remote_code)
+    except ModelSourceError:
+        if needed:
+            raise
+        return None
 
 
 def _quantization(given: dict[str, Any]) -> QuantizationConfig | None:

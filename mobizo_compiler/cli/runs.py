@@ -23,6 +23,7 @@ from mobizo_compiler.errors import (
     ModelSourceError,
 )
 from mobizo_compiler.format.manifest import Manifest
+from mobizo_compiler.format.vocabulary import check_vocabulary
 from mobizo_compiler.load import load
 from mobizo_compiler.text.chat_rows import asked
 from mobizo_compiler.text.conversations import USER, Message
@@ -113,13 +114,13 @@ def tokenizer_for(given: str | None, manifest: Manifest, trust_remote_code: bool
     """The tokenizer that is named, or that of the run, or that of the model, and its name.
 
     Raises:
-        ModelSourceError: There is none; the hint says how to name one.
+        ModelSourceError: There is none, and the hint says how to name one; or it is that of another model.
     """
     name = given or recorded or manifest.base_model
     if not name:
         raise ModelSourceError("the program does not say which tokenizer it needs", hint="--tokenizer FOLDER-or-NAME")
     try:
-        return load_tokenizer(name, trust_remote_code=trust_remote_code), name
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     except ModelSourceError as error:
         if given:
             raise
@@ -128,6 +129,8 @@ def tokenizer_for(given: str | None, manifest: Manifest, trust_remote_code: bool
         raise ModelSourceError(
             error.problem, where=error.where, hint=f"{hint}{moved}--tokenizer FOLDER-or-NAME says where it is now"
         ) from None
+    check_vocabulary(tokenizer, manifest.vocabulary, name)
+    return tokenizer, name
 
 
 def say_effect(session: Session, remark: Remarks, who: str) -> None:

@@ -401,7 +401,7 @@ class Session:
 
         target = Path(path)
         with whole_file(target) as file:
-            file.write(data_file.packed(self.state(), fingerprint(self.program)))
+            file.write(data_file.packed(self.state(), fingerprint(self.program), self.probe()))
         return target
 
     def import_ptd(self, path: str | PathLike[str], *, verify: bool = True) -> None:
@@ -414,10 +414,12 @@ class Session:
         Raises:
             ArtifactError: The file is damaged, or has no state, or that of another program, or does not say of which.
             StateError: The state has another length, or values that are not finite.
+            AdapterError: The adapter does not do here what it did where the file was written (`Session.probe`).
+                After any of these, the state is what it was.
         """
         from mobizo_compiler.format import data_file
 
-        self.load_state(data_file.read(Path(path), fingerprint(self.program), verify))
+        self._load_adapter(*data_file.read(Path(path), fingerprint(self.program), verify), str(path))
 
     @_by_one_thread
     def lora_b(self, fqn: str) -> Tensor:
@@ -453,11 +455,16 @@ class Session:
                 another model, or it does not do here what it did where it was exported (`Session.probe`). The state
                 is what it was.
         """
-        adapter, before = read_peft(Path(folder)), self.state()
-        self.load_state(state_of(self.program, adapter, str(folder)))
-        if adapter.probe is not None:
+        adapter = read_peft(Path(folder))
+        self._load_adapter(state_of(self.program, adapter, str(folder)), adapter.probe, str(folder))
+
+    def _load_adapter(self, state: Tensor, probe: Probe | None, where: str) -> None:
+        """Set the state, if the adapter does here what it did where it was exported."""
+        before = self.state()
+        self.load_state(state)
+        if probe is not None:
             try:
-                adapter.probe.check(self.probe(), str(folder))
+                probe.check(self.probe(), where)
             except AdapterError:
                 self.load_state(before)
                 raise

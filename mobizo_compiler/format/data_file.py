@@ -1,13 +1,15 @@
 """The state as a data file of ExecuTorch (`.ptd`), which the stock runtime reads beside a program.
 
     mobizo_lora_b         float32 [S], the flat state
-    mobizo_fingerprint    uint8 [32], of the program; see `journal.py`. The runtime does not look at it
+    mobizo_fingerprint    uint8 [32], of the program; see `journal.py`
+    mobizo_probe          float32 [2, 8], what the adapter did where the file was written; see `probe.py`
 
-The file is ExecuTorch's FlatTensor format with our checksum at its end. The same state gives the same bytes.
+The runtime looks at the state alone. The file is ExecuTorch's FlatTensor format with our checksum at its end.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +22,36 @@ from torch import Tensor
 from mobizo_compiler.errors import ArtifactError, MobizoError
 from mobizo_compiler.format import checksum
 from mobizo_compiler.format.files import raw_bytes
+from mobizo_compiler.format.probe import Probe
 from mobizo_compiler.graph.program import STATE
 from mobizo_compiler.upstream import Cord, DataEntry, DataPayload
 
-FINGERPRINT = "mobizo_fingerprint"
+FINGERPRINT, PROBE = "mobizo_fingerprint", "mobizo_probe"
 _ALIGNMENT = 16
 
 
-def packed(state: Tensor, fingerprint: bytes | None = None) -> bytes:
+def packed(state: Tensor, fingerprint: bytes | None = None, probe: Probe | None = None) -> bytes:
     """The bytes of a data file.
 
     Args:
         state: float32 [S].
         fingerprint: Of the program whose state it is, if that is to be checked.
+        probe: What the adapter does, if that is to be checked.
     """
     buffers = [bytes(raw_bytes(state))]
     named = {STATE: DataEntry(0, _ALIGNMENT, TensorLayout(ScalarType.FLOAT, list(state.shape), [0]))}
     if fingerprint is not None:
         buffers.append(fingerprint)
         named[FINGERPRINT] = DataEntry(1, _ALIGNMENT, TensorLayout(ScalarType.BYTE, [len(fingerprint)], [0]))
+    if probe is not None:
+        values = probe.tensor()
+        named[PROBE] = DataEntry(len(buffers), _ALIGNMENT, TensorLayout(ScalarType.FLOAT, list(values.shape), [0, 1]))
+        buffers.append(bytes(raw_bytes(values)))
     return checksum.sealed(bytes(FlatTensorSerializer().serialize(DataPayload(buffers, named))))
 
 
-def read(path: Path, fingerprint: bytes, verify: bool = True) -> Tensor:
-    """The state [S] in a data file.
+def read(path: Path, fingerprint: bytes, verify: bool = True) -> tuple[Tensor, Probe | None]:
+    """The state [S] in a data file, and what its adapter did where it was written, if the file says so.
 
     Args:
         path: The file.
@@ -69,12 +77,21 @@ def read(path: Path, fingerprint: bytes, verify: bool = True) -> Tensor:
             )
         if FINGERPRINT in entries and buffers[entries[FINGERPRINT].buffer_index] != fingerprint:
             raise ArtifactError("the file has the state of another program", where=str(path))
-        entry = entries[STATE]
-        layout, values = entry.tensor_layout, np.frombuffer(buffers[entry.buffer_index], dtype="<f4")
-        if layout is None or layout.scalar_type != ScalarType.FLOAT or layout.sizes != [len(values)]:
-            raise ValueError(f"{STATE} is {layout}")
+        state, probe = _floats(found, STATE), None
+        if state.dim() != 1:
+            raise ValueError(f"{STATE} has the shape {list(state.shape)}")
+        if PROBE in entries:
+            probe = Probe.from_tensor(_floats(found, PROBE))
     except MobizoError:
         raise
     except Exception as error:
         raise ArtifactError(f"the file has no state that can be read: {error!r}", where=str(path)) from error
-    return torch.from_numpy(values.copy())
+    return state, probe
+
+
+def _floats(payload: DataPayload, name: str) -> Tensor:
+    entry = payload.named_data[name]
+    layout, values = entry.tensor_layout, np.frombuffer(payload.buffers[entry.buffer_index], dtype="<f4")
+    if layout is None or layout.scalar_type != ScalarType.FLOAT or math.prod(layout.sizes) != len(values):
+        raise ValueError(f"{name} is {layout}")
+    return torch.from_numpy(values.copy()).reshape(list(layout.sizes))

@@ -20,12 +20,13 @@ from mobizo_compiler.errors import (
     TokenRangeError,
     UnknownExtensionError,
 )
+from mobizo_compiler.format.vocabulary import Vocabulary
 from mobizo_compiler.graph.program import DynamicSize, Nesting
 from mobizo_compiler.options import JsonConfig
 from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +181,7 @@ class Manifest:
         base_model: Name or folder of the model, for those who load its tokenizer or the adapter; None if not told.
         answers: Names of the classes, or of the choices, in their order; None if not told.
         padding: The token that the model takes for padding; None if it has none, or does not tell.
+        vocabulary: How many tokens the model's tokenizer has, and a checksum of them; None if not told.
         prompt: How rows become prompts where nothing else is said, as JSON of `PromptConfig`; None if not told.
         saved: Weights of the model that its folder lacks (a head that was drawn), by name.
         generate: How the method `forward` goes on with a text; None without it.
@@ -216,6 +218,7 @@ class Manifest:
     base_model: str | None = None
     answers: tuple[str, ...] | None = None
     padding: int | None = None
+    vocabulary: Vocabulary | None = None
     prompt: Mapping[str, Any] | None = None
     saved: Mapping[str, SavedWeight] = dataclasses.field(default_factory=dict)
     generate: Generation | None = None
@@ -283,7 +286,7 @@ class Manifest:
             lora, zo = LoraConfig.from_json(values.pop("lora")), _zo(values.pop("zo"), values["lanes"])
             history = {name: tuple(steps) for name, steps in values.pop("history", {}).items()}
             answers = values.pop("answers", None)
-            generate = values.pop("generate", None)
+            generate, vocabulary = values.pop("generate", None), values.pop("vocabulary", None)
             weights = values.pop("saved", {})
             saved = {name: SavedWeight(tuple(item["shape"]), item["data"]) for name, item in weights.items()}
             blocks = tuple(Block.from_json(item) for item in values.pop("outline", ()))
@@ -296,6 +299,7 @@ class Manifest:
                 lora=lora,
                 zo=zo,
                 answers=None if answers is None else tuple(answers),
+                vocabulary=None if vocabulary is None else tuple(vocabulary),
                 saved=saved,
                 generate=None if generate is None else Generation.from_json(generate),
                 history=history,

@@ -1,8 +1,8 @@
 """Whether an adapter is really active: the model's answer to a fixed input, without it and with it, in a few numbers.
 
 The input follows from what the program says of its inputs: token ids spread over their range, masks of ones, waves for
-other numbers. The answer is the last row of the first output, projected on eight directions of signs, so that a change
-of any of its numbers shows.
+other numbers. The answer is the last row of every output, projected on eight directions of signs, so that a change of
+any of their numbers shows.
 """
 
 from __future__ import annotations
@@ -60,6 +60,18 @@ class Probe:
             raise AdapterError(f"the probe of the adapter does not have {NUMBERS} numbers", where=where)
         return found
 
+    def tensor(self) -> Tensor:
+        """The numbers, float32 [2, 8]: without the adapter, then with it."""
+        return torch.tensor([self.base, self.adapted], dtype=torch.float32)
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> Probe:
+        """Inverse of `tensor`; raises `ValueError` where the shape is another."""
+        if tuple(values.shape) != (2, NUMBERS):
+            raise ValueError(f"a probe is 2 x {NUMBERS} numbers, not {list(values.shape)}")
+        base, adapted = values.tolist()
+        return cls(tuple(base), tuple(adapted))
+
     def check(self, now: Probe, where: str) -> None:
         """Raise `AdapterError` where the adapter does not do now what it did when it was exported."""
         then = [after - before for before, after in zip(self.base, self.adapted, strict=True)]
@@ -97,13 +109,14 @@ def _input(spec: TensorSpec, shape: Sequence[int]) -> Tensor:
 
 
 def answer_of(outputs: Sequence[Tensor]) -> tuple[float, ...]:
-    """What is kept of the outputs of `evaluate`: eight projections of the last row of the first one with numbers."""
-    numbers = next((value for value in outputs if value.is_floating_point()), None)
-    if numbers is None:
+    """What is kept of the outputs of `evaluate`: eight projections of the last rows of those of floating point."""
+    counted = [value.double() for value in outputs if value.is_floating_point() and value.numel()]
+    rows = [value.reshape(-1, value.shape[-1] if value.dim() else 1)[-1] for value in counted]
+    if not rows:
         return (0.0,) * NUMBERS
-    last = numbers.double().reshape(-1, numbers.shape[-1] if numbers.dim() else 1)[-1]
+    last = torch.cat([row / math.sqrt(len(row)) for row in rows])
     signs = noise_values(torch.zeros(1, dtype=torch.int32), NUMBERS, len(last), "rademacher").double()
-    return tuple((signs @ last / math.sqrt(len(last))).tolist())
+    return tuple((signs @ last).tolist())
 
 
 def random_labels(manifest: Manifest, inputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:

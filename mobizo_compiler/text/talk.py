@@ -9,6 +9,7 @@ from typing import Any
 from mobizo_compiler.device.generation import MOST_LIKELY, Sampling
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, DataError
+from mobizo_compiler.format.vocabulary import check_vocabulary
 from mobizo_compiler.options import MAX_SEED
 from mobizo_compiler.text.chat_rows import asked
 from mobizo_compiler.text.conversations import ASSISTANT, SYSTEM, USER, Message, without_oldest
@@ -28,6 +29,7 @@ class Talk:
 
     Raises:
         ConfigError: The program was compiled without `generate`.
+        ModelSourceError: The tokenizer is that of another model.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Talk:
                 "the program has no cache of keys and values, and would read the whole conversation for every token",
                 hint="mobizo compile --generate-context 1024, or compile(..., generate=GenerateConfig())",
             )
+        check_vocabulary(tokenizer, session.program.manifest.vocabulary, type(tokenizer).__name__)
         self._session, self._tokenizer, self._sampling = session, tokenizer, sampling
         self._config = config or PromptConfig()
         self._before = (Message(SYSTEM, system),) if system else ()
