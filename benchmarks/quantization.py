@@ -1,12 +1,14 @@
 """What quantizing the base weights does to zeroth-order training, on SmolLM2 and review sentences.
 
     python -m benchmarks.quantization quality [--recipes ...] [--backend eager] [--seeds 64] [--out runs/quantization]
+    python -m benchmarks.quantization exact [--recipes none 8da8w 8da4w] [--backend xnnpack] [--seeds 8]
     python -m benchmarks.quantization cost [--recipes none 8da8w 8da4w] [options of a workload]
     python -m benchmarks.quantization publish runs/demo runs/demo-8da8w ...
 
 quality   For each recipe and eps: the projected gradients of the same seeds as in float32, as a vector of all queries,
           and its cosine with that of float32 at the same eps and at eps 0.01. The program is the demo's, the sentences
           are the demo's, and the adapter is off its zero start, as after some training.
+exact     The exact gradient of the demo's program in every recipe, and its cosine with that of float32, batch by batch.
 cost      Seconds of a step (medians, programs in turns), of PyTorch's eager float32 MP-LoRA step beside them, megabytes
           of the file, and peak resident memory of a fresh process that loads the program and runs two steps.
 
@@ -49,10 +51,10 @@ STEPS = 7
 def main() -> None:
     """Run one of the two measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "cost", "publish"))
+    parser.add_argument("what", choices=("quality", "exact", "cost", "publish"))
     parser.add_argument("demos", nargs="*", type=Path, help="folders of the demo, for `publish`")
     parser.add_argument("--recipes", nargs="+", choices=("none", *RECIPES))
-    parser.add_argument("--backend", default="eager", help="engine of `quality`")
+    parser.add_argument("--backend", default="eager", help="engine of `quality` and `exact`")
     parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--eps", nargs="+", type=float, default=EPS)
     parser.add_argument("--threads", type=int, default=2)
@@ -61,7 +63,7 @@ def main() -> None:
     Workload.add_arguments(parser)
     options = parser.parse_args()
     set_threads(options.threads)
-    {"quality": quality, "cost": cost, "publish": publish}[options.what](options)
+    {"quality": quality, "exact": exact, "cost": cost, "publish": publish}[options.what](options)
 
 
 def quality(options: argparse.Namespace) -> None:
@@ -70,7 +72,7 @@ def quality(options: argparse.Namespace) -> None:
     record = json.loads(path.read_text()) if path.exists() else {"gradients": {}}
     record |= {"machine": describe(), "backend": options.backend, "seeds": options.seeds, "state_scale": STATE_SCALE}
     for recipe in options.recipes or ("none", *RECIPES):
-        session, batch = demo_session(recipe, options.backend)
+        session, batch = demo_session(recipe, options.backend, "all-blocks")
         found = {str(eps): gradients(session, batch, eps, options.seeds) for eps in options.eps}
         record["gradients"][recipe] = record["gradients"].get(recipe, {}) | found
         write_json(path, record)
@@ -79,14 +81,44 @@ def quality(options: argparse.Namespace) -> None:
     print(f"in {path}")
 
 
-def demo_session(recipe: str, backend: str) -> tuple[mobizo.Session, Callable[[int], tuple[dict[str, Tensor], Tensor]]]:
-    """The demo's program with adapters in all blocks and that recipe, and its batches by seed."""
+def exact(options: argparse.Namespace) -> None:
+    """Cosines of exact gradients, each recipe's with float32's on the same batch; every batch is another seed."""
+    record: dict[str, Any] = {"machine": describe(), "backend": options.backend, "state_scale": STATE_SCALE}
+    of_float32: list[Tensor] = []
+    for recipe in ("none", *(name for name in options.recipes or ("8da8w", "8da4w") if name != "none")):
+        session, batch = demo_session(recipe, options.backend, "exact")
+        found = [exact_gradient(session, *batch(seed)) for seed in range(options.seeds)]
+        of_float32 = of_float32 or found
+        cosine = [float(torch.cosine_similarity(*both, dim=0)) for both in zip(found, of_float32, strict=True)]
+        ratio = [float(one.norm() / other.norm()) for one, other in zip(found, of_float32, strict=True)]
+        record[recipe] = {"cosine": cosine, "norm": ratio}
+        print(
+            f"{recipe}: cosine {statistics.median(cosine):.4f} ({min(cosine):.4f} to {max(cosine):.4f}), "
+            f"norm {statistics.median(ratio):.3f} of float32's, {len(found)} batches",
+            flush=True,
+        )
+        write_json(options.out / f"exact-{options.backend}.json", record)
+
+
+def exact_gradient(session: mobizo.Session, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """The gradient of the mean loss, float64: what a step of plain SGD with learning rate 1 takes from the state."""
+    before = session.state()
+    session.train_step(inputs, labels, seed=0, learning_rate=1.0)
+    gradient = before.double() - session.state().double()
+    session.load_state(before)
+    return gradient
+
+
+def demo_session(
+    recipe: str, backend: str, setup_name: str
+) -> tuple[mobizo.Session, Callable[[int], tuple[dict[str, Tensor], Tensor]]]:
+    """The demo's program with the adapters of a setup and that recipe, and its batches by seed."""
     from examples.demo import SETUPS, TOKENS, example_inputs
     from examples.rotten_tomatoes import Prompter, by_label, load_sentences, split_by_movie
     from examples.smollm2 import cache_folder, load_smollm2
 
     tokenizer, model = load_smollm2()
-    prompter, setup = Prompter(tokenizer, TOKENS), SETUPS["all-blocks"]
+    prompter, setup = Prompter(tokenizer, TOKENS), SETUPS[setup_name]
     train = split_by_movie(load_sentences())["train"]
     classes = by_label(train)
 
@@ -98,7 +130,7 @@ def demo_session(recipe: str, backend: str) -> tuple[mobizo.Session, Callable[[i
     program = mobizo.compile(
         model,
         example_inputs(prompter, setup.rows),
-        lora=setup.lora,
+        lora=setup.lora_of(model),
         zo=setup.zo,
         loss=mobizo.ChoiceLoss(prompter.answers),
         quantization=None if recipe == "none" else recipe,
@@ -107,7 +139,8 @@ def demo_session(recipe: str, backend: str) -> tuple[mobizo.Session, Callable[[i
         progress=lambda line: print(f"{recipe}: {line}", flush=True),
     )
     session = mobizo.Session(program)
-    session.load_state(torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)) * STATE_SCALE)
+    noise = torch.randn(program.parameters, generator=torch.Generator().manual_seed(1)) * STATE_SCALE
+    session.load_state(session.state() + noise)  # A that is trained has its own values
     return session, batch
 
 
