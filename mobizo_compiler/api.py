@@ -236,7 +236,9 @@ def compile(
         raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
 
-    captured, methods, store, cached_one = captured_and_rewritten(model, example, chosen, target, given, dump_dir, say)
+    captured, methods, store, chosen, cached_one = captured_and_rewritten(
+        model, example, chosen, target, given, dump_dir, say
+    )
     manifest = described_program(captured, methods, example, chosen, target.name, base_model)
     if found is not None:
         check_base(found, manifest.weights, str(adapter))

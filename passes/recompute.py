@@ -17,17 +17,19 @@ optimization barrier: whatever the condition is, both sides of the `where` are t
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor, fx
 
-from mobizo_compiler.analysis.checkpoints import order, plan, value_of
+from mobizo_compiler.analysis.checkpoints import Backward, Plan, order, plan, value_of
 from mobizo_compiler.analysis.costs import si, tensor_bytes
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import ancestors
 from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.graph.program import GraphProgram
 
 aten = torch.ops.aten
 
@@ -52,17 +54,12 @@ class Recompute(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """Copy the chosen calls to where they are read."""
-        forward, backward = _passes(edit)
+        forward, backward, reads, found = _planned(edit, self.most_bytes)
         position = {node: index for index, node in enumerate(forward)}
         place = {node: index for index, node in enumerate(backward)}
-        values = [value_of(node, _among(node, position), any(user in place for user in node.users)) for node in forward]
-        reads = [(tensor_bytes(node), _among(node, position), _among(node, place)) for node in backward]
-        most = int(self.most_bytes / PLANNED)
-        found = plan(values, reads, most)
-        if found.peak > most:
+        if (fewest := _bytes(found)) > self.most_bytes:
             raise ConfigError(
-                f"activation_memory_bytes is {si(self.most_bytes)}B; the exact gradient needs "
-                f"{si(found.peak * PLANNED)}B",
+                f"activation_memory_bytes is {si(self.most_bytes)}B; the exact gradient needs {si(fewest)}B",
                 hint="allow more, or give the step fewer rows or tokens, or adapt only the last blocks "
                 "(LoraConfig.layers_to_transform)",
             )
@@ -75,6 +72,24 @@ class Recompute(Pass):
             for node, copy in copies.items():
                 for user in [user for user in node.users if user in place]:
                     user.replace_input_with(node, copy)
+
+
+def fewest_bytes(program: GraphProgram, most_bytes: int) -> int:
+    """What the engine plans with the least work that keeps a bound, or, where none keeps it, the fewest bytes."""
+    return _bytes(_planned(Editor(program), most_bytes)[3])
+
+
+def _planned(edit: Editor, most_bytes: int) -> tuple[list[fx.Node], list[fx.Node], Backward, Plan]:
+    forward, backward = _passes(edit)
+    position = {node: index for index, node in enumerate(forward)}
+    place = {node: index for index, node in enumerate(backward)}
+    values = [value_of(node, _among(node, position), any(user in place for user in node.users)) for node in forward]
+    reads = [(tensor_bytes(node), _among(node, position), _among(node, place)) for node in backward]
+    return forward, backward, reads, plan(values, reads, int(most_bytes / PLANNED))
+
+
+def _bytes(found: Plan) -> int:
+    return math.ceil(found.peak * PLANNED)
 
 
 def _copied(

@@ -5,24 +5,30 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, Session, ZOConfig
+from mobizo_compiler import LoraConfig, Session, ZOConfig, passes
 from mobizo_compiler.analysis.costs import tensor_bytes
+from mobizo_compiler.compiling import pipelines
+from mobizo_compiler.compiling.exact_from import with_exact_from
+from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.device import run as runs
 from mobizo_compiler.device.journal import fingerprint
 from mobizo_compiler.device.run import SNAPSHOT
 from mobizo_compiler.errors import ConfigError, JournalError, NotSupportedYetError
+from mobizo_compiler.graph.example import bind_example
+from mobizo_compiler.graph.pipeline import Pipeline
 from mobizo_compiler.inspection.program_file import inspect_file
+from mobizo_compiler.passes.recompute import Recompute, fewest_bytes
 from mobizo_compiler.step.estimators import Hybrid, directions, get_estimator
 from mobizo_compiler.step.rules import Adam, AdamW
 from mobizo_compiler.step.sites import in_their_places, trained_before
-from mobizo_compiler.testing import TinyCausalLM, check_gradient, tiny_batch, zoo
+from mobizo_compiler.testing import TinyCausalLM, TokenWise, check_gradient, tiny_batch, zoo
 
 EXACT = ZOConfig(estimator="exact")
 ALL = LoraConfig(r=3, target_modules="all-linear")
@@ -243,7 +249,59 @@ def test_hybrid_needs_adapters_on_both_sides() -> None:
     with pytest.raises(ConfigError, match="split_prefix has no meaning"):
         program(zo=ZOConfig(estimator="hybrid"), split_prefix=True)
     with pytest.raises(ConfigError, match="exact_from must be an int"):
-        Hybrid(exact_from="auto")  # type: ignore[arg-type]
+        Hybrid(exact_from="first")  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_hybrid_is_exact_as_far_as_the_bound_allows() -> None:
+    """One block earlier does not fit, and a larger bound takes it in."""
+    torch.manual_seed(0)
+    inputs = tiny_batch()[0]
+    model = TinyCausalLM(layers=3).eval()
+    captured = passes.capture(model, bind_example(model, inputs))
+    parts = pipelines.Parts(rows=len(inputs["input_ids"]))
+
+    def chosen(exact_from: int | Literal["auto"], most: int) -> Options:
+        zo = ZOConfig(queries=2, estimator=Hybrid(exact_from))
+        found = Options(lora=ALL, zo=zo, activation_memory_bytes=most)
+        return with_exact_from(found, captured, parts, lambda line: None)
+
+    def fits(block: int, most: int) -> bool:
+        try:
+            Pipeline(pipelines.train_step(chosen(block, most), parts)).run(captured)
+        except ConfigError as error:
+            assert "the exact gradient needs" in str(error)
+            return False
+        return True
+
+    steps = pipelines.train_step(chosen(1, 1), parts)
+    before = steps[: next(i for i, step in enumerate(steps) if isinstance(step, Recompute))]
+    most = fewest_bytes(Pipeline(before).run(captured), 1)
+    assert fits(1, most) and not fits(1, most - 2)
+    assert chosen("auto", most).zo.estimator == Hybrid(1)
+    assert chosen("auto", most - 2).zo.estimator == Hybrid(2) and fits(2, most - 2)
+    assert chosen("auto", 1).zo.estimator == Hybrid(2) and not fits(2, 1)
+
+
+def test_as_far_as_a_bound_that_is_missing() -> None:
+    with pytest.raises(ConfigError, match="activation_memory_bytes is not given"):
+        Options(zo=ZOConfig(estimator=Hybrid("auto")))
+    one = Options(zo=ZOConfig(estimator=Hybrid("auto")), activation_memory_bytes=1)
+    captured = passes.capture(TokenWise().eval(), bind_example(None, (torch.zeros(2, 5, dtype=torch.int64),)))
+    with pytest.raises(ConfigError, match="not in two numbered blocks"):
+        with_exact_from(one, captured, pipelines.Parts(), lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_program_of_as_much_as_fits() -> None:
+    """The manifest has the block."""
+    torch.manual_seed(0)
+    zo, said = ZOConfig(queries=2, estimator=Hybrid("auto")), list[str]()
+    made = mobizo.compile(
+        TinyCausalLM(layers=2).eval(), tiny_batch()[0], ALL, zo, activation_memory_bytes=1 << 20, progress=said.append
+    )
+    assert made.manifest.zo.estimator == Hybrid(1)
+    assert any(line.startswith("the gradient itself from block 1 on, of blocks 0 to 1") for line in said)
 
 
 # -- the configuration -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from mobizo_compiler.analysis.ranges import check_lookups
 from mobizo_compiler.analysis.targets import output_layers
 from mobizo_compiler.backends import Backend
 from mobizo_compiler.compiling import pipelines
+from mobizo_compiler.compiling.exact_from import with_exact_from
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.smoothing import smoothing_of
 from mobizo_compiler.errors import CaptureError, UnsupportedGraphError
@@ -34,12 +35,14 @@ DUMP_VARIABLE = "MOBIZO_DUMP"
 class Graphs(NamedTuple):
     """A captured graph, the methods that it was rewritten to, and what stores its weights in fewer bits.
 
-    `cached` is the graph that was captured with a cache, where the program generates.
+    `options` are those that were given, with what only the graph could tell; `cached` is the graph that was captured
+    with a cache, where the program generates.
     """
 
     captured: GraphProgram
     methods: dict[str, GraphProgram]
     store: tuple[passes.Quantize, ...]
+    options: Options
     cached: GraphProgram | None = None
 
 
@@ -74,7 +77,8 @@ def captured_and_rewritten(
         parts = pipelines.Parts(
             example.rows, _quantize_passes(captured, options.quantization, example), tuple(backend.passes()), given
         )
-        return Graphs(captured, rewritten(captured, options, parts, observer), parts.quantize)
+        known = with_exact_from(options, captured, parts, say)
+        return Graphs(captured, rewritten(captured, known, parts, observer), parts.quantize, known)
 
     found = _symbolic_or_fixed(graphs, model, example, say)
     if options.generate is None:

@@ -17,6 +17,7 @@ from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.graph.pipeline import Insertion
 from mobizo_compiler.options import check_int, shown
 from mobizo_compiler.quantization.weights import RECIPES, QuantizationConfig, Recipe, described
+from mobizo_compiler.step.estimators import AUTO, Hybrid
 from mobizo_compiler.step.losses import LOSSES, CallableLoss, CausalLMLoss, Loss, get_loss
 from mobizo_compiler.step.rules import PLAIN, RULES, UpdateRule, get_rule
 
@@ -85,6 +86,11 @@ class Options:
                     f"activation_memory_bytes has no meaning for the {self.zo.estimator} estimator: it keeps nothing",
                     hint='leave it out, or ZOConfig(estimator="exact")',
                 )
+        elif isinstance(self.zo.estimator, Hybrid) and self.zo.estimator.exact_from == AUTO:
+            raise ConfigError(
+                f'exact_from is "{AUTO}", and activation_memory_bytes is not given, which decides how far it goes',
+                hint="activation_memory_bytes=64_000_000, or a block: exact_from=-4",
+            )
         if self.generate is not None and not isinstance(self.generate, GenerateConfig):
             raise ConfigError(f"generate must be a GenerateConfig or None, not {shown(self.generate)}")
         if self.generate is not None and self.state == "io":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from mobizo_compiler.step.sites import Site, in_their_places, trained_before
 
 # Losses that are equal have nothing to say; a difference of zero stays zero when it is divided by this.
 _SMALLEST_SPREAD = 1e-20
+AUTO: Literal["auto"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,17 +144,19 @@ class Hybrid(TwoSided):
 
     Args:
         exact_from: The first block whose adapters have the gradient, by the number in their paths; a negative number
-            counts from the last block, as -4 for the last four.
+            counts from the last block, as -4 for the last four. "auto" is as early as `activation_memory_bytes`
+            allows; `compile` puts a number in its place.
 
     Raises:
-        ConfigError: It is no whole number.
+        ConfigError: It is neither.
     """
 
-    exact_from: int = -4
+    exact_from: int | Literal["auto"] = -4
     differentiates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_int("Hybrid.exact_from", self.exact_from, -100_000, 100_000)
+        if self.exact_from != AUTO:
+            check_int("Hybrid.exact_from", self.exact_from, -100_000, 100_000)
 
     def measured(self, sites: Sequence[Site]) -> int:
         """The sites before the first one in that block or behind it.
@@ -161,6 +164,8 @@ class Hybrid(TwoSided):
         Raises:
             ConfigError: There is none on one of the two sides.
         """
+        if self.exact_from == AUTO:
+            raise ConfigError(f'exact_from is "{AUTO}", and nobody has put a block in its place', hint="name one")
         blocks = [site.block for site in sites]
         known = [block for block in blocks if block is not None]
         first = self.exact_from if self.exact_from >= 0 else max(known, default=-1) + 1 + self.exact_from
