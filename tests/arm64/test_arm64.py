@@ -22,7 +22,8 @@ from mobizo_compiler.format import checksum
 from mobizo_compiler.format.bundle import read_bundle
 from tests.arm64 import emulated, recipes
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("arm64")]  # one process, so that the host is built once
+# One process, so that the host is built once.
+pytestmark = [pytest.mark.slow, pytest.mark.arm64, pytest.mark.xdist_group("arm64")]
 
 STEPS, LEARNING_RATE = 10, 0.01
 BAD_DATA, OTHER_NUMBERS = 4, 7
