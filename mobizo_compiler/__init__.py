@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mobizo_compiler.compiling.options import Options
     from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
     from mobizo_compiler.device.journal import JournalWarning
+    from mobizo_compiler.device.limits import Limits
     from mobizo_compiler.device.run import RunSummary
     from mobizo_compiler.device.schedules import schedule
     from mobizo_compiler.device.session import Session
@@ -44,6 +45,7 @@ __all__ = [
     "GenerateConfig",
     "JournalWarning",
     "LabelSpec",
+    "Limits",
     "LoraConfig",
     "Loss",
     "MSELoss",
@@ -75,6 +77,7 @@ _HOMES = {
     "GenerateConfig": "mobizo_compiler.config",
     "JournalWarning": "mobizo_compiler.device.journal",
     "LabelSpec": "mobizo_compiler.step.losses",
+    "Limits": "mobizo_compiler.device.limits",
     "LoraConfig": "mobizo_compiler.config",
     "Loss": "mobizo_compiler.step.losses",
     "MSELoss": "mobizo_compiler.step.losses",

@@ -262,6 +262,17 @@ def test_an_interrupt_leaves_a_run_to_go_on_with(tiny_program: Path, data: Path,
     assert torch.equal(state(tiny_program, tmp_path / "run"), state(tiny_program, tmp_path / "other"))
 
 
+def test_minutes_leave_a_run_to_go_on_with(tiny_program: Path, data: Path, tmp_path: Path) -> None:
+    line = ("finetune", tiny_program, "--data", data, "--run", tmp_path / "run", *PROMPT, *FAST, "--steps", 10)
+    result = CliRunner().invoke(cli.app, [*map(str, line), "--minutes", "1e-6", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["ended"], found["steps"], found["plot"]) == ("limit", 0, None)
+    said = " ".join(result.stderr.split())
+    assert "1e-06 minutes are over: stopped after step 0 of 10; the same command goes on from there" in said
+    assert json.loads(run(*line, "--no-plot", "--json"))["ended"] == "done"
+
+
 def test_an_adapter_goes_out_and_comes_back(
     trained: tuple[Path, dict[str, Any]], tiny_program: Path, tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:

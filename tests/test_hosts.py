@@ -718,6 +718,17 @@ def test_data_files_go_back_and_forth(case: Case, tmp_path: Path) -> None:
     assert "does not say which program" in case.refused(BAD_DATA, tmp_path / "no", 1, "--load", str(given))
 
 
+def test_minutes_of_the_host(case: Case, tmp_path: Path) -> None:
+    """It stops, and goes on as one that was not stopped."""
+    done = case.train(tmp_path / "run", 3, "--minutes", "0.0000001")
+    assert "minutes are over after step 0 of 3; the same call goes on from there" in done.stdout
+    case.train(tmp_path / "run", 3, "--minutes", "10")
+    case.train(tmp_path / "other", 3)
+    journals = [(tmp_path / name / "journal").read_bytes() for name in ("run", "other")]
+    assert journals[0] == journals[1]
+    assert "--minutes is 0; it must be above 0" in case.refused(BAD_ARGUMENTS, tmp_path / "no", 1, "--minutes", "0")
+
+
 @pytest.mark.parametrize("which", ["case", "passed", "chooser", "exact"])
 def test_the_probe_of_an_adapter(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The host finds Python's numbers, with ids, masks, dynamic sizes and several outputs, and refuses others."""

@@ -1,4 +1,5 @@
 // Fine-tune a program on the ExecuTorch runtime, with forward passes only, in a folder that survives kills.
+#include <chrono>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -52,6 +53,7 @@ constexpr char kUsage[] =
     "  --eps X            size of the perturbation (what suits the program)\n"
     "  --load FILE.ptd    the state that a new run starts from (the program's, which is zero)\n"
     "  --save FILE.ptd    write the state at the end\n"
+    "  --minutes X        stop after the step in which so many minutes are over; the same call goes on later\n"
     "  --threads N        threads of the kernels (the runtime's choice)\n"
     "  --quiet            print nothing but warnings and errors, and hold back what the runtime logs\n"
     "\n"
@@ -81,6 +83,7 @@ struct Options {
   uint64_t seed = 0;
   std::optional<float> eps;
   std::filesystem::path load, save;
+  std::optional<float> minutes;
   std::optional<uint32_t> threads;
   bool quiet = false;
 };
@@ -112,6 +115,11 @@ Options parse(int count, char** arguments) {
       options.eps = host::real(name, value);
       if (!(*options.eps > 0)) {
         throw Failure(Exit::bad_arguments, "--eps is " + value + "; it must be above 0");
+      }
+    } else if (name == "--minutes") {
+      options.minutes = host::real(name, value);
+      if (!(*options.minutes > 0)) {
+        throw Failure(Exit::bad_arguments, "--minutes is " + value + "; it must be above 0");
       }
     } else if (name == "--load") {
       options.load = value;
@@ -211,7 +219,15 @@ void train(const Options& options) {
   }
 
   const size_t resumed_at = journal.records().size();
+  const auto over = [minutes = options.minutes, start = std::chrono::steady_clock::now()] {
+    return minutes && std::chrono::duration<float, std::ratio<60>>(std::chrono::steady_clock::now() - start).count() >= *minutes;
+  };
   for (size_t step = resumed_at; step < *options.steps; ++step) {
+    if (over()) {
+      say("%g minutes are over after step %zu of %u; the same call goes on from there\n",
+          static_cast<double>(*options.minutes), step, *options.steps);
+      break;
+    }
     const uint32_t seed = step_seed(options.seed, step);
     auto result = program.train_step(batches[step % batches.size()], seed, *options.learning_rate, eps);
     bool finite = true;

@@ -26,7 +26,7 @@ PLOT = "plot.png"
 def say_unchanged(remark: Remarks, outcome: Outcome) -> None:
     """Say where training made nothing better."""
     found = outcome.validations
-    if outcome.why != "interrupted" and len(found) > 1 and outcome.best is found[0] and found[0].step == 0:
+    if outcome.ended and len(found) > 1 and outcome.best is found[0] and found[0].step == 0:
         remark(
             "no validation was better than the one before the first step: nothing was learnt that helps other rows "
             "(another --learning-rate, which mobizo tune finds, more --steps, or more rows)",
@@ -72,8 +72,8 @@ def next_commands(file: Path, run: Path, rows: TextData, manifest: Manifest, dat
 
 def show_outcome(console: Console, outcome: Outcome, run: Path, drawn: bool, commands: Sequence[str]) -> None:
     """A run in a table, the files that it left, and the commands that come next."""
-    ended = {"done": "trained", "stopped early": "stopped early", "interrupted": "interrupted"}[outcome.why]
-    console.print(f"{ended} after {outcome.summary.steps} steps", highlight=False)
+    ended = {"done": "trained", "stopped early": "stopped early", "limit": "stopped by a limit"}
+    console.print(f"{ended.get(outcome.why, outcome.why)} after {outcome.summary.steps} steps", highlight=False)
     if outcome.summary.void:
         console.print(f"{len(outcome.summary.void)} steps had no finite loss and changed nothing", style="yellow")
     if outcome.validations and outcome.best is not None:
@@ -87,7 +87,7 @@ def show_outcome(console: Console, outcome: Outcome, run: Path, drawn: bool, com
         console.print(table)
     files = ["run.json", "journal", *([PLOT] if drawn else [])]
     console.print(f"in {run}: {', '.join(files)}", highlight=False, markup=False)
-    if outcome.why != "interrupted":
+    if outcome.ended:
         for place, command in enumerate(commands):
             start = "      " if place else "next: "
             console.print(f"{start}mobizo {command}", highlight=False, markup=False)

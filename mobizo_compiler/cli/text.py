@@ -47,6 +47,7 @@ from mobizo_compiler.cli.runs import (
 )
 from mobizo_compiler.cli.tasks import Asked, TaskName, TaskRows, task_score
 from mobizo_compiler.device.generation import Sampling
+from mobizo_compiler.device.limits import Limits
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.load import load
 from mobizo_compiler.text.confusion import Confusion
@@ -78,10 +79,15 @@ PREFIX = "prefix"
 
 
 @app.command("finetune")
-@with_sections(PROMPTS, Section("training", (TrainingConfig,), "", "Training"))
+@with_sections(
+    PROMPTS,
+    Section("training", (TrainingConfig,), "", "Training"),
+    Section("limits", (Limits,), "", "Limits: the same command goes on later"),
+)
 def finetune_program(
     prompts: dict[str, Any],
     training: dict[str, Any],
+    limits: dict[str, Any],
     file: ProgramFile,
     data: DataFile,
     run: Annotated[Path, typer.Option("--run", help="Folder of the run; one that is there is gone on with.")],
@@ -106,7 +112,7 @@ def finetune_program(
     goes on with; its exit code is 130.
     """
     remark = Remarks(quiet)
-    options = TrainingConfig.from_json(training)
+    options, until = TrainingConfig.from_json(training), Limits.from_json(limits)
     check_file(file)
     asked = Asked.of(task, encoding, task_rows)
     prompt = prompt_of(prompts, file, {}, asked.prompt)
@@ -151,18 +157,19 @@ def finetune_program(
                 on_validation=bar.validation,
                 on_change=lambda text: remark(text, "yellow"),
                 stop=interrupted,
+                until=until,
             )
     say_unchanged(remark, outcome)
     record = read_record(run)
-    drawn = plot and outcome.why != "interrupted" and plotted(record, run / PLOT, remark)
+    drawn = plot and outcome.ended and plotted(record, run / PLOT, remark)
     if as_json:
         print_json(result_of(outcome, run, drawn))
     elif not quiet:
         show_outcome(Console(), outcome, run, drawn, next_commands(file, run, rows, manifest, data if task else None))
+    if not outcome.ended:
+        why = "interrupted" if outcome.summary.limit is None else f"{outcome.summary.limit}: stopped"
+        remark(f"{why} after step {outcome.summary.steps} of {outcome.steps}; the same command goes on from there")
     if outcome.why == "interrupted":
-        remark(
-            f"interrupted after step {outcome.summary.steps} of {outcome.steps}; the same command goes on from there"
-        )
         raise typer.Exit(INTERRUPTED)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mobizo_compiler.device.batches import Batches, by_step
 from mobizo_compiler.device.journal import Journal, JournalWarning, Record, fingerprint, replayed
+from mobizo_compiler.device.limits import Limits, Watch
 from mobizo_compiler.device.scalars import float32, whole
 from mobizo_compiler.errors import JournalError
 from mobizo_compiler.format import checksum
@@ -74,12 +75,14 @@ class RunSummary:
         resumed_at: Steps that it had before.
         losses: Mean loss of the lanes of every step, from the first on; not finite where the step was void.
         void: Steps whose loss was not finite, and that changed nothing.
+        limit: The limit that ended the call, in words; None if none did.
     """
 
     steps: int
     resumed_at: int
     losses: tuple[float, ...]
     void: tuple[int, ...]
+    limit: str | None = None
 
 
 def finetune(
@@ -94,6 +97,7 @@ def finetune(
     snapshot_every: int = 200,
     on_step: OnStep | None = None,
     stop: Stop | None = None,
+    until: Limits | None = None,
 ) -> RunSummary:
     """Train to a number of steps, in a folder that survives kills; called again, it goes on where it was.
 
@@ -110,6 +114,7 @@ def finetune(
         snapshot_every: Most steps between saved states; more of them make a restart replay less.
         on_step: Called after a step is on the disk, with its number and result.
         stop: Asked before every step; where it returns True, the run stays as it is, to be taken up again.
+        until: Limits that do the same, of minutes, battery and temperature.
 
     Raises:
         InputError: As in `train_step`.
@@ -121,7 +126,7 @@ def finetune(
     With the exact estimator, the batches of steps that are made again after a kill must be those that they were: a
     function of the step's number, or an order that is the same in every process. Else it is a `JournalError`.
     """
-    batch = by_step(batches)
+    batch, watch = by_step(batches), None if until is None else until.watch()
     steps, seed = whole("steps", steps, 0), whole("seed", seed, 0)
     snapshot_every = whole("snapshot_every", snapshot_every, 1)
     size = float32("eps", session.program.manifest.eps if eps is None else eps, above=0)
@@ -138,7 +143,7 @@ def finetune(
 
     def records(first: int) -> Iterator[tuple[Record, StepResult]]:
         for step in range(first, steps):
-            if stop is not None and stop():
+            if (stop is not None and stop()) or (watch is not None and watch()):
                 break
             rate = float32("learning_rate", learning_rate(step) if callable(learning_rate) else learning_rate)
             yield made(step, step_seed(seed, step), rate, size)
@@ -152,7 +157,7 @@ def finetune(
         for record, result in records(0):
             kept.append(record)
             tell(record.step, result)
-        return _summary(kept, 0)
+        return _summary(kept, 0, watch)
     folder = Path(run)
     folder.mkdir(parents=True, exist_ok=True)
     with _open(folder, session.program) as journal:
@@ -170,13 +175,13 @@ def finetune(
             tell(record.step, result)
         if len(journal.records) > resumed_at:
             write_state(folder / SNAPSHOT, session, len(journal.records))
-        return _summary(journal.records, resumed_at)
+        return _summary(journal.records, resumed_at, watch)
 
 
-def _summary(records: Sequence[Record], resumed_at: int) -> RunSummary:
+def _summary(records: Sequence[Record], resumed_at: int, watch: Watch | None) -> RunSummary:
     losses = tuple(record.loss for record in records)
     void = tuple(step for step, loss in enumerate(losses) if not math.isfinite(loss))
-    return RunSummary(len(losses), resumed_at, losses, void)
+    return RunSummary(len(losses), resumed_at, losses, void, None if watch is None else watch.reason)
 
 
 def _open(folder: Path, program: Program) -> Journal:

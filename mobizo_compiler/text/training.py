@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mobizo_compiler.device.limits import Limits
 from mobizo_compiler.device.run import JOURNAL, RunSummary, read_state, write_state
 from mobizo_compiler.device.schedules import schedule
 from mobizo_compiler.device.session import Session
@@ -129,7 +130,7 @@ class Outcome:
         steps: Steps that the run was to have.
         validations: All of the run.
         best: The one with the lowest loss.
-        why: "done", "stopped early" or "interrupted".
+        why: "done", "stopped early", "limit" or "interrupted".
     """
 
     summary: RunSummary
@@ -137,6 +138,11 @@ class Outcome:
     validations: tuple[Validation, ...]
     best: Validation | None
     why: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is over; else a later call goes on with it."""
+        return self.why in ("done", "stopped early")
 
 
 def train(
@@ -152,6 +158,7 @@ def train(
     on_validation: Callable[[Validation], object] = lambda validation: None,
     on_change: Callable[[str], object] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
+    until: Limits | None = None,
 ) -> Outcome:
     """Train on samples in a folder, from where the run there is.
 
@@ -167,6 +174,7 @@ def train(
         on_validation: Told after each validation.
         on_change: Told of settings that differ from those that the run was begun with.
         stop: Asked before every step and during validation; True ends this call with a run that can go on.
+        until: As in `Session.finetune`.
 
     Raises:
         RunMismatchError: The run was begun with other data, or another seed.
@@ -214,8 +222,10 @@ def train(
         eps=config.eps,
         on_step=after,
         stop=lambda: early or stop(),
+        until=until,
     )
-    why = "done" if summary.steps >= steps else "stopped early" if early else "interrupted"
+    left = "stopped early" if early else "interrupted" if summary.limit is None else "limit"
+    why = "done" if summary.steps >= steps else left
     record.write(found, summary=_shown(summary, why))
     return Outcome(summary, steps, tuple(found), _best(found), why)
 
