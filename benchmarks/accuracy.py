@@ -3,7 +3,7 @@
 python -m benchmarks.accuracy train --method library --seed 0 1 2 [--task A] [--steps 6000] [--backend xnnpack]
 python -m benchmarks.accuracy publish runs/accuracy
 
-`train` fine-tunes once for every method and seed and writes a record; `publish` writes all records of a folder to
+`train` fine-tunes once for every method and seed and writes a record; `publish` adds the records of a folder to
 docs/accuracy.json, of which docs/generate.py makes the page, and plots them.
 
 Methods of this library adapt the head, or the feed-forward layers of the last block if the name begins so; they start
@@ -40,6 +40,7 @@ from mobizo_compiler.reference import ReferenceStep
 from mobizo_compiler.step.rules import UpdateRule, get_rule
 
 HEAD, LAST, EVERYWHERE = SETUPS["head"], SETUPS["last-block"], SETUPS["all-blocks"]
+IDENTITY = ("task", "method", "backend", "steps", "seed", "train_rows", "held_out")  # of a run
 T = TypeVar("T")
 Step = Callable[[dict[str, Tensor], Tensor, int, float], float]
 
@@ -331,10 +332,13 @@ def run(
 
 
 def publish(options: argparse.Namespace) -> None:
-    """All records of a folder in docs/accuracy.json, and the plot of the page."""
-    records = [json.loads(path.read_text()) for path in sorted(options.folder.glob("*.json"))]
-    write_json(Path("docs/accuracy.json"), records)
-    plot(records, Path("docs/accuracy.png"))
+    """The records of a folder in docs/accuracy.json, in place of those of the same runs, and the plot of the page."""
+    path = Path("docs/accuracy.json")
+    known = json.loads(path.read_text()) if path.exists() else []
+    found = [json.loads(record.read_text()) for record in sorted(options.folder.glob("*.json"))]
+    records = {tuple(record[name] for name in IDENTITY): record for record in [*known, *found]}
+    write_json(path, list(records.values()))
+    plot(list(records.values()), Path("docs/accuracy.png"))
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:

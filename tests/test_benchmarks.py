@@ -153,13 +153,19 @@ def test_a_model_that_knows_scores_all(smollm2: tuple[Any, Any]) -> None:
 
 
 def test_records_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = ("task", "method", "backend", "steps", "forward_rows")
+    shown = ("task", "method", "backend", "steps", "forward_rows", "train_rows", "held_out")
     history = [{"step": n, "forward_rows": 8 * n, "minutes": n / 2, "accuracy": 0.5 + n / 10} for n in (0, 1, 2)]
     (tmp_path / "docs").mkdir()
     for seed in range(2):
-        record = dict(zip(shown, ("A", "library", "xnnpack", 2, 16), strict=True)) | {"seed": seed, "history": history}
+        values = ("A", "library", "xnnpack", 2, 16, None, 400)
+        record = dict(zip(shown, values, strict=True)) | {"seed": seed, "history": history}
         (tmp_path / f"{seed}.json").write_text(json.dumps(record))
     monkeypatch.chdir(tmp_path)
     accuracy.main(["publish", str(tmp_path)])
-    assert len(json.loads((tmp_path / "docs" / "accuracy.json").read_text())) == 2
+    published = tmp_path / "docs" / "accuracy.json"
+    assert len(json.loads(published.read_text())) == 2
+    (tmp_path / "0.json").rename(tmp_path / "later.json")
+    (tmp_path / "1.json").write_text((tmp_path / "1.json").read_text().replace('"seed": 1', '"seed": 2'))
+    accuracy.main(["publish", str(tmp_path)])
+    assert sorted(record["seed"] for record in json.loads(published.read_text())) == [0, 1, 2], "what was there stays"
     assert (tmp_path / "docs" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
