@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mobizo_compiler.analysis.costs import si
 from mobizo_compiler.compiling import pipelines
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.errors import ConfigError
-from mobizo_compiler.graph.pipeline import Pipeline
+from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.passes.insert_mp_lora import InsertMPLoRA
 from mobizo_compiler.passes.recompute import Recompute, fewest_bytes
 from mobizo_compiler.step.estimators import AUTO, Hybrid
 
@@ -43,10 +45,11 @@ def with_exact_from(
 
     def needed(block: int) -> int:
         steps = pipelines.train_step(chosen(block), parts)
-        last = next(place for place, step in enumerate(steps) if isinstance(step, Recompute))
-        return fewest_bytes(Pipeline(steps[:last]).run(captured), most)
+        return fewest_bytes(Pipeline(_before(steps, Recompute)).run(captured), most)
 
-    blocks = _blocks(chosen(0), captured, parts)
+    evaluate = pipelines.evaluate(chosen(0), parts)
+    adapted = Pipeline([*_before(evaluate, InsertMPLoRA), InsertMPLoRA(options.lora)]).run(captured)
+    blocks = sorted({site.block for site in adapted.sites if site.block is not None})
     if len(blocks) < 2:
         raise ConfigError(
             f'exact_from is "{AUTO}", and the adapters are not in two numbered blocks or more',
@@ -59,7 +62,6 @@ def with_exact_from(
     return chosen(block)
 
 
-def _blocks(options: Options, captured: GraphProgram, parts: pipelines.Parts) -> list[int]:
-    """The blocks that have adapters."""
-    sites = Pipeline(pipelines.evaluate(options, parts)).run(captured).sites
-    return sorted({site.block for site in sites if site.block is not None})
+def _before(steps: Sequence[Pass], kind: type[Pass]) -> list[Pass]:
+    """The passes before the first one of a kind."""
+    return list(itertools.takewhile(lambda step: not isinstance(step, kind), steps))
