@@ -30,7 +30,7 @@ from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError,
 from mobizo_compiler.format.gguf_adapter import read_gguf
 from mobizo_compiler.format.peft import PeftAdapter, check_base, read_peft
 from mobizo_compiler.format.program import Program
-from mobizo_compiler.format.vocabulary import vocabulary_of
+from mobizo_compiler.format.vocabulary import name_of, vocabulary_of
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.pipeline import Insertion
@@ -234,6 +234,7 @@ def compile(
         )
     if chosen.split_prefix and dynamic_shapes:
         raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
+    vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
 
     captured, methods, store, chosen, cached_one = captured_and_rewritten(
@@ -246,7 +247,8 @@ def compile(
         manifest,
         answers=answer_names(answers, model, manifest),
         padding=padding_of(model, manifest),
-        vocabulary=None if tokenizer is None else vocabulary_of(tokenizer),
+        tokenizer=name_of(tokenizer),
+        vocabulary=vocabulary,
         prompt=prompt,
         saved=saved_weights(new_weights, model),
         generate=generation(chosen.generate, model, cached_one),

@@ -248,7 +248,7 @@ def test_hybrid_needs_adapters_on_both_sides() -> None:
             program(zo=zo)
     with pytest.raises(ConfigError, match="split_prefix has no meaning"):
         program(zo=ZOConfig(estimator="hybrid"), split_prefix=True)
-    with pytest.raises(ConfigError, match="exact_from must be an int"):
+    with pytest.raises(ConfigError, match='must be the number of a block, or "auto"'):
         Hybrid(exact_from="first")  # type: ignore[arg-type]
 
 

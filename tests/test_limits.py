@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,11 +67,29 @@ def test_a_device_that_is_hot() -> None:
         Device(heat=None).watch(temperature=45)
 
 
-def test_this_machine() -> None:
-    """Whatever it has: a number or nothing."""
-    machine = limits._Machine()
-    for value in (machine.battery(), machine.temperature()):
-        assert value is None or 0 <= value < 200
+def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By psutil: what it says of a laptop, of a machine on mains, and of one without sensors or functions for them."""
+    part, power = SimpleNamespace, SimpleNamespace
+    laptop = SimpleNamespace(
+        sensors_battery=lambda: power(percent=41, power_plugged=False),
+        sensors_temperatures=lambda: {"cpu": [part(current=51.0), part(current=63.5)], "disk": [part(current=40.0)]},
+    )
+    mains = SimpleNamespace(
+        sensors_battery=lambda: power(percent=41, power_plugged=True), sensors_temperatures=lambda: {}
+    )
+    bare = SimpleNamespace(sensors_battery=lambda: None)
+    for psutil, battery, temperature in ((laptop, 41.0, 63.5), (mains, None, None), (bare, None, None)):
+        monkeypatch.setattr(limits, "optional", lambda *names, psutil=psutil: psutil)
+        machine = limits._Machine()
+        assert (machine.battery(), machine.temperature()) == (battery, temperature)
+
+
+def test_what_watches_may_be_given(tmp_path: Path) -> None:
+    """With sensors of one's own; and numbers may be those of numpy."""
+    watch = Limits(battery=np.int64(50)).watch(Device(charge=10.0))
+    done = Session(compiled()).finetune(batch, steps=5, run=tmp_path / "run", until=watch, **TRAINING)
+    assert (done.steps, done.limit) == (0, "the battery is at 10 %")
+    assert Limits(minutes=np.float32(0.5)) == Limits(minutes=0.5)
 
 
 @pytest.mark.parametrize("fields", [{"minutes": 0}, {"battery": 101}, {"temperature": -1}, {"minutes": True}])

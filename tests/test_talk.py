@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import GenerateConfig, LoraConfig, Session, ZOConfig, cli
+from mobizo_compiler.cli.compiling import _tokenizer
+from mobizo_compiler.cli.runs import tokenizer_for
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.errors import ConfigError, DataError, ModelSourceError
 from mobizo_compiler.text.chat_rows import asked
@@ -142,6 +145,23 @@ def test_the_tokenizer_of_another_model_is_refused(
     Talk(session, more)
     with pytest.raises(ConfigError, match="no tokenizer with get_vocab"):
         Talk(session, object())
+
+
+def test_the_tokenizer_that_a_program_was_compiled_with(saved: Path, session: Session, tmp_path: Path) -> None:
+    """Its own name goes before that of the model; and of a folder of weights alone, no tokenizer is made up."""
+    manifest = dataclasses.replace(
+        session.program.manifest, base_model=str(tmp_path), tokenizer=str(saved.parent / "model")
+    )
+    found, name = tokenizer_for(None, manifest, False)
+    assert (len(found), name) == (len(tokenizer_of("smollm2")), str(saved.parent / "model"))
+    sizes = {"vocab_size": 300, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    model.save_pretrained(tmp_path / "weights")
+    assert _tokenizer(str(tmp_path / "weights"), False, False, model) is None
+    tokenizer_of("smollm2").save_pretrained(tmp_path / "weights")
+    assert _tokenizer(str(tmp_path / "weights"), False, False, model) is not None
+    (tmp_path / "weights" / "tokenizer.json").write_text("{}")
+    assert _tokenizer(str(tmp_path / "weights"), False, False, model) is None
 
 
 def test_the_command(saved: Path, session: Session, tmp_path: Path) -> None:

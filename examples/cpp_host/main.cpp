@@ -190,6 +190,10 @@ void train(const Options& options) {
   if (options.threads) {
     host::set_threads(*options.threads);
   }
+  host::State given;  // before the program is there, because another one has to be loaded to see what it does
+  if (!options.load.empty() && !std::filesystem::exists(options.run / host::kStart)) {
+    given = host::probed_state(options.program, options.load, options.quiet);
+  }
   host::Program program(options.program, host::Use::train);
   const host::Manifest& manifest = program.manifest();
   auto batches = host::read_batches(options.tokens, manifest, host::Rows::to_train);
@@ -206,7 +210,7 @@ void train(const Options& options) {
   host::Journal& journal = *opened;
   if (journal.records().empty() && !std::filesystem::exists(options.run / host::kStart)) {
     if (!options.load.empty()) {
-      host::load_adapter(program, host::Use::train, options.program, options.load, options.quiet);
+      program.load_state(given);
     }
     host::write_state(options.run / host::kStart, program, 0);
   } else {
@@ -224,8 +228,8 @@ void train(const Options& options) {
   };
   for (size_t step = resumed_at; step < *options.steps; ++step) {
     if (over()) {
-      say("%g minutes are over after step %zu of %u; the same call goes on from there\n",
-          static_cast<double>(*options.minutes), step, *options.steps);
+      std::fprintf(stderr, "%g minutes are over after step %zu of %u; the same call goes on from there\n",
+                   static_cast<double>(*options.minutes), step, *options.steps);
       break;
     }
     const uint32_t seed = step_seed(options.seed, step);

@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "errors.h"
+#include "journal.h"
 #include "state_file.h"
 
 namespace host {
@@ -14,7 +17,9 @@ namespace {
 using executorch::aten::ScalarType;
 using Numbers = std::array<double, Probe::kNumbers>;
 
-constexpr double kMostApart = 0.5;  // of what an adapter does; as in Python
+// As in Python: how far apart what an adapter does may be, as a share of it, rounding of the answer, and what counts.
+constexpr double kMostApart = 0.5, kRounding = 1e-6;
+constexpr float kLargest = 1e30f;
 
 uint32_t mix(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7FEB352Du;
@@ -42,17 +47,32 @@ int64_t integer_at(const TensorSpec& spec, int64_t place) {
   if (!spec.choices.empty()) {
     return spec.choices[static_cast<size_t>(place) % spec.choices.size()];
   }
-  return spec.low && spec.high ? *spec.low + (place * 7919 + 11) % (*spec.high - *spec.low + 1) : 0;
+  if (!spec.low || !spec.high) {
+    return 0;
+  }
+  const auto range = static_cast<uint64_t>(*spec.high) - static_cast<uint64_t>(*spec.low) + 1;
+  const auto step = static_cast<uint64_t>(place) * 7919 + 11;
+  return *spec.low + static_cast<int64_t>(range == 0 ? step : step % range);
+}
+
+int64_t size_of(const Axis& axis, const Manifest& manifest) {
+  if (const auto* size = std::get_if<int64_t>(&axis)) {
+    return *size;
+  }
+  const std::string& name = std::get<std::string>(axis);
+  const auto named = [&name](const DynamicSize& size) { return size.name == name; };
+  const auto found = std::find_if(manifest.sizes.begin(), manifest.sizes.end(), named);
+  if (found == manifest.sizes.end()) {
+    throw Failure(Exit::bad_program, "the manifest does not say how large the size " + name + " is");
+  }
+  return found->low;
 }
 
 Value input_of(const TensorSpec& spec, const Manifest& manifest) {
   Value value;
   int64_t count = 1;
   for (const Axis& axis : spec.shape) {
-    const auto* name = std::get_if<std::string>(&axis);
-    const auto named = [name](const DynamicSize& size) { return size.name == *name; };
-    const int64_t size = name == nullptr ? std::get<int64_t>(axis)
-                                         : std::find_if(manifest.sizes.begin(), manifest.sizes.end(), named)->low;
+    const int64_t size = size_of(axis, manifest);
     value.shape.push_back(static_cast<executorch::aten::SizesType>(size));
     count *= size;
   }
@@ -68,7 +88,27 @@ Value input_of(const TensorSpec& spec, const Manifest& manifest) {
   return value;
 }
 
-// Of the last rows of all outputs of floating point.
+std::string shown(const std::optional<int64_t>& value) {
+  return value ? std::to_string(*value) : "None";
+}
+
+uint32_t asked_of(const Manifest& manifest) {
+  std::string text = "probe 2";
+  for (const TensorSpec& spec : manifest.inputs) {
+    text += "\n" + spec.name + " " + spec.dtype + " ";
+    for (size_t axis = 0; axis < spec.shape.size(); ++axis) {
+      text += (axis == 0 ? "" : " ") + std::to_string(size_of(spec.shape[axis], manifest));
+    }
+    text += " " + shown(spec.low) + " " + shown(spec.high) + " [";
+    for (size_t i = 0; i < spec.choices.size(); ++i) {
+      text += (i == 0 ? "" : ", ") + std::to_string(spec.choices[i]);
+    }
+    text += "]";
+  }
+  return crc32(text);
+}
+
+// Of the last rows of all outputs in float32.
 Numbers answer(Program& program) {
   std::vector<Value> inputs;
   std::vector<Value*> arguments;
@@ -87,7 +127,8 @@ Numbers answer(Program& program) {
     const std::vector<float> values = output.floats();
     const size_t width = output.shape.empty() ? 1 : static_cast<size_t>(output.shape.back());
     for (size_t i = values.size() - width; i < values.size(); ++i, ++place) {
-      const double value = static_cast<double>(values[i]) / std::sqrt(static_cast<double>(width));
+      const double tamed = std::abs(values[i]) <= kLargest ? static_cast<double>(values[i]) : 0.0;
+      const double value = tamed / std::sqrt(static_cast<double>(width));
       for (size_t direction = 0; direction < found.size(); ++direction) {
         found[direction] += sign(direction, place) * value;
       }
@@ -118,12 +159,16 @@ State without_adapter(const Manifest& manifest, State state) {
 }
 
 void check(const Probe& then, const Probe& now, const std::filesystem::path& data) {
+  if (then.asked != now.asked) {
+    return;
+  }
   Numbers before{}, found{};
   for (size_t i = 0; i < before.size(); ++i) {
     before[i] = then.adapted[i] - then.base[i];
     found[i] = now.adapted[i] - now.base[i];
   }
-  if (const double size = length(before, {}); size > 0 && !(length(before, found) <= kMostApart * size)) {
+  const double rounding = length(then.base, now.base) + kRounding * length(then.base, {});
+  if (!(length(before, found) <= kMostApart * length(before, {}) + rounding)) {
     char text[160];
     std::snprintf(text, sizeof(text), "the adapter moves the model's answer to the probe by %.1f %% here; when it was "
                                       "exported, it did so by %.1f %%, and elsewhere", 100 * now.effect(), 100 * then.effect());
@@ -138,7 +183,8 @@ double Probe::effect() const {
 }
 
 Probe probe_of(Program& program, const State& state) {
-  Probe probe;
+  Probe probe{};
+  probe.asked = asked_of(program.manifest());
   program.load_state(without_adapter(program.manifest(), state));
   probe.base = answer(program);
   program.load_state(state);
@@ -146,23 +192,24 @@ Probe probe_of(Program& program, const State& state) {
   return probe;
 }
 
-void load_adapter(Program& program, Use use, const std::filesystem::path& file, const std::filesystem::path& data,
-                  bool quiet) {
+State probed_state(Program& program, const std::filesystem::path& data, bool quiet) {
   const DataFile found = load_ptd(data, program);
-  if (found.probe) {
-    std::unique_ptr<Program> other;
-    if (use != Use::evaluate) {
-      other = std::make_unique<Program>(file, Use::evaluate);
-    }
-    const Probe now = probe_of(other ? *other : program, found.state);
-    check(*found.probe, now, data);
-    if (!quiet && now.effect() > 0) {
-      std::fprintf(stderr, "the adapter moves the model's answer to a fixed input by %.2f %%\n", 100 * now.effect());
-    } else if (now.effect() == 0) {
-      std::fprintf(stderr, "warning: the adapter changes nothing of the model's answer to a fixed input; is it trained?\n");
-    }
+  if (!found.probe) {
+    return found.state;
   }
-  program.load_state(found.state);
+  const Probe now = probe_of(program, found.state);
+  check(*found.probe, now, data);
+  if (now.effect() == 0) {
+    std::fprintf(stderr, "warning: the adapter changes nothing of the model's answer to a fixed input; is it trained?\n");
+  } else if (!quiet) {
+    std::fprintf(stderr, "the adapter moves the model's answer to a fixed input by %.2f %%\n", 100 * now.effect());
+  }
+  return found.state;
+}
+
+State probed_state(const std::filesystem::path& program, const std::filesystem::path& data, bool quiet) {
+  Program loaded(program, Use::evaluate);
+  return probed_state(loaded, data, quiet);
 }
 
 }  // namespace host

@@ -12,6 +12,7 @@ namespace host {
 struct Probe {
   static constexpr size_t kNumbers = 8;
   std::array<double, kNumbers> base, adapted;
+  uint32_t asked = 0;  // CRC-32 of what describes the input; probes of other inputs are not compared
 
   // How far the adapter moves the answer, as a share of its length.
   double effect() const;
@@ -20,10 +21,12 @@ struct Probe {
 // What the adapter of a state does. The program is loaded for `Use::evaluate`, and has that state afterwards.
 Probe probe_of(Program& program, const State& state);
 
-// Give a program the state of a `.ptd` file, if its adapter does here what it did where the file was written, and say on
-// stderr what it does. `file` is the program's, which is opened again for that where it is not loaded for
-// `Use::evaluate`. A file without a probe, as this host writes them, is taken as it is. Throws `Failure`.
-void load_adapter(Program& program, Use use, const std::filesystem::path& file, const std::filesystem::path& data,
-                  bool quiet);
+// The state of a `.ptd` file, if its adapter does here what it did where the file was written; what it does is said on
+// stderr. A file without a probe, as this host writes them, is taken as it is. The program is loaded for
+// `Use::evaluate`. Throws `Failure`.
+State probed_state(Program& program, const std::filesystem::path& data, bool quiet);
+
+// The same where the program itself is loaded for another use: one that is loaded for this is given back before that.
+State probed_state(const std::filesystem::path& program, const std::filesystem::path& data, bool quiet);
 
 }  // namespace host

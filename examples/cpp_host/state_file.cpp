@@ -119,14 +119,17 @@ DataFile load_ptd(const std::filesystem::path& path, const Program& program) {
     throw fail("the state has values that are not finite");
   }
   if (const auto probe = tensors->get_tensor_layout(kProbe); probe.ok()) {
-    std::array<float, 2 * Probe::kNumbers> values;
-    if (probe->scalar_type() != executorch::aten::ScalarType::Float || probe->nbytes() != sizeof(values) ||
-        tensors->load_data_into(kProbe, values.data(), sizeof(values)) != executorch::runtime::Error::Ok) {
+    std::array<double, 1 + 2 * Probe::kNumbers> values;
+    if (probe->scalar_type() != executorch::aten::ScalarType::Double || probe->nbytes() != sizeof(values) ||
+        tensors->load_data_into(kProbe, values.data(), sizeof(values)) != executorch::runtime::Error::Ok ||
+        !std::all_of(values.begin(), values.end(), [](double value) { return std::isfinite(value); }) ||
+        !(values[0] >= 0 && values[0] < 4294967296.0)) {
       throw fail("what its adapter did cannot be read");
     }
     found.probe.emplace();
-    std::copy_n(values.begin(), Probe::kNumbers, found.probe->base.begin());
-    std::copy_n(values.begin() + Probe::kNumbers, Probe::kNumbers, found.probe->adapted.begin());
+    found.probe->asked = static_cast<uint32_t>(values[0]);
+    std::copy_n(values.begin() + 1, Probe::kNumbers, found.probe->base.begin());
+    std::copy_n(values.begin() + 1 + Probe::kNumbers, Probe::kNumbers, found.probe->adapted.begin());
   }
   return found;
 }

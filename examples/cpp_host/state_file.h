@@ -1,6 +1,6 @@
 // The state in a `.ptd` file (FlatTensor), ExecuTorch's format for tensors: `mobizo_lora_b`, float32 [S],
 // `mobizo_fingerprint`, uint8 [32], of the program, and a checksum at the end. Python's `Session.export_ptd` writes
-// `mobizo_probe` too, float32 [2, 8]: what the adapter did there; see `probe.h`.
+// `mobizo_probe` too, float64 [17]: what the adapter did there; see `probe.h`.
 #pragma once
 
 #include <filesystem>

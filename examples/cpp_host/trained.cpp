@@ -39,11 +39,16 @@ std::unique_ptr<Program> open_trained(const Arguments& arguments, Use use) {
   if (const std::string* threads = arguments.find("--threads")) {
     set_threads(thread_count(*threads));
   }
-  auto program = std::make_unique<Program>(arguments.places.at(0), use);
+  const std::filesystem::path file = arguments.places.at(0);
+  State state;  // of a file; before the program is there, where another one has to be loaded to see what it does
+  if (load != nullptr && use != Use::evaluate) {
+    state = probed_state(file, *load, arguments.quiet);
+  }
+  auto program = std::make_unique<Program>(file, use);
   if (run != nullptr) {
     load_run(*run, *program);
   } else if (load != nullptr) {
-    load_adapter(*program, use, arguments.places.at(0), *load, arguments.quiet);
+    program->load_state(use == Use::evaluate ? probed_state(*program, *load, arguments.quiet) : state);
   }
   return program;
 }

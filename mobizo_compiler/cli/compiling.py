@@ -33,8 +33,9 @@ from mobizo_compiler.compiling.dry_run import DryRun
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
-from mobizo_compiler.errors import AdapterError, BackendUnavailableError, ConfigError, ModelSourceError
+from mobizo_compiler.errors import AdapterError, BackendUnavailableError, ConfigError
 from mobizo_compiler.format.peft import read_peft
+from mobizo_compiler.format.vocabulary import vocabulary_of
 from mobizo_compiler.inspection.figures import draw_program
 from mobizo_compiler.quantization.weights import ROUND_ACTIVATIONS, QuantizationConfig
 from mobizo_compiler.step.rules import RULES
@@ -44,7 +45,7 @@ from mobizo_compiler.text.prompts import Piece, PromptConfig, read_label_words
 from mobizo_compiler.text.rows import TEXT, UTF8, read_rows
 from mobizo_compiler.text.speller import Speller
 
-_DRY_PHASES = ("capture", "rewrite")
+_NOT_DRY = ("lower", "check")  # phases that a dry run leaves out
 ROWS, TOKENS = 2, 64  # of a batch, where nothing else is said
 
 
@@ -280,7 +281,7 @@ def compile_model(
     if output is not None and not dry_run:
         check_room(output, loaded, options.quantization)
     needed = bool(texts) or kind == "choice" or tokenizer is not None
-    spelling = _tokenizer(tokenizer or model, needed, trust_remote_code)
+    spelling = _tokenizer(tokenizer or model, needed, trust_remote_code, loaded)
     speller = Speller(spelling) if texts or kind == "choice" else None
     if table is not None and speller is not None and rows is not None:
         words, options, tokens = completed(
@@ -306,7 +307,7 @@ def compile_model(
         tokenizer=spelling,
         dump_dir=None if dry_run else dump_dir,
         cache_dir=None if dry_run else cache_dir,
-        progress=lambda line: None if dry_run and line not in _DRY_PHASES else say(line),
+        progress=lambda line: None if dry_run and line in _NOT_DRY else say(line),
     )
     say_rank(remark, program)
     if output is not None and not dry_run:
@@ -349,15 +350,20 @@ def _check(
             raise ConfigError(f"--{name} is {size}, which is more than --max-{name} {most}")
 
 
-def _tokenizer(source: str, needed: bool, trust_remote_code: bool) -> Any:
-    """The tokenizer, or None where there is none and the program can be made without; GGUF files take long for it."""
-    if not needed and source.endswith(".gguf"):
+def _tokenizer(source: str, needed: bool, trust_remote_code: bool, model: Any) -> Any:
+    """The tokenizer, or None where there is none and the program can be made without; GGUF files take long for it.
+
+    Of a folder without one, transformers makes some tokenizers of a few words, which are those of no model.
+    """
+    if needed:
+        return load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if source.endswith(".gguf"):
         return None
     try:
-        return load_tokenizer(source, trust_remote_code=trust_remote_code)
-    except ModelSourceError:
-        if needed:
-            raise
+        found = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        words = getattr(model.config.get_text_config(), "vocab_size", 0)
+        return found if 2 * vocabulary_of(found)[0] >= words else None
+    except Exception:  # whatever is wrong with it, nothing here reads with it
         return None
 
 

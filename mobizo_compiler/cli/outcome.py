@@ -49,6 +49,7 @@ def result_of(outcome: Outcome, run: Path, drawn: bool) -> dict[str, Any]:
     return {
         "run": str(run),
         "ended": outcome.why,
+        "limit": outcome.summary.limit,
         "steps": outcome.summary.steps,
         "resumed_at": outcome.summary.resumed_at,
         "void_steps": list(outcome.summary.void),

@@ -116,7 +116,7 @@ def tokenizer_for(given: str | None, manifest: Manifest, trust_remote_code: bool
     Raises:
         ModelSourceError: There is none, and the hint says how to name one; or it is that of another model.
     """
-    name = given or recorded or manifest.base_model
+    name = given or recorded or manifest.tokenizer or manifest.base_model
     if not name:
         raise ModelSourceError("the program does not say which tokenizer it needs", hint="--tokenizer FOLDER-or-NAME")
     try:

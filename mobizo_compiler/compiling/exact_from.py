@@ -47,8 +47,8 @@ def with_exact_from(
         steps = pipelines.train_step(chosen(block), parts)
         return fewest_bytes(Pipeline(_before(steps, Recompute)).run(captured), most)
 
-    evaluate = pipelines.evaluate(chosen(0), parts)
-    adapted = Pipeline([*_before(evaluate, InsertMPLoRA), InsertMPLoRA(options.lora)]).run(captured)
+    steps = pipelines.train_step(chosen(0), parts)
+    adapted = Pipeline(steps[: len(_before(steps, InsertMPLoRA)) + 1]).run(captured)
     blocks = sorted({site.block for site in adapted.sites if site.block is not None})
     if len(blocks) < 2:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ class Sensors(Protocol):
 class Limits(JsonConfig):
     """What ends a call of `finetune` between two steps. The run stays as it is: the same call goes on with it later.
 
+    `finetune(until=Limits(...))` watches this machine; `until=Limits(...).watch(sensors)` what a host knows better.
+
     Args:
         minutes: So long, of this call.
         battery: When the charge falls below so many percent and is not being charged.
@@ -50,11 +53,13 @@ class Limits(JsonConfig):
             value: Any = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) <= most:
                 raise ConfigError(
                     f"Limits.{name} is {value!r}; it must be a number above 0"
                     + (f", and at most {most:g}" if math.isfinite(most) else "")
                 )
+            if not isinstance(value, int):
+                object.__setattr__(self, name, float(value))
 
     def watch(self, sensors: Sensors | None = None, clock: Callable[[], float] = time.monotonic) -> Watch:
         """What says whether a limit is reached; minutes count from here.
@@ -75,6 +80,11 @@ class Limits(JsonConfig):
                 hint="leave it out, or Limits.watch(sensors=...) with what knows",
             )
         return Watch(self, sensors, clock)
+
+
+def watch_of(until: Limits | Watch | None) -> Watch:
+    """What is watched: nothing where there are no limits."""
+    return until if isinstance(until, Watch) else (until or Limits()).watch()
 
 
 class Watch:

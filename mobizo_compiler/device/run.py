@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mobizo_compiler.device.batches import Batches, by_step
 from mobizo_compiler.device.journal import Journal, JournalWarning, Record, fingerprint, replayed
-from mobizo_compiler.device.limits import Limits, Watch
+from mobizo_compiler.device.limits import Limits, Watch, watch_of
 from mobizo_compiler.device.scalars import float32, whole
 from mobizo_compiler.errors import JournalError
 from mobizo_compiler.format import checksum
@@ -97,7 +97,7 @@ def finetune(
     snapshot_every: int = 200,
     on_step: OnStep | None = None,
     stop: Stop | None = None,
-    until: Limits | None = None,
+    until: Limits | Watch | None = None,
 ) -> RunSummary:
     """Train to a number of steps, in a folder that survives kills; called again, it goes on where it was.
 
@@ -114,7 +114,7 @@ def finetune(
         snapshot_every: Most steps between saved states; more of them make a restart replay less.
         on_step: Called after a step is on the disk, with its number and result.
         stop: Asked before every step; where it returns True, the run stays as it is, to be taken up again.
-        until: Limits that do the same, of minutes, battery and temperature.
+        until: Limits that do the same, of minutes, battery and temperature, or what watches them.
 
     Raises:
         InputError: As in `train_step`.
@@ -126,7 +126,7 @@ def finetune(
     With the exact estimator, the batches of steps that are made again after a kill must be those that they were: a
     function of the step's number, or an order that is the same in every process. Else it is a `JournalError`.
     """
-    batch, watch = by_step(batches), None if until is None else until.watch()
+    batch, watch = by_step(batches), watch_of(until)
     steps, seed = whole("steps", steps, 0), whole("seed", seed, 0)
     snapshot_every = whole("snapshot_every", snapshot_every, 1)
     size = float32("eps", session.program.manifest.eps if eps is None else eps, above=0)
@@ -143,7 +143,7 @@ def finetune(
 
     def records(first: int) -> Iterator[tuple[Record, StepResult]]:
         for step in range(first, steps):
-            if (stop is not None and stop()) or (watch is not None and watch()):
+            if (stop is not None and stop()) or watch():
                 break
             rate = float32("learning_rate", learning_rate(step) if callable(learning_rate) else learning_rate)
             yield made(step, step_seed(seed, step), rate, size)
@@ -178,10 +178,10 @@ def finetune(
         return _summary(journal.records, resumed_at, watch)
 
 
-def _summary(records: Sequence[Record], resumed_at: int, watch: Watch | None) -> RunSummary:
+def _summary(records: Sequence[Record], resumed_at: int, watch: Watch) -> RunSummary:
     losses = tuple(record.loss for record in records)
     void = tuple(step for step, loss in enumerate(losses) if not math.isfinite(loss))
-    return RunSummary(len(losses), resumed_at, losses, void, None if watch is None else watch.reason)
+    return RunSummary(len(losses), resumed_at, losses, void, watch.reason)
 
 
 def _open(folder: Path, program: Program) -> Journal:

@@ -20,7 +20,6 @@ from mobizo_compiler.device.journal import fingerprint, read_journal, replayed
 from mobizo_compiler.device.prefix_cache import PrefixCache
 from mobizo_compiler.device.scalars import float32, scalar_tensor, seed_tensor, whole
 from mobizo_compiler.errors import (
-    AdapterError,
     ConfigError,
     ExtensionUnavailableError,
     InputError,
@@ -32,7 +31,7 @@ from mobizo_compiler.errors import (
 from mobizo_compiler.format.files import whole_file
 from mobizo_compiler.format.manifest import TensorSpec, nesting_from_json
 from mobizo_compiler.format.peft import lora_a, merge_into, read_peft, state_of, write_peft
-from mobizo_compiler.format.probe import Probe, answer_of, probe_inputs
+from mobizo_compiler.format.probe import Probe, answer_of, asked_of, probe_inputs
 from mobizo_compiler.format.program import DeviceRunner, Program, StepResult
 from mobizo_compiler.graph.example import flat_names
 from mobizo_compiler.graph.program import Nesting
@@ -400,8 +399,10 @@ class Session:
         from mobizo_compiler.format import data_file  # it imports ExecuTorch, which other sessions need not have
 
         target = Path(path)
+        with self._held():
+            packed = data_file.packed(self.state(), fingerprint(self.program), self.probe())
         with whole_file(target) as file:
-            file.write(data_file.packed(self.state(), fingerprint(self.program), self.probe()))
+            file.write(packed)
         return target
 
     def import_ptd(self, path: str | PathLike[str], *, verify: bool = True) -> None:
@@ -442,7 +443,9 @@ class Session:
         Raises:
             AdapterError: The model is a single layer without a name.
         """
-        write_peft(self.program, self.state(), Path(folder), base_model, self.probe())
+        with self._held():
+            state, probe = self.state(), self.probe()
+        write_peft(self.program, state, Path(folder), base_model, probe)
         return Path(folder)
 
     def import_adapter(self, folder: str | PathLike[str]) -> None:
@@ -460,12 +463,13 @@ class Session:
 
     def _load_adapter(self, state: Tensor, probe: Probe | None, where: str) -> None:
         """Set the state, if the adapter does here what it did where it was exported."""
-        before = self.state()
-        self.load_state(state)
-        if probe is not None:
+        with self._held():
+            before = self.state()
+            self.load_state(state)
             try:
-                probe.check(self.probe(), where)
-            except AdapterError:
+                if probe is not None:
+                    probe.check(self.probe(), where)
+            except BaseException:
                 self.load_state(before)
                 raise
 
@@ -478,7 +482,8 @@ class Session:
         for site in self.program.sites:
             alias[site.offset : site.offset + site.size].zero_()
         try:
-            return Probe(answer_of(self._runner.call("evaluate", inputs)), adapted)
+            base = answer_of(self._runner.call("evaluate", inputs))
+            return Probe(base, adapted, asked_of(self.program.manifest))
         finally:
             self._runner.state().copy_(before)
 

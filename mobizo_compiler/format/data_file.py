@@ -2,15 +2,15 @@
 
     mobizo_lora_b         float32 [S], the flat state
     mobizo_fingerprint    uint8 [32], of the program; see `journal.py`
-    mobizo_probe          float32 [2, 8], what the adapter did where the file was written; see `probe.py`
+    mobizo_probe          float64 [17], what the adapter did where the file was written; see `probe.py`
 
 The runtime looks at the state alone. The file is ExecuTorch's FlatTensor format with our checksum at its end.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def packed(state: Tensor, fingerprint: bytes | None = None, probe: Probe | None 
         named[FINGERPRINT] = DataEntry(1, _ALIGNMENT, TensorLayout(ScalarType.BYTE, [len(fingerprint)], [0]))
     if probe is not None:
         values = probe.tensor()
-        named[PROBE] = DataEntry(len(buffers), _ALIGNMENT, TensorLayout(ScalarType.FLOAT, list(values.shape), [0, 1]))
+        named[PROBE] = DataEntry(len(buffers), _ALIGNMENT, TensorLayout(ScalarType.DOUBLE, list(values.shape), [0]))
         buffers.append(bytes(raw_bytes(values)))
     return checksum.sealed(bytes(FlatTensorSerializer().serialize(DataPayload(buffers, named))))
 
@@ -77,11 +77,9 @@ def read(path: Path, fingerprint: bytes, verify: bool = True) -> tuple[Tensor, P
             )
         if FINGERPRINT in entries and buffers[entries[FINGERPRINT].buffer_index] != fingerprint:
             raise ArtifactError("the file has the state of another program", where=str(path))
-        state, probe = _floats(found, STATE), None
-        if state.dim() != 1:
-            raise ValueError(f"{STATE} has the shape {list(state.shape)}")
+        state, probe = torch.from_numpy(_numbers(found, STATE, ScalarType.FLOAT, "<f4")), None
         if PROBE in entries:
-            probe = Probe.from_tensor(_floats(found, PROBE))
+            probe = Probe.from_tensor(torch.from_numpy(_numbers(found, PROBE, ScalarType.DOUBLE, "<f8")))
     except MobizoError:
         raise
     except Exception as error:
@@ -89,9 +87,9 @@ def read(path: Path, fingerprint: bytes, verify: bool = True) -> tuple[Tensor, P
     return state, probe
 
 
-def _floats(payload: DataPayload, name: str) -> Tensor:
+def _numbers(payload: DataPayload, name: str, scalar: ScalarType, dtype: str) -> np.ndarray[Any, Any]:
     entry = payload.named_data[name]
-    layout, values = entry.tensor_layout, np.frombuffer(payload.buffers[entry.buffer_index], dtype="<f4")
-    if layout is None or layout.scalar_type != ScalarType.FLOAT or math.prod(layout.sizes) != len(values):
+    layout, values = entry.tensor_layout, np.frombuffer(payload.buffers[entry.buffer_index], dtype=dtype)
+    if layout is None or layout.scalar_type != scalar or layout.sizes != [len(values)]:
         raise ValueError(f"{name} is {layout}")
-    return torch.from_numpy(values.copy()).reshape(list(layout.sizes))
+    return values.copy()

@@ -181,6 +181,7 @@ class Manifest:
         base_model: Name or folder of the model, for those who load its tokenizer or the adapter; None if not told.
         answers: Names of the classes, or of the choices, in their order; None if not told.
         padding: The token that the model takes for padding; None if it has none, or does not tell.
+        tokenizer: Name or folder of the tokenizer, where it is not that of `base_model`; None if not told.
         vocabulary: How many tokens the model's tokenizer has, and a checksum of them; None if not told.
         prompt: How rows become prompts where nothing else is said, as JSON of `PromptConfig`; None if not told.
         saved: Weights of the model that its folder lacks (a head that was drawn), by name.
@@ -218,6 +219,7 @@ class Manifest:
     base_model: str | None = None
     answers: tuple[str, ...] | None = None
     padding: int | None = None
+    tokenizer: str | None = None
     vocabulary: Vocabulary | None = None
     prompt: Mapping[str, Any] | None = None
     saved: Mapping[str, SavedWeight] = dataclasses.field(default_factory=dict)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,10 @@ from mobizo_compiler.format.manifest import Manifest, TensorSpec
 from mobizo_compiler.step.noise import noise_values
 
 NUMBERS = 8
+LARGEST = 1e30  # what is larger, or infinite, or no number, counts as 0: a mask among the outputs, say
+_DEFINITION = "probe 2"  # of input and answer; others are not compared
 _MOST_APART = 0.5  # of what an adapter does: more than a recipe of quantization changes, less than another adapter
+_ROUNDING = 1e-6  # of the answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +34,13 @@ class Probe:
     Args:
         base: Without the adapter.
         adapted: With it.
+        asked: CRC-32 of what describes the input. Probes of programs that take other inputs, of more tokens say, are
+            of other questions, and are not compared.
     """
 
     base: tuple[float, ...]
     adapted: tuple[float, ...]
+    asked: int = 0
 
     @property
     def effect(self) -> float:
@@ -46,43 +53,63 @@ class Probe:
 
     def to_json(self) -> str:
         """The numbers as text."""
-        return json.dumps({"base": self.base, "adapted": self.adapted})
+        return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Probe:
         """Inverse of `to_json`; an `AdapterError` names `where` if the text is none."""
         try:
             values = json.loads(text)
-            found = cls(*(tuple(map(float, values[name])) for name in ("base", "adapted")))
-        except (ValueError, KeyError, TypeError) as error:
+            base, adapted = (tuple(map(float, values[name])) for name in ("base", "adapted"))
+            return cls._checked(base, adapted, int(values.get("asked", 0)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"the probe of the adapter cannot be read: {error!r}", where=where) from None
-        if len(found.base) != NUMBERS or len(found.adapted) != NUMBERS:
-            raise AdapterError(f"the probe of the adapter does not have {NUMBERS} numbers", where=where)
-        return found
 
     def tensor(self) -> Tensor:
-        """The numbers, float32 [2, 8]: without the adapter, then with it."""
-        return torch.tensor([self.base, self.adapted], dtype=torch.float32)
+        """The numbers, float64 [17]: `asked`, then `base`, then `adapted`."""
+        return torch.tensor([self.asked, *self.base, *self.adapted], dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, values: Tensor) -> Probe:
-        """Inverse of `tensor`; raises `ValueError` where the shape is another."""
-        if tuple(values.shape) != (2, NUMBERS):
-            raise ValueError(f"a probe is 2 x {NUMBERS} numbers, not {list(values.shape)}")
-        base, adapted = values.tolist()
-        return cls(tuple(base), tuple(adapted))
+        """Inverse of `tensor`; raises `ValueError` where it is none."""
+        if tuple(values.shape) != (1 + 2 * NUMBERS,):
+            raise ValueError(f"a probe has {1 + 2 * NUMBERS} numbers, not {list(values.shape)}")
+        asked, *numbers = values.tolist()
+        return cls._checked(tuple(numbers[:NUMBERS]), tuple(numbers[NUMBERS:]), int(asked))
+
+    @classmethod
+    def _checked(cls, base: tuple[float, ...], adapted: tuple[float, ...], asked: int) -> Probe:
+        if len(base) != NUMBERS or len(adapted) != NUMBERS or not all(map(math.isfinite, (*base, *adapted))):
+            raise ValueError(f"it does not have {NUMBERS} finite numbers of each kind")
+        return cls(base, adapted, asked)
 
     def check(self, now: Probe, where: str) -> None:
-        """Raise `AdapterError` where the adapter does not do now what it did when it was exported."""
+        """Raise `AdapterError` where the adapter does not do now what it did when it was exported.
+
+        How far the answers without the adapter are apart says what another engine or recipe does to them.
+        """
+        if now.asked != self.asked:
+            return
         then = [after - before for before, after in zip(self.base, self.adapted, strict=True)]
         found = [after - before for before, after in zip(now.base, now.adapted, strict=True)]
-        if (length := math.hypot(*then)) and math.dist(then, found) > _MOST_APART * length:
+        rounding = math.dist(self.base, now.base) + _ROUNDING * math.hypot(*self.base)
+        if not math.dist(then, found) <= _MOST_APART * math.hypot(*then) + rounding:
             raise AdapterError(
                 f"the adapter moves the model's answer to the probe by {now.effect:.1%} here; when it was exported, it "
                 f"did so by {self.effect:.1%}, and elsewhere",
                 where=where,
                 hint="compile the model that it was trained on, in the precision or the recipe that it was trained in",
             )
+
+
+def asked_of(manifest: Manifest) -> int:
+    """CRC-32 of what describes the input: one line for its definition, and one for every tensor."""
+    shapes = [list(value.shape) for value in probe_inputs(manifest)]
+    lines = [
+        f"{spec.name} {spec.dtype} {' '.join(map(str, shape))} {spec.low} {spec.high} {list(spec.choices or ())}"
+        for spec, shape in zip(manifest.inputs, shapes, strict=True)
+    ]
+    return zlib.crc32("\n".join([_DEFINITION, *lines]).encode())
 
 
 def probe_inputs(manifest: Manifest) -> list[Tensor]:
@@ -109,14 +136,18 @@ def _input(spec: TensorSpec, shape: Sequence[int]) -> Tensor:
 
 
 def answer_of(outputs: Sequence[Tensor]) -> tuple[float, ...]:
-    """What is kept of the outputs of `evaluate`: eight projections of the last rows of those of floating point."""
-    counted = [value.double() for value in outputs if value.is_floating_point() and value.numel()]
+    """What is kept of the outputs of `evaluate`: eight projections of the last rows of those in float32."""
+    counted = [_tamed(value) for value in outputs if value.dtype == torch.float32 and value.numel()]
     rows = [value.reshape(-1, value.shape[-1] if value.dim() else 1)[-1] for value in counted]
     if not rows:
         return (0.0,) * NUMBERS
     last = torch.cat([row / math.sqrt(len(row)) for row in rows])
     signs = noise_values(torch.zeros(1, dtype=torch.int32), NUMBERS, len(last), "rademacher").double()
     return tuple((signs @ last).tolist())
+
+
+def _tamed(values: Tensor) -> Tensor:
+    return torch.where(values.abs() <= LARGEST, values, 0.0).double()
 
 
 def random_labels(manifest: Manifest, inputs: Sequence[Tensor], generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mobizo_compiler.errors import ConfigError, ModelSourceError
@@ -28,10 +29,18 @@ def vocabulary_of(tokenizer: Any, first: int | None = None) -> Vocabulary:
     try:
         known: Mapping[str, int] = tokenizer.get_vocab()
         ids = sorted((number, token) for token, number in known.items() if first is None or number < first)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, TypeError, NotImplementedError) as error:
         raise ConfigError(f"{type(tokenizer).__name__} is no tokenizer with get_vocab: {error}") from None
     size = 1 + ids[-1][0] if ids else 0
     return size, zlib.crc32("".join(f"{number} {token}\n" for number, token in ids).encode(errors="replace"))
+
+
+def name_of(tokenizer: Any) -> str | None:
+    """Where a tokenizer of transformers came from: a name, or the whole path of a folder; None if it does not tell."""
+    name = getattr(tokenizer, "name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def check_vocabulary(tokenizer: Any, known: Vocabulary | None, where: str) -> None:
@@ -53,5 +62,6 @@ def check_vocabulary(tokenizer: Any, known: Vocabulary | None, where: str) -> No
         raise ModelSourceError(
             f"this is the tokenizer of another model: it has {others}",
             where=where,
-            hint="name the tokenizer of the model that was compiled: its words have other numbers in this one",
+            hint="name the one that the program was compiled with, where words have other numbers; or compile with "
+            "this one (mobizo compile --tokenizer), if the model was trained with it",
         )

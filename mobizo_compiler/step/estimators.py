@@ -155,6 +155,10 @@ class Hybrid(TwoSided):
     differentiates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.exact_from, str) and self.exact_from != AUTO:
+            raise ConfigError(
+                f'Hybrid.exact_from is {self.exact_from!r}; it must be the number of a block, or "{AUTO}"'
+            )
         if self.exact_from != AUTO:
             check_int("Hybrid.exact_from", self.exact_from, -100_000, 100_000)
 

@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mobizo_compiler.device.limits import Limits
+from mobizo_compiler.device.limits import Limits, Watch, watch_of
 from mobizo_compiler.device.run import JOURNAL, RunSummary, read_state, write_state
 from mobizo_compiler.device.schedules import schedule
 from mobizo_compiler.device.session import Session
@@ -158,7 +158,7 @@ def train(
     on_validation: Callable[[Validation], object] = lambda validation: None,
     on_change: Callable[[str], object] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
-    until: Limits | None = None,
+    until: Limits | Watch | None = None,
 ) -> Outcome:
     """Train on samples in a folder, from where the run there is.
 
@@ -174,12 +174,13 @@ def train(
         on_validation: Told after each validation.
         on_change: Told of settings that differ from those that the run was begun with.
         stop: Asked before every step and during validation; True ends this call with a run that can go on.
-        until: As in `Session.finetune`.
+        until: As in `Session.finetune`; also asked during validation.
 
     Raises:
         RunMismatchError: The run was begun with other data, or another seed.
         JournalError: As in `Session.finetune`.
     """
+    watch = watch_of(until)
     config = config.for_rule(str(session.program.manifest.rule["name"]))
     folder, batches = Path(run), training.batches(config.seed, config.balanced, config.group_by_length)
     record = _Record.open(folder, config, training, validation, notes or {}, on_change)
@@ -192,7 +193,7 @@ def train(
     def validate(step: int) -> None:
         nonlocal early
         assert validation is not None
-        measured = score(session, validation, lambda rows: stop())
+        measured = score(session, validation, lambda rows: stop() or watch())
         if measured is None:
             return
         found.append(Validation(step, objective(measured, validation), measured))
@@ -222,7 +223,7 @@ def train(
         eps=config.eps,
         on_step=after,
         stop=lambda: early or stop(),
-        until=until,
+        until=watch,
     )
     left = "stopped early" if early else "interrupted" if summary.limit is None else "limit"
     why = "done" if summary.steps >= steps else left
@@ -273,7 +274,13 @@ def _exhausted(found: list[Validation], patience: int | None) -> bool:
 
 def _shown(summary: RunSummary, why: str) -> dict[str, Any]:
     losses = [loss if math.isfinite(loss) else None for loss in summary.losses]
-    return {"steps": summary.steps, "ended": why, "void_steps": list(summary.void), "losses": losses}
+    return {
+        "steps": summary.steps,
+        "ended": why,
+        "limit": summary.limit,
+        "void_steps": list(summary.void),
+        "losses": losses,
+    }
 
 
 class _Record:
