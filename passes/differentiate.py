@@ -329,6 +329,8 @@ def _spelled_out() -> dict[Any, Callable[..., Any]]:
     table = {op: rule for op, rule in known.items() if "backward" in str(op)}
     decompositions: dict[Any, Callable[..., Any]] = {
         **table,
+        aten.convolution_backward.default: _convolution_backward,
+        aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
         aten.mm.default: _mm,
         aten.pow.Tensor_Scalar: _power,
         aten.mul.Scalar: lambda x, number: aten.mul.Tensor(x, number),
@@ -346,6 +348,34 @@ def _power(x: Tensor, exponent: float) -> Tensor:
         square: Tensor = aten.mul.Tensor(x, x)
         return square if exponent == 2 else torch.mul(square, x)
     return cast(Tensor, NotImplemented)
+
+
+def _convolution_backward(
+    vector: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> Any:
+    """By the input: a transposed convolution with the same weight, which delegates run as well."""
+    if transposed or any(wanted[1:]):
+        return NotImplemented
+    options = zip(x.shape[2:], vector.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    lost = [size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, k, s, p, d in options]
+    return aten.convolution.default(vector, weight, None, stride, padding, dilation, True, lost, groups), None, None
+
+
+def _max_pool_backward(vector: Tensor, x: Tensor, *options: Any) -> Tensor:
+    """To where each largest value was. ExecuTorch's kernel adds to what its output had before (1.5.1)."""
+    indices = options[-1]
+    nothing = torch.zeros(x.shape, dtype=x.dtype, device=x.device).flatten(-2)
+    return nothing.scatter_add(-1, indices.flatten(-2), vector.flatten(-2)).reshape(x.shape)
 
 
 def _mm(left_MK: Tensor, right_KN: Tensor) -> Tensor:

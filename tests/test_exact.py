@@ -80,7 +80,8 @@ def _cells() -> list[Any]:
     cells = []
     for name in CORE:
         for backend, train_a in (("eager", False), ("eager", True), ("xnnpack", True)):
-            marks = [] if not train_a and name in QUICK else [pytest.mark.slow]
+            quick = name == "cnn" if backend == "xnnpack" else not train_a and name in QUICK
+            marks = [] if quick else [pytest.mark.slow]
             cells.append(pytest.param(name, backend, train_a, marks=marks))
     return cells
 

@@ -70,7 +70,7 @@ class FrugalXnnpackPartitioner(XnnpackPartitioner):  # type: ignore[misc]
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
         """One delegate for all that can run at the same time, cut where its weights are large."""
         order = {node: position for position, node in enumerate(ep.graph.nodes)}
-        matches = self.get_matched_nodes_from_configs(ep)
+        matches = [match for match in self.get_matched_nodes_from_configs(ep) if not any(map(_shares_a_norm, match))]
         together = [[node for node in match if node.op == "call_function"] for match in matches]
         members: dict[int, list[fx.Node]] = {}
         for node, stage in stages(list(ep.graph.nodes), together).items():
@@ -100,6 +100,15 @@ class FrugalXnnpackPartitioner(XnnpackPartitioner):  # type: ignore[misc]
             for tag, spec in result.partition_tags.items()
         }
         return result
+
+
+def _shares_a_norm(node: fx.Node) -> bool:
+    """Whether a batch norm has weights that others read too, as its derivative does.
+
+    Upstream makes a convolution of it and takes its weights away, and the delegate crashes when it runs (1.5.1).
+    """
+    norm = node.op == "call_function" and "batch_norm" in str(node.target)
+    return norm and any(inner.op == "placeholder" and len(inner.users) > 1 for inner in node.all_input_nodes)
 
 
 def stages(nodes: list[fx.Node], together: list[list[fx.Node]]) -> dict[fx.Node, int]:
