@@ -247,7 +247,7 @@ def compile(
         manifest,
         answers=answer_names(answers, model, manifest),
         padding=padding_of(model, manifest),
-        tokenizer=name_of(tokenizer),
+        tokenizer=None if (name := name_of(tokenizer)) == base_model else name,
         vocabulary=vocabulary,
         prompt=prompt,
         saved=saved_weights(new_weights, model),
