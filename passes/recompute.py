@@ -54,9 +54,8 @@ class Recompute(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """Copy the chosen calls to where they are read."""
-        forward, backward, reads, found = _planned(edit, self.most_bytes)
-        position = {node: index for index, node in enumerate(forward)}
-        place = {node: index for index, node in enumerate(backward)}
+        position, place, reads, found = _planned(edit, self.most_bytes)
+        forward, backward = list(position), list(place)
         if (fewest := _bytes(found)) > self.most_bytes:
             raise ConfigError(
                 f"activation_memory_bytes is {si(self.most_bytes)}B; the exact gradient needs {si(fewest)}B",
@@ -79,13 +78,14 @@ def fewest_bytes(program: GraphProgram, most_bytes: int) -> int:
     return _bytes(_planned(Editor(program), most_bytes)[3])
 
 
-def _planned(edit: Editor, most_bytes: int) -> tuple[list[fx.Node], list[fx.Node], Backward, Plan]:
+def _planned(edit: Editor, most_bytes: int) -> tuple[dict[fx.Node, int], dict[fx.Node, int], Backward, Plan]:
+    """The places of the calls in each pass, in order, what the backward pass reads, and what is computed again."""
     forward, backward = _passes(edit)
     position = {node: index for index, node in enumerate(forward)}
     place = {node: index for index, node in enumerate(backward)}
     values = [value_of(node, _among(node, position), any(user in place for user in node.users)) for node in forward]
     reads = [(tensor_bytes(node), _among(node, position), _among(node, place)) for node in backward]
-    return forward, backward, reads, plan(values, reads, int(most_bytes / PLANNED))
+    return position, place, reads, plan(values, reads, int(most_bytes / PLANNED))
 
 
 def _bytes(found: Plan) -> int:

@@ -176,12 +176,7 @@ void check(const Probe& then, const Probe& now, const std::filesystem::path& dat
   }
 }
 
-}  // namespace
-
-double Probe::effect() const {
-  return length(base, adapted) / std::max(length(base, {}), 1e-30);
-}
-
+// What the adapter of a state does; the program has that state afterwards.
 Probe probe_of(Program& program, const State& state) {
   Probe probe{};
   probe.asked = asked_of(program.manifest());
@@ -190,6 +185,12 @@ Probe probe_of(Program& program, const State& state) {
   program.load_state(state);
   probe.adapted = answer(program);
   return probe;
+}
+
+}  // namespace
+
+double Probe::effect() const {
+  return length(base, adapted) / std::max(length(base, {}), 1e-30);
 }
 
 State probed_state(Program& program, const std::filesystem::path& data, bool quiet) {

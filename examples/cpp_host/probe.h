@@ -18,9 +18,6 @@ struct Probe {
   double effect() const;
 };
 
-// What the adapter of a state does. The program is loaded for `Use::evaluate`, and has that state afterwards.
-Probe probe_of(Program& program, const State& state);
-
 // The state of a `.ptd` file, if its adapter does here what it did where the file was written; what it does is said on
 // stderr. A file without a probe, as this host writes them, is taken as it is. The program is loaded for
 // `Use::evaluate`. Throws `Failure`.

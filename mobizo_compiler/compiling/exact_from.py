@@ -43,12 +43,14 @@ def with_exact_from(
         found = dataclasses.replace(estimator, exact_from=block)
         return dataclasses.replace(options, zo=dataclasses.replace(options.zo, estimator=found))
 
-    def needed(block: int) -> int:
-        steps = pipelines.train_step(chosen(block), parts)
-        return fewest_bytes(Pipeline(_before(steps, Recompute)).run(captured), most)
-
     steps = pipelines.train_step(chosen(0), parts)
-    adapted = Pipeline(steps[: len(_before(steps, InsertMPLoRA)) + 1]).run(captured)
+    alike = len(_before(steps, InsertMPLoRA)) + 1  # passes that do not depend on the block
+    adapted = Pipeline(steps[:alike]).run(captured)
+
+    def needed(block: int) -> int:
+        steps = _before(pipelines.train_step(chosen(block), parts), Recompute)
+        return fewest_bytes(Pipeline(steps[alike:]).run(adapted), most)
+
     blocks = sorted({site.block for site in adapted.sites if site.block is not None})
     if len(blocks) < 2:
         raise ConfigError(

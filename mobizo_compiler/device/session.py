@@ -461,17 +461,17 @@ class Session:
         adapter = read_peft(Path(folder))
         self._load_adapter(state_of(self.program, adapter, str(folder)), adapter.probe, str(folder))
 
+    @_by_one_thread
     def _load_adapter(self, state: Tensor, probe: Probe | None, where: str) -> None:
         """Set the state, if the adapter does here what it did where it was exported."""
-        with self._held():
-            before = self.state()
-            self.load_state(state)
-            try:
-                if probe is not None:
-                    probe.check(self.probe(), where)
-            except BaseException:
-                self.load_state(before)
-                raise
+        before = self.state()
+        self.load_state(state)
+        try:
+            if probe is not None:
+                probe.check(self.probe(), where)
+        except BaseException:
+            self.load_state(before)
+            raise
 
     @_by_one_thread
     def probe(self) -> Probe:
@@ -483,7 +483,7 @@ class Session:
             alias[site.offset : site.offset + site.size].zero_()
         try:
             base = answer_of(self._runner.call("evaluate", inputs))
-            return Probe(base, adapted, asked_of(self.program.manifest))
+            return Probe(base, adapted, asked_of(self.program.manifest.inputs, inputs))
         finally:
             self._runner.state().copy_(before)
 

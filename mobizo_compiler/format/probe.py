@@ -102,12 +102,11 @@ class Probe:
             )
 
 
-def asked_of(manifest: Manifest) -> int:
-    """CRC-32 of what describes the input: one line for its definition, and one for every tensor."""
-    shapes = [list(value.shape) for value in probe_inputs(manifest)]
+def asked_of(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> int:
+    """CRC-32 of what describes the input: one line for its definition, and one for every tensor of `probe_inputs`."""
     lines = [
-        f"{spec.name} {spec.dtype} {' '.join(map(str, shape))} {spec.low} {spec.high} {list(spec.choices or ())}"
-        for spec, shape in zip(manifest.inputs, shapes, strict=True)
+        f"{spec.name} {spec.dtype} {' '.join(map(str, value.shape))} {spec.low} {spec.high} {list(spec.choices or ())}"
+        for spec, value in zip(specs, inputs, strict=True)
     ]
     return zlib.crc32("\n".join([_DEFINITION, *lines]).encode())
 
@@ -137,11 +136,11 @@ def _input(spec: TensorSpec, shape: Sequence[int]) -> Tensor:
 
 def answer_of(outputs: Sequence[Tensor]) -> tuple[float, ...]:
     """What is kept of the outputs of `evaluate`: eight projections of the last rows of those in float32."""
-    counted = [_tamed(value) for value in outputs if value.dtype == torch.float32 and value.numel()]
+    counted = [value for value in outputs if value.dtype == torch.float32 and value.numel()]
     rows = [value.reshape(-1, value.shape[-1] if value.dim() else 1)[-1] for value in counted]
     if not rows:
         return (0.0,) * NUMBERS
-    last = torch.cat([row / math.sqrt(len(row)) for row in rows])
+    last = torch.cat([_tamed(row) / math.sqrt(len(row)) for row in rows])
     signs = noise_values(torch.zeros(1, dtype=torch.int32), NUMBERS, len(last), "rademacher").double()
     return tuple((signs @ last).tolist())
 
