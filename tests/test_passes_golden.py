@@ -413,9 +413,12 @@ CASES: dict[str, Case] = {
           %reshape = reshape(%linear, [1, 3, 2, 2])
           %transpose = transpose.int(%reshape, 1, 2)
           %mul = mul.Tensor(%transpose, 2.0)
+          %transpose_of_linear = transpose.int(%linear, 1, 2)
           %attention = scaled_dot_product_attention(%mul, %transpose, %transpose, %mask)
+          %bmm = bmm(%linear, %transpose_of_linear)
         return output_0 = %attention
         return output_1 = %angles
+        return output_2 = %bmm
         """,
         inputs={"mask": torch.zeros(1, 1, 3, 3)},
         also={facts.STATIC},

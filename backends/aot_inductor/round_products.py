@@ -85,12 +85,17 @@ class RoundProducts(Pass):
                     name = f"{edit.tensor_name(weight)}_bfloat16"
                     weights[weight] = edit.add_constant(name, _half(tensors[weight]))
                 with edit.graph.inserting_before(node):
-                    edit.replace(node, _product(edit, node, weights[weight], half))
+                    product = _product(edit, node, weights[weight], half)
             elif node.target in _COMPUTED:
                 factors = [operand(node, position) for position in range(_COMPUTED[node.target])]
-                if all(factor in learned and factor.meta["val"].dtype == torch.float32 for factor in factors):
-                    with edit.graph.inserting_before(node):
-                        edit.replace(node, _computed(edit, node, factors, half))
+                if not all(factor in learned and factor.meta["val"].dtype == torch.float32 for factor in factors):
+                    continue
+                with edit.graph.inserting_before(node):
+                    product = _computed(edit, node, factors, half)
+            else:
+                continue
+            learned.add(product)
+            edit.replace(node, product)
 
 
 class _Halves:
