@@ -134,6 +134,7 @@ def test_the_checksum_is_of_everything_before_it(saved: tuple[mobizo.Program, Pa
         mobizo.load(path)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_in_the_cache_is_made_again(tmp_path: Path) -> None:
     said: list[str] = []
 

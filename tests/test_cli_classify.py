@@ -58,6 +58,7 @@ def program(folder: Path) -> tuple[Path, str, str]:
     return folder / "a.pte", out, remarks
 
 
+@pytest.mark.slow
 def test_the_recipe_is_chosen_and_said(program: tuple[Path, str, str]) -> None:
     file, out, remarks = program
     manifest = mobizo.load(file).manifest
@@ -101,6 +102,7 @@ def test_four_commands_without_an_option(program: tuple[Path, str, str], folder:
     assert list(untrained["probabilities"]) == ["0", "1", "account_access"], "the prompt is in the program"
 
 
+@pytest.mark.slow
 def test_a_head_for_the_classes_of_the_table(folder: Path, tmp_path: Path) -> None:
     """It is drawn for as many classes as the rows have, trained through an adapter, and travels with that."""
     file, rows = tmp_path / "a.pte", folder / "rows.csv"

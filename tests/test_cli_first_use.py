@@ -313,6 +313,7 @@ def test_quiet_is_quiet(mobizo_command: Any, tiny_program: Path, data: Path) -> 
     assert done.stderr.endswith("done")
 
 
+@pytest.mark.slow
 def test_what_is_no_line_of_the_engine_passes() -> None:
     code = (
         "import os, sys\nfrom mobizo_compiler.backends.executorch.engine_start import without_lines\n"

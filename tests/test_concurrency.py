@@ -86,6 +86,7 @@ def same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sessions_in_turns(files: dict[str, Path], backend: str) -> None:
     """Two of one file, and one of another model between them; one of them ends before the others."""

@@ -33,7 +33,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return session
 
 
-@pytest.mark.parametrize("of_each", [16, pytest.param(168, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("of_each", [6, pytest.param(168, marks=pytest.mark.slow)])
 def test_damaged_files(of_each: int, session: Session, tmp_path: Path) -> None:
     """Programs, data files and adapters, in a process of their own: an error each time, and a state that stays."""
     program = session.program.artifact.path  # type: ignore[attr-defined]

@@ -95,8 +95,9 @@ def test_it_is_the_gradient(name: str, backend: str, train_a: bool) -> None:
 
 @pytest.mark.parametrize(
     "backend",
-    ["xnnpack", pytest.param("portable", marks=pytest.mark.slow), pytest.param("aot_inductor", marks=pytest.mark.slow)],
+    ["xnnpack", "portable", "aot_inductor"],
 )
+@pytest.mark.slow
 def test_engines(backend: str, tmp_path: Path) -> None:
     """From the file, with A trained; the file has every weight once."""
     lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", train_a=True)

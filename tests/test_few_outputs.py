@@ -139,6 +139,7 @@ def test_an_adapter_of_all_words_is_not_cut(tmp_path: Path) -> None:
     assert (own / WEIGHTS).exists()
 
 
+@pytest.mark.slow
 def test_a_saved_program_knows_its_outputs(tmp_path: Path) -> None:
     session = trained(made("portable", True, split_prefix=True))
     session.program.save(tmp_path / "program.pte")

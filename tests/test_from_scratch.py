@@ -94,6 +94,7 @@ class Plain:
         return float(loss_G.mean()), g_Q
 
 
+@pytest.mark.slow
 def test_the_program_does_what_plain_pytorch_does(model: nn.Module, path: Path) -> None:
     program = Runtime.get().load_program(path)
     train_step, evaluate = program.load_method("train_step"), program.load_method("evaluate")

@@ -49,6 +49,7 @@ class GrabbingBackend(XnnpackBackend):
         return lowering.lower_to_executorch(methods, manifest, [Grabber()])
 
 
+@pytest.mark.slow
 def test_state_is_kept_out_of_delegates_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """And methods are not interpreted to no end: compiling took a third longer when all were, two or three times."""
     interpreted = []
@@ -122,6 +123,7 @@ def test_a_constant_with_the_bytes_of_the_state_is_not_taken_for_it() -> None:
     assert bool(session.state().any()) and not bool(mobizo.Session(program).state().any())
 
 
+@pytest.mark.slow
 def test_weights_are_not_there_twice_while_delegates_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Delegates share the program's tensors, what they serialize waits on the disk, and the file is the same."""
     shared: list[bool] = []

@@ -20,7 +20,8 @@ class Words(nn.Module):
         return first, second, noise_values(seed, 3, 1001, "rademacher"), noise_values(seed, 3, 1001, "gaussian")
 
 
-@pytest.mark.parametrize("delegate", [pytest.param("portable", marks=pytest.mark.slow), "xnnpack"])
+@pytest.mark.slow
+@pytest.mark.parametrize("delegate", ["portable", "xnnpack"])
 def test_integer_stream(delegate: str) -> None:
     exported = torch.export.export(Words(), (torch.tensor([3], dtype=torch.int32),))
     config = EdgeCompileConfig(

@@ -147,7 +147,8 @@ def test_a_decoder_in_openvino(openvino_python: Path) -> None:
         """,
     )
     assert "size 'tokens' is dynamic" in found["refusal"]
-    assert found["delegation"]["train_step"][0] <= 2
+    # The network, and what is before and after `where` in the loss, which is outside as the pick of labels is.
+    assert found["delegation"]["train_step"][0] <= 3
     assert found["delegation"]["evaluate"][0] == 1
     assert found["delegation"]["replay"][0] == 0, "replay must compute noise and update as train_step does"
     for method in ("train_step", "evaluate"):

@@ -299,6 +299,7 @@ def test_what_has_no_prefix_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_runs_with_a_prefix_resume(tmp_path: Path) -> None:
     split = program("last feed-forward", "portable", estimator="one-sided", normalize=True)
     whole, part = Session(split), Session(split, prefix_cache=tmp_path / "rows")

@@ -51,7 +51,8 @@ def state_of(methods: dict[str, Any]) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("backend", [pytest.param("portable", marks=pytest.mark.slow), "xnnpack"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["portable", "xnnpack"])
 def test_the_stock_runtime_starts_from_a_data_file(backend: str, tmp_path: Path) -> None:
     inputs, labels = (TOKENS,), TOKENS
     path = compiled(backend, "data").save(tmp_path / "program.pte")

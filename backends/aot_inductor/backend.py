@@ -51,6 +51,8 @@ OPTIONS = {
     # Otherwise Inductor writes tensors of up to eight numbers, as the bias of a small head, into the code as numbers;
     # it is given none.
     "always_keep_tensor_constants": True,
+    # Otherwise it reads the value of every tensor of one number, to write that out.
+    "joint_graph_constant_folding": False,
     # Inductor writes an expression out again wherever it is used, up to so many operators. In the noise every value is
     # used twice by the next, so that 50, the default, makes a small graph take half a minute, and 10 takes a second.
     "realize_opcount_threshold": 10,

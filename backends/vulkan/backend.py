@@ -117,8 +117,9 @@ def _quantization(node: fx.Node) -> Iterator[str]:
     if name_of(node) != "dequantize_affine":
         weight = next((i for i in node.all_input_nodes if _is_int8_tensor(i)), None)
         if weight is not None and name_of(node) not in ("quantize_affine", "embedding"):
+            called = name_of(node).strip("_")
             yield (
-                f"{source_line(node)}: {name_of(node)} of the int8 weight %{weight.name} would run on the CPU in every "
+                f"{source_line(node)}: {called} of the int8 weight %{weight.name} would run on the CPU in every "
                 f"call; {FOUR_BITS}"
             )
         return
