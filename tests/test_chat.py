@@ -92,6 +92,29 @@ def test_answers_are_found_token_by_token(family: str) -> None:
     assert [ids[b - 1] for _, b in spans] == [tokenizer.convert_tokens_to_ids(last)] * 2, "answers learn to end"
 
 
+@pytest.mark.parametrize("family", [name for name, of in FAMILIES.items() if "written" in of])
+def test_what_is_said_ends_no_turn(family: str) -> None:
+    """A user, or an answer, that spells special tokens says text; all else is as without them."""
+    tokenizer = tokenizer_of(family)
+    template, special = ChatTemplate(tokenizer), set(tokenizer.all_special_ids)
+    end = FAMILIES[family]["end"]
+    tricks = [(role, f"{words[:5]}{end}{end[:-1]}{end}{words[5:]}") for role, words in TURNS]
+    if family == "marked":
+        with pytest.raises(DataError, match="is a special token, and the chat template marks answers itself"):
+            template.encode(messages(*tricks), "here")
+        return
+    found, expected = (template.encode(messages(*turns), "here") for turns in (tricks, TURNS))
+    kept = [[token for token in ids if token in special] for ids, _ in (found, expected)]
+    assert kept[0] == kept[1] and len(found[0]) > len(expected[0])
+    text = template.render(messages(*tricks), "here")
+    assert tokenizer.decode(found[0]).replace(" ", "") == text.replace(" ", "")  # SentencePiece adds some
+    assert len(found[1]) == 2
+    for answer, (first, last) in enumerate(found[1]):
+        asking = messages(*tricks[: 2 * answer + 1])
+        assert asked(asking, tokenizer, PromptConfig(chat="messages")) == found[0][:first]
+        assert TURNS[2 * answer + 1][1][5:] in tokenizer.decode(found[0][first:last])
+
+
 def test_a_template_that_asks_otherwise_is_refused() -> None:
     tokenizer = tokenizer_of("deepseek_r1")
     with pytest.raises(DataError, match=r"asks for an answer by(.|\n)*here, message 2(.|\n)*--chat-template") as error:

@@ -73,8 +73,7 @@ def asked(messages: Sequence[Message], tokenizer: Any, config: PromptConfig) -> 
     Raises:
         DataError: The template refuses the conversation.
     """
-    text = ChatTemplate(tokenizer, config.chat_template).render(messages, "the prompt", ask=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return ChatTemplate(tokenizer, config.chat_template).asked(messages, "the prompt")
 
 
 def stretches(row: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:

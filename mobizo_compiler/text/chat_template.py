@@ -4,10 +4,13 @@
 
 Where a template marks answers itself (`{% generation %}`), it is asked. Any other is rendered up to each answer, as if
 the answer were asked for: what the whole conversation has beyond that, up to the token that ends the turn, is it.
+
+What somebody says is text, also where it spells a special token: nobody ends a turn by writing so.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 from mobizo_compiler.errors import DataError
 from mobizo_compiler.optional import optional
 from mobizo_compiler.text.conversations import ASSISTANT, Message, as_dicts
+from mobizo_compiler.text.speller import special_tokens
 
 Spans = tuple[tuple[int, int], ...]
 _MARKS = re.compile(r"\{%-?\s*generation\b")
@@ -46,6 +50,7 @@ class ChatTemplate:
                 "--answer-column output makes plain prompts",
             ) from None
         self._marks = bool(_MARKS.search(self.text))
+        self._special = special_tokens(tokenizer)
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         longest_first = sorted((re.escape(token) for token in special if token.strip()), key=len, reverse=True)
         self._ending = re.compile(rf"\s*(?:{'|'.join(longest_first)})" if longest_first else r"(?!)")
@@ -75,18 +80,83 @@ class ChatTemplate:
         Raises:
             DataError: The template refuses the conversation, or answers cannot be told from the rest.
         """
-        text = self.render(messages, where)
+        said = [found.group() for message in messages for found in self._special.finditer(message.content)]
         if self._marks:
+            if said:
+                raise DataError(
+                    f"somebody says {said[0]!r}, which is a special token, and the chat template marks answers itself",
+                    where=where,
+                    hint="leave out such conversations, or use a template without {% generation %}",
+                )
             options = {"return_dict": True, "return_assistant_tokens_mask": True}
             found = self._apply(messages, tokenize=True, **options)
             return list(found["input_ids"]), _spans(found["assistant_masks"])
+        text = self.render(messages, where)
         answers = list(self._answers(messages, text, where))
-        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        within = [any(a <= first < b for a, b in answers) for first, _ in found.offset_mapping]
-        return list(found.input_ids), _spans(within)
+        ids, begins = self._spelled(messages, text, where)
+        return ids, _spans([any(a <= first < b for a, b in answers) for first in begins])
+
+    def asked(self, messages: Sequence[Message], where: str) -> list[int]:
+        """The tokens up to where the next answer begins.
+
+        Raises:
+            DataError: The template refuses the conversation.
+        """
+        return self._spelled(messages, self.render(messages, where, ask=True), where, ask=True)[0]
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         return self._tokenizer.apply_chat_template(as_dicts(messages), chat_template=self.text, **options)
+
+    def _spelled(
+        self, messages: Sequence[Message], text: str, where: str, *, ask: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """The tokens of a rendered conversation, and where in the text each begins."""
+        wanted = self._of_template(messages, text, where, ask)
+        stretches: list[tuple[int, int, bool]] = []  # first, last, whether special tokens are meant
+        if wanted is None:
+            stretches = [(0, len(text), True)]
+        else:
+            start = 0
+            for first, last in [*wanted, (len(text), len(text))]:
+                stretches += [(start, first, False), (first, last, True)]
+                start = last
+        ids, begins = list[int](), list[int]()
+        for start, end, special in stretches:
+            if end > start:
+                found = self._tokenizer(
+                    text[start:end],
+                    add_special_tokens=False,
+                    return_offsets_mapping=True,
+                    split_special_tokens=not special,
+                )
+                ids += found.input_ids
+                begins += [start + first for first, _ in found.offset_mapping]
+        return ids, begins
+
+    def _of_template(
+        self, messages: Sequence[Message], text: str, where: str, ask: bool
+    ) -> list[tuple[int, int]] | None:
+        """Where the special tokens of the template are; None if what is said spells none.
+
+        The conversation is rendered with a mark in place of each that is said: what is left is the template's.
+        """
+        said = [found.group() for message in messages for found in self._special.finditer(message.content)]
+        if not said:
+            return None
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+        masked = [dataclasses.replace(m, content=self._special.sub(mark, m.content)) for m in messages]
+        pieces = self.render(masked, where, ask=ask).split(mark)
+        if len(pieces) != len(said) + 1 or text != "".join(a + b for a, b in zip(pieces, [*said, ""], strict=True)):
+            raise DataError(
+                f"somebody says {said[0]!r}, which is a special token, and the chat template changes what is said",
+                where=where,
+                hint=f"leave out such conversations; {_OTHER}",
+            )
+        found, start = list[tuple[int, int]](), 0
+        for piece, token in zip(pieces, [*said, ""], strict=True):
+            found += [(start + match.start(), start + match.end()) for match in self._special.finditer(piece)]
+            start += len(piece) + len(token)
+        return found
 
     def _answers(self, messages: Sequence[Message], text: str, where: str) -> Iterator[tuple[int, int]]:
         """Where answers begin and end in the text."""

@@ -14,6 +14,14 @@ from mobizo_compiler.text.prompts import Piece
 _PROBES = ("a", "the", "1", "x")
 
 
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """What matches the tokens of a tokenizer that text should not spell."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    longest_first = sorted((re.escape(token) for token in special if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(longest_first) or r"(?!)")
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """What a tokenizer puts around one text, or around two.
@@ -59,8 +67,7 @@ class Speller:
         self.front, self.back = list(frame.front), list(frame.back)
         self.end: int | None = tokenizer.eos_token_id
         self.padding: int | None = tokenizer.pad_token_id
-        special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        self._special = special_tokens(tokenizer)
 
     @functools.cached_property
     def pair(self) -> Frame:
@@ -82,7 +89,7 @@ class Speller:
         Where a cell spells a special token, the text between those of the template is spelled piece by piece.
         """
         text = "".join(piece.text for piece in pieces)
-        if self._special is None or not self._special.search(text):
+        if not self._special.search(text):
             return self.ids(text)
         wanted, start = [], 0
         for piece in pieces:
