@@ -39,7 +39,7 @@ from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.passes.canonicalize import Canonicalize
 from mobizo_compiler.quiet import quiet
-from mobizo_compiler.upstream import FakeTensor, FakeTensorMode, package_aoti
+from mobizo_compiler.upstream import FakeTensor, FakeTensorMode
 
 NAME = "aot_inductor"
 _PATH = "aot_inductor.output_path"
@@ -172,7 +172,7 @@ class AotInductorBackend(Backend):
         for name, program in methods.items():
             files[name] = self._compile(name, Pipeline(last).run(program), {**options, _PATH: str(folder / name)})
         package = folder / "program.pt2"
-        package_aoti(str(package), files)
+        upstream.package_aoti(str(package), files)
         return package
 
     def _compile(self, name: str, program: GraphProgram, options: Mapping[str, Any]) -> list[Any]:

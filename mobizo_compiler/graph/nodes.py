@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-import sympy
 import torch
 from torch import fx
 
@@ -40,6 +39,8 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 def numbered_shapes(shapes: Sequence[Sequence[Any]]) -> list[tuple[int, ...]]:
     """Shapes with a prime in place of each symbol: equal where they are, however expressions are written."""
+    import sympy  # takes as long to load as PyTorch, and programs of fixed sizes do without
+
     sizes = [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
     symbols = sorted({symbol for size in sizes for symbol in size.node.expr.free_symbols}, key=str)
     primes = {symbol: sympy.prime(FIRST_PRIME + index) for index, symbol in enumerate(symbols)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -84,6 +83,8 @@ class Printer:
         """A number, or an expression whose terms are in the order of the names that are printed."""
         if not isinstance(value, torch.SymInt):
             return str(value)
+        import sympy  # takes as long to load as PyTorch
+
         names = {}
         for symbol in sorted(value.node.expr.free_symbols, key=str):
             name = self.symbols.setdefault(str(symbol), f"s{len(self.symbols)}")

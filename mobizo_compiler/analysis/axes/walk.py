@@ -6,9 +6,8 @@ import dataclasses
 import operator
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
@@ -17,6 +16,9 @@ from mobizo_compiler.analysis.axes.layout import Adoption, Layout
 from mobizo_compiler.analysis.axes.rules import CREATORS, MOVES, SHAPE_ONLY, Call, Layouts, RowsMix, find_rule
 from mobizo_compiler.errors import NoAxisRuleError, RowMixingError
 from mobizo_compiler.graph.nodes import operator_name, source_line
+
+if TYPE_CHECKING:
+    import sympy
 
 # Symbols are replaced by large primes, which no other size is a multiple of: then all arithmetic is on plain numbers,
 # and a size carries rows exactly where the prime of the rows divides it.
