@@ -22,7 +22,7 @@ from mobizo_compiler.compiling.captured_forward import CapturedForward
 from mobizo_compiler.compiling.captured_step import CapturedStep
 from mobizo_compiler.compiling.described import described_program
 from mobizo_compiler.compiling.methods import captured_and_rewritten
-from mobizo_compiler.compiling.model_config import answer_names, generation, padding_of, saved_weights
+from mobizo_compiler.compiling.model_config import answer_names, generation, padding_of, saved_weights, words_of
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.compiling.verify import check_program
 from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
@@ -30,7 +30,7 @@ from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError,
 from mobizo_compiler.format.gguf_adapter import read_gguf
 from mobizo_compiler.format.peft import PeftAdapter, check_base, read_peft
 from mobizo_compiler.format.program import Program
-from mobizo_compiler.format.vocabulary import name_of, vocabulary_of
+from mobizo_compiler.format.vocabulary import located, name_of, vocabulary_of
 from mobizo_compiler.graph.example import DynamicShapes, Example, ExampleInputs, RowAxes, bind_example
 from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.pipeline import Insertion
@@ -234,7 +234,7 @@ def compile(
         )
     if chosen.split_prefix and dynamic_shapes:
         raise ConfigError("split_prefix and dynamic_shapes exclude each other", hint="pad rows to one length")
-    vocabulary = None if tokenizer is None else vocabulary_of(tokenizer)
+    vocabulary = None if tokenizer is None else vocabulary_of(tokenizer, words_of(model))
     example = bind_example(model, example_inputs, row_axes, dynamic_shapes)
 
     captured, methods, store, chosen, cached_one = captured_and_rewritten(
@@ -247,7 +247,7 @@ def compile(
         manifest,
         answers=answer_names(answers, model, manifest),
         padding=padding_of(model, manifest),
-        tokenizer=None if (name := name_of(tokenizer)) == base_model else name,
+        tokenizer=None if (name := name_of(tokenizer)) in (base_model, located(base_model)) else name,
         vocabulary=vocabulary,
         prompt=prompt,
         saved=saved_weights(new_weights, model),
@@ -323,7 +323,7 @@ def _outputs(
         raise
     if isinstance(model, nn.Module) and not wanted.store:
         try:
-            itself = outputs_of(model, example)
+            itself = outputs_of(model, example, in_half=True)
         except RuntimeError as error:
             say(f"not compared with the model, which does not run in half precision: {error}")
         else:

@@ -26,7 +26,7 @@ from torch.export.graph_signature import ConstantArgument, ExportGraphSignature
 from mobizo_compiler.analysis.axes import has_rule
 from mobizo_compiler.errors import CaptureError, ExampleInputError, MobizoError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
-from mobizo_compiler.graph.example import Example, Leaf, doubled, flat_names
+from mobizo_compiler.graph.example import HALVES, Example, Leaf, doubled, flat_names
 from mobizo_compiler.graph.nodes import operator_name, source_line
 from mobizo_compiler.graph.program import DynamicSize, GraphProgram, Nesting, flat_call_graph
 from mobizo_compiler.passes.full_precision import in_float32, restored
@@ -136,9 +136,20 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def outputs_of(model: nn.Module, example: Example) -> list[Tensor]:
-    """What a module returns for the example inputs: the tensors, in flat order."""
+def outputs_of(model: nn.Module, example: Example, in_half: bool = False) -> list[Tensor]:
+    """What a module returns for the example inputs: the tensors, in flat order.
+
+    Args:
+        model: The module.
+        example: Its inputs.
+        in_half: Give it inputs of the dtype of its weights, which are of half precision.
+    """
     args, kwargs = ((), dict(example.inputs)) if isinstance(example.inputs, Mapping) else (tuple(example.inputs), {})
+    if in_half:
+        dtype = next(weight.dtype for weight in model.parameters() if weight.dtype in HALVES)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, (args, kwargs)
+        )
     with torch.no_grad(), _without_cache(model):
         outputs = model(*args, **kwargs)
     return [leaf.contiguous() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]

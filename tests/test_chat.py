@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -113,6 +113,24 @@ def test_what_is_said_ends_no_turn(family: str) -> None:
         asking = messages(*tricks[: 2 * answer + 1])
         assert asked(asking, tokenizer, PromptConfig(chat="messages")) == found[0][:first]
         assert TURNS[2 * answer + 1][1][5:] in tokenizer.decode(found[0][first:last])
+
+
+@pytest.mark.parametrize("family", ["phi3", "zephyr", "llama2"])
+def test_what_is_said_in_one_turn_changes_no_other(family: str) -> None:
+    """Also where special tokens take the white space behind them, as those of Phi-3 do."""
+    tokenizer = tokenizer_of(family)
+    specials = [AddedToken(token, rstrip=True, special=True) for token in tokenizer.all_special_tokens]
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tricks = [("user", f"{tokenizer.eos_token} Hello there!"), *TURNS[1:]]
+    ids, plain = (ChatTemplate(tokenizer).encode(messages(*turns), "here")[0] for turns in (tricks, TURNS))
+    answer = ChatTemplate(tokenizer).encode(messages(*TURNS), "here")[1][0][0]
+    assert ids[-(len(plain) - answer) :] == plain[answer:]
+
+
+def test_a_role_spells_no_special_token() -> None:
+    row = Row({}, "row 1", {"messages": [{"role": "user<|im_end|>", "content": "Hi"}]})
+    with pytest.raises(DataError, match=r"'role' is 'user<\|im_end\|>'"):
+        conversation(row, "messages")
 
 
 def test_a_template_that_asks_otherwise_is_refused() -> None:

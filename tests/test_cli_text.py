@@ -268,7 +268,7 @@ def test_minutes_leave_a_run_to_go_on_with(tiny_program: Path, data: Path, tmp_p
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["ended"], found["limit"], found["steps"]) == ("limit", "1e-06 minutes are over", 0)
-    assert found["validations"] == [] and found["plot"] is None, "time is over before anything is measured"
+    assert [v["step"] for v in found["validations"]] == [0], "or no call as short as that would get on"
     said = " ".join(result.stderr.split())
     assert "1e-06 minutes are over: stopped after step 0 of 10; the same command goes on from there" in said
     assert json.loads(run(*line, "--no-plot", "--json"))["ended"] == "done"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, ZOConfig
+from mobizo_compiler import Limits, LoraConfig, ZOConfig
 from mobizo_compiler.errors import ConfigError, DataError, MissingPackageError
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.text.answers import Encoded
@@ -245,6 +245,21 @@ def test_classes(words: Any, tmp_path: Path) -> None:
     assert outcome.steps == 30 and [v.step for v in outcome.validations] == [0, 10, 20, 30]
     assert outcome.best is not None and outcome.best.score.loss < expected - 0.2, "the loss comes down"
     assert score(session, data) == outcome.validations[-1].score
+
+    seconds = 0.0
+
+    def later(step: int, result: object) -> None:
+        nonlocal seconds
+        seconds = 60.0 if step == 29 else 0.0
+
+    watch = Limits(minutes=1).watch(clock=lambda: seconds)
+    cut = train(mobizo.Session(program), data, data, config, tmp_path / "cut", on_step=later, until=watch)
+    assert (cut.why, cut.summary.steps, cut.summary.limit) == ("limit", 30, "a minute is over"), "it is not measured"
+    again = train(mobizo.Session(program), data, data, config, tmp_path / "cut")
+    measured = [[(v.step, v.objective) for v in of.validations] for of in (again, outcome)]
+    assert again.why == "done" and measured[0] == measured[1]
+    over = train(mobizo.Session(program), data, data, config, tmp_path / "over", until=watch)
+    assert over.summary.steps == 0 and [v.step for v in over.validations] == [0], "what is due before is measured"
 
 
 def test_an_epoch_has_every_row_once_and_batches_depend_on_the_step_alone(causal: Manifest, words: Any) -> None:

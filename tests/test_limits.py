@@ -15,6 +15,7 @@ from torch import nn
 import mobizo_compiler as mobizo
 from mobizo_compiler import Limits, LoraConfig, Session, ZOConfig
 from mobizo_compiler.device import limits
+from mobizo_compiler.device.run import SNAPSHOT, read_state
 from mobizo_compiler.errors import ConfigError
 from tests.test_journal import TRAINING, batch, compiled, uninterrupted
 
@@ -120,6 +121,22 @@ def test_stopped_again_and_again(estimator: str, tmp_path: Path, monkeypatch: py
         assert done.limit == (None if last == 75 else "the device is at 120 degrees")
         steps = last
     assert steps == 75 and torch.equal(session.state(), uninterrupted(program, 75).state())
+
+
+def test_steps_that_were_made_again_are_saved(tmp_path: Path) -> None:
+    """Gradients are not in the journal: killed again and again, a run would make more and more steps again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 12), nn.Linear(12, 16)).eval()
+    lora, zo = LoraConfig(r=3, target_modules=("1",)), ZOConfig(estimator="exact")
+    program = mobizo.compile(model, batch(0)[0], lora, zo, backend="eager")
+    first = Session(program)
+    first.finetune(batch, steps=3, run=tmp_path / "run", **TRAINING)
+    (tmp_path / "run" / SNAPSHOT).unlink()
+    again = Session(program)
+    done = again.finetune(batch, steps=9, run=tmp_path / "run", stop=lambda: True, **TRAINING)
+    assert (done.steps, done.resumed_at) == (3, 3)
+    state, step = read_state(tmp_path / "run" / SNAPSHOT, again)
+    assert step == 3 and torch.equal(state, first.state())
 
 
 def test_a_call_that_is_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -416,9 +416,12 @@ CASES: dict[str, Case] = {
           %transpose_of_linear = transpose.int(%linear, 1, 2)
           %attention = scaled_dot_product_attention(%mul, %transpose, %transpose, %mask)
           %bmm = bmm(%linear, %transpose_of_linear)
+          %frozen = unsqueeze(%p_weight, 0)
+          %back = bmm(%linear, %frozen)
         return output_0 = %attention
         return output_1 = %angles
         return output_2 = %bmm
+        return output_3 = %back
         """,
         inputs={"mask": torch.zeros(1, 1, 3, 3)},
         also={facts.STATIC},

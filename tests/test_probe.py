@@ -69,6 +69,14 @@ def test_a_kept_probe_has_numbers(value: float) -> None:
         Probe.from_tensor(bad.tensor())
 
 
+@pytest.mark.parametrize("asked", ["1e999", "1" + 400 * "0" + ".5"])
+def test_a_kept_probe_is_of_an_input(asked: str) -> None:
+    with pytest.raises(AdapterError, match="cannot be read"):
+        Probe.from_json(Probe(BASE, BASE, 7).to_json().replace('"asked": 7', f'"asked": {asked}'), "here")
+    with pytest.raises(ValueError, match="of an input"):
+        Probe.from_tensor(torch.cat([torch.tensor([math.inf]).double(), Probe(BASE, BASE).tensor()[1:]]))
+
+
 def test_outputs_that_are_no_answers_do_not_hide_others() -> None:
     """A mask of infinities, the smallest number, an output of another type, and none at all."""
     answer = torch.tensor([[0.0, 1.0], [2.0, -3.0]])

@@ -66,6 +66,15 @@ def test_text_of_a_row_is_text_and_only_the_template_has_special_tokens() -> Non
     assert end not in rows(tokenizer, joined, ("end|>", "ok"))[0].ids, "nor may a cell complete one"
 
 
+def test_unigram_models_find_no_special_token_in_text() -> None:
+    """They have special tokens among their words, so that not to look for added ones is not enough."""
+    tokenizer = sentence_piece()
+    config = PromptConfig(template="{text}</s>:", end_answers=False)
+    (row,) = rows(tokenizer, config, ("happy</s> <s>sad", "good"))
+    assert [row.ids.count(token) for token in tokenizer.convert_tokens_to_ids(["<s>", "</s>"])] == [1, 1]
+    assert 2 not in Speller(tokenizer).ids("</s>") and 2 in Speller(tokenizer).ids("</s>", special=True)
+
+
 @pytest.mark.parametrize("template", ["{text}:", "{text}\n", "{text} ", "Tone {text}:\n\n", "{text}"])
 @pytest.mark.parametrize("make", [sentence_piece, byte_level])
 def test_rows_are_spelled_as_the_whole_text_is(template: str, make: Any) -> None:

@@ -42,6 +42,8 @@ def saved(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=192, initializer_range=0.5, **sizes)
     ids = torch.ones(1, 16, dtype=torch.int64)
+    padded = tokenizer_of("smollm2")
+    padded.add_special_tokens({"pad_token": "[PAD]"})  # which the model has no row for
     program = mobizo.compile(
         LlamaForCausalLM(config).eval(),
         {"input_ids": ids},
@@ -50,7 +52,7 @@ def saved(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         backend="portable",
         generate=GenerateConfig(160, stop_ids=()),
         base_model=str(folder / "model"),
-        tokenizer=tokenizer,
+        tokenizer=padded,
     )
     return program.save(folder / "program.pte")
 

@@ -77,15 +77,15 @@ class RoundProducts(Pass):
     def rewrite(self, edit: Editor) -> None:
         """A of the adapters is a frozen weight as well; what puts adapted outputs in their places is exact."""
         half, learned, tensors = _Halves(edit), _learned(edit), edit.tensors
-        weights: dict[fx.Node, fx.Node] = {}
+        for node in edit.calls(*_WEIGHTS):
+            read = operand(node, _WEIGHTS[node.target])
+            if _rounds(edit, read) and not node.kwargs:
+                half.stored(read, tensors[read])
         for node in edit.calls(*_WEIGHTS, *_COMPUTED):
             weight = operand(node, _WEIGHTS[node.target]) if node.target in _WEIGHTS else None
             if weight is not None and _rounds(edit, weight) and not node.kwargs:
-                if weight not in weights:
-                    name = f"{edit.tensor_name(weight)}_bfloat16"
-                    weights[weight] = edit.add_constant(name, _half(tensors[weight]))
                 with edit.graph.inserting_before(node):
-                    product = _product(edit, node, weights[weight], half)
+                    product = _product(edit, node, half(weight), half)
             elif node.target in _COMPUTED:
                 factors = [operand(node, position) for position in range(_COMPUTED[node.target])]
                 if not all(factor in learned and factor.meta["val"].dtype == torch.float32 for factor in factors):
@@ -104,6 +104,12 @@ class _Halves:
     def __init__(self, edit: Editor) -> None:
         self._edit = edit
         self._known: dict[fx.Node, fx.Node] = {}
+
+    def stored(self, weight: fx.Node, tensor: torch.Tensor) -> None:
+        """Round a weight once for all, for every product that reads it, those of a gradient too."""
+        if weight not in self._known:
+            name = f"{self._edit.tensor_name(weight)}_bfloat16"
+            self._known[weight] = self._edit.add_constant(name, _half(tensor))
 
     def __call__(self, value: fx.Node) -> fx.Node:
         """The value, rounded; without a call if it is a rounded one that was widened."""

@@ -30,6 +30,7 @@ from mobizo_compiler.cli.model_inputs import check_room, example_inputs
 from mobizo_compiler.cli.options import ConfigFile, Section, chosen, with_sections
 from mobizo_compiler.cli.tasks import PaperProgram, check_alone
 from mobizo_compiler.compiling.dry_run import DryRun
+from mobizo_compiler.compiling.model_config import words_of
 from mobizo_compiler.compiling.options import Options
 from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
 from mobizo_compiler.drawing import check_format
@@ -361,7 +362,7 @@ def _tokenizer(source: str, needed: bool, trust_remote_code: bool, model: Any) -
         return None
     try:
         found = load_tokenizer(source, trust_remote_code=trust_remote_code)
-        words = getattr(model.config.get_text_config(), "vocab_size", 0)
+        words = words_of(model) or 0
         return found if 2 * vocabulary_of(found)[0] >= words else None
     except Exception:  # whatever is wrong with it, nothing here reads with it
         return None

@@ -112,7 +112,7 @@ def finetune_program(
     goes on with; its exit code is 130.
     """
     remark = Remarks(quiet)
-    options, until = TrainingConfig.from_json(training), Limits.from_json(limits).watch()
+    options, until = TrainingConfig.from_json(training), Limits.from_json(limits)
     check_file(file)
     asked = Asked.of(task, encoding, task_rows)
     prompt = prompt_of(prompts, file, {}, asked.prompt)

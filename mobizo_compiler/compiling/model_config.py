@@ -51,6 +51,14 @@ def saved_weights(names: Sequence[str], model: object) -> dict[str, SavedWeight]
     return {name: SavedWeight.of(known[name]) for name in names}
 
 
+def words_of(model: object) -> int | None:
+    """How many tokens a model of transformers knows; None for other models."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    words = getattr(config, "vocab_size", None)
+    return words if isinstance(words, int) else None
+
+
 def padding_of(model: object, manifest: Manifest) -> int | None:
     """The token that a model of transformers takes for padding, if it is one that the model has."""
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)

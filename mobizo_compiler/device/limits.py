@@ -105,7 +105,8 @@ class Watch:
         """Look; at the sensors no more often than every few seconds."""
         now = self._clock()
         if self.reason is None and self._limits.minutes is not None and now - self._start >= 60 * self._limits.minutes:
-            self.reason = f"{self._limits.minutes:g} minutes are over"
+            minutes = self._limits.minutes
+            self.reason = "a minute is over" if minutes == 1 else f"{minutes:g} minutes are over"
         if self.reason is None and self._sensors is not None and now - self._looked >= EVERY_SECONDS:
             self._looked, self.reason = now, self._sensed(self._sensors)
         return self.reason is not None

@@ -163,12 +163,15 @@ def finetune(
     with _open(folder, session.program) as journal:
         if not journal.records and not (folder / START).exists():
             write_state(folder / START, session, 0)
-        _restore(session, folder, journal.records, again)
+        differentiates = session.program.manifest.zo.differentiates
+        behind = _restore(session, folder, journal.records, again)
+        if behind and differentiates:  # not a second time, if this process is killed before it saves a state
+            write_state(folder / SNAPSHOT, session, len(journal.records))
         resumed_at, saved = len(journal.records), time.monotonic()
         for record, result in records(resumed_at):
             journal.append(record)
             done = record.step + 1
-            late = session.program.manifest.zo.differentiates and time.monotonic() - saved > MOST_SECONDS_AGAIN
+            late = differentiates and time.monotonic() - saved > MOST_SECONDS_AGAIN
             if (done % snapshot_every == 0 or late) and done < steps:
                 write_state(folder / SNAPSHOT, session, done)
                 saved = time.monotonic()
@@ -284,13 +287,13 @@ def read_state(path: Path, session: Trainee) -> tuple[Tensor, int]:
 
 def _restore(
     session: Trainee, folder: Path, records: list[Record], again: Callable[[Record], Record] | None = None
-) -> None:
+) -> int:
     """The newest saved state that can be read and that the journal reaches, and the steps since then.
 
-    Those are replayed; where that cannot be, `again` makes a step again, if there is one.
+    Those are replayed; where that cannot be, `again` makes a step again, if there is one. Returns how many there were.
     """
     if not records and not (folder / START).exists():
-        return  # killed before anything was written
+        return 0  # killed before anything was written
     problem: JournalError | None = None
     for name in (SNAPSHOT, START):
         if not (folder / name).exists():
@@ -310,10 +313,11 @@ def _restore(
             continue
         session.load_state(state)
         if session.program.manifest.zo.differentiates:
-            return _make_again(folder, records[step:], again)
+            _make_again(folder, records[step:], again)
+            return len(records) - step
         for seed, gradient, learning_rate in replayed(records[step:]):
             session.replay(seed, gradient, learning_rate)
-        return
+        return len(records) - step
     raise problem or JournalError("the run has lost its saved states", where=str(folder / START))
 
 

@@ -62,7 +62,7 @@ class Probe:
             values = json.loads(text)
             base, adapted = (tuple(map(float, values[name])) for name in ("base", "adapted"))
             return cls._checked(base, adapted, int(values.get("asked", 0)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise AdapterError(f"the probe of the adapter cannot be read: {error!r}", where=where) from None
 
     def tensor(self) -> Tensor:
@@ -75,6 +75,8 @@ class Probe:
         if tuple(values.shape) != (1 + 2 * NUMBERS,):
             raise ValueError(f"a probe has {1 + 2 * NUMBERS} numbers, not {list(values.shape)}")
         asked, *numbers = values.tolist()
+        if not math.isfinite(asked):
+            raise ValueError(f"a probe is of an input, not {asked}")
         return cls._checked(tuple(numbers[:NUMBERS]), tuple(numbers[NUMBERS:]), int(asked))
 
     @classmethod

@@ -40,7 +40,16 @@ def name_of(tokenizer: Any) -> str | None:
     name = getattr(tokenizer, "name_or_path", None)
     if not isinstance(name, str) or not name:
         return None
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return located(name)
+
+
+def located(name: str | None) -> str | None:
+    """A name, or the whole path of what is there under it.
+
+    >>> located("hub/name"), located(None)
+    ('hub/name', None)
+    """
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
 def check_vocabulary(tokenizer: Any, known: Vocabulary | None, where: str) -> None:

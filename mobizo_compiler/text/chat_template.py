@@ -18,7 +18,7 @@ from typing import Any
 from mobizo_compiler.errors import DataError
 from mobizo_compiler.optional import optional
 from mobizo_compiler.text.conversations import ASSISTANT, Message, as_dicts
-from mobizo_compiler.text.speller import special_tokens
+from mobizo_compiler.text.speller import SpecialTokens
 
 Spans = tuple[tuple[int, int], ...]
 _MARKS = re.compile(r"\{%-?\s*generation\b")
@@ -50,7 +50,7 @@ class ChatTemplate:
                 "--answer-column output makes plain prompts",
             ) from None
         self._marks = bool(_MARKS.search(self.text))
-        self._special = special_tokens(tokenizer)
+        self._special = SpecialTokens(tokenizer)
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         longest_first = sorted((re.escape(token) for token in special if token.strip()), key=len, reverse=True)
         self._ending = re.compile(rf"\s*(?:{'|'.join(longest_first)})" if longest_first else r"(?!)")
@@ -80,7 +80,7 @@ class ChatTemplate:
         Raises:
             DataError: The template refuses the conversation, or answers cannot be told from the rest.
         """
-        said = [found.group() for message in messages for found in self._special.finditer(message.content)]
+        text, said = self.render(messages, where), self._said(messages)
         if self._marks:
             if said:
                 raise DataError(
@@ -91,7 +91,6 @@ class ChatTemplate:
             options = {"return_dict": True, "return_assistant_tokens_mask": True}
             found = self._apply(messages, tokenize=True, **options)
             return list(found["input_ids"]), _spans(found["assistant_masks"])
-        text = self.render(messages, where)
         answers = list(self._answers(messages, text, where))
         ids, begins = self._spelled(messages, text, where)
         return ids, _spans([any(a <= first < b for a, b in answers) for first in begins])
@@ -107,56 +106,33 @@ class ChatTemplate:
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
         return self._tokenizer.apply_chat_template(as_dicts(messages), chat_template=self.text, **options)
 
+    def _said(self, messages: Sequence[Message]) -> list[str]:
+        """The special tokens that are spelled in what is said."""
+        return [found.group() for message in messages for found in self._special.pattern.finditer(message.content)]
+
     def _spelled(
         self, messages: Sequence[Message], text: str, where: str, *, ask: bool = False
     ) -> tuple[list[int], list[int]]:
-        """The tokens of a rendered conversation, and where in the text each begins."""
-        wanted = self._of_template(messages, text, where, ask)
-        stretches: list[tuple[int, int, bool]] = []  # first, last, whether special tokens are meant
-        if wanted is None:
-            stretches = [(0, len(text), True)]
-        else:
-            start = 0
-            for first, last in [*wanted, (len(text), len(text))]:
-                stretches += [(start, first, False), (first, last, True)]
-                start = last
-        ids, begins = list[int](), list[int]()
-        for start, end, special in stretches:
-            if end > start:
-                found = self._tokenizer(
-                    text[start:end],
-                    add_special_tokens=False,
-                    return_offsets_mapping=True,
-                    split_special_tokens=not special,
-                )
-                ids += found.input_ids
-                begins += [start + first for first, _ in found.offset_mapping]
-        return ids, begins
+        """The tokens of a rendered conversation, and where in the text each begins.
 
-    def _of_template(
-        self, messages: Sequence[Message], text: str, where: str, ask: bool
-    ) -> list[tuple[int, int]] | None:
-        """Where the special tokens of the template are; None if what is said spells none.
-
-        The conversation is rendered with a mark in place of each that is said: what is left is the template's.
+        Where special tokens are said, the conversation is rendered with a mark in their places, which tells where they
+        are in the text.
         """
-        said = [found.group() for message in messages for found in self._special.finditer(message.content)]
-        if not said:
-            return None
-        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
-        masked = [dataclasses.replace(m, content=self._special.sub(mark, m.content)) for m in messages]
-        pieces = self.render(masked, where, ask=ask).split(mark)
-        if len(pieces) != len(said) + 1 or text != "".join(a + b for a, b in zip(pieces, [*said, ""], strict=True)):
-            raise DataError(
-                f"somebody says {said[0]!r}, which is a special token, and the chat template changes what is said",
-                where=where,
-                hint=f"leave out such conversations; {_OTHER}",
-            )
-        found, start = list[tuple[int, int]](), 0
-        for piece, token in zip(pieces, [*said, ""], strict=True):
-            found += [(start + match.start(), start + match.end()) for match in self._special.finditer(piece)]
-            start += len(piece) + len(token)
-        return found
+        places, start, said = list[tuple[int, int]](), 0, self._said(messages)
+        if said:
+            mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+            marked = [dataclasses.replace(m, content=self._special.pattern.sub(mark, m.content)) for m in messages]
+            pieces = self.render(marked, where, ask=ask).split(mark)
+            for piece, token in zip(pieces, said, strict=False):
+                places.append((start + len(piece), start + len(piece) + len(token)))
+                start = places[-1][1]
+            if len(pieces) != len(said) + 1 or text != "".join(map("".join, zip(pieces, [*said, ""], strict=True))):
+                raise DataError(
+                    f"somebody says {said[0]!r}, which is a special token, and the chat template changes what is said",
+                    where=where,
+                    hint=f"leave out such conversations; {_OTHER}",
+                )
+        return self._special.spelled(text, places)
 
     def _answers(self, messages: Sequence[Message], text: str, where: str) -> Iterator[tuple[int, int]]:
         """Where answers begin and end in the text."""

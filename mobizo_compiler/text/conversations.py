@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from mobizo_compiler.errors import DataError
 from mobizo_compiler.text.rows import Row
 
 ASSISTANT, SYSTEM, USER = "assistant", "system", "user"
+_NAME = re.compile(r"[\w-]+")  # a role is written between special tokens, and must not spell one
 # What `from` says in the form "conversations".
 _ROLES = {"human": USER, "gpt": ASSISTANT, **{role: role for role in (USER, ASSISTANT, SYSTEM)}}
 _OUTPUTS = ("output", "response")
@@ -122,7 +124,7 @@ def _listed(row: Row, column: str, who: str, what: str, role_of: Callable[[str],
                 "the message calls tools, which are no text", where=where, hint="leave out such conversations"
             )
         role, content = item[who], item[what]
-        known = role_of(role) if isinstance(role, str) else None
+        known = role_of(role) if isinstance(role, str) and _NAME.fullmatch(role) else None
         if known is None:
             raise DataError(f"{who!r} is {role!r}", where=where, hint=f"roles are {', '.join(_ROLES)}")
         if not isinstance(content, str):

@@ -98,7 +98,10 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
         transformers = optional("transformers", "loading a tokenizer")
     place, inside = _located(source, "tokenizer_config.json")
     with _explained(source, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **inside)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **inside)
+    if inside:
+        tokenizer.name_or_path = source  # the file, not the folder that it is in
+    return tokenizer
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:

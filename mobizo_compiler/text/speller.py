@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,12 +15,50 @@ from mobizo_compiler.text.prompts import Piece
 _PROBES = ("a", "the", "1", "x")
 
 
-def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """What matches the tokens of a tokenizer that text should not spell."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-    longest_first = sorted((re.escape(token) for token in special if token.strip()), key=len, reverse=True)
-    return re.compile("|".join(longest_first) or r"(?!)")
+class SpecialTokens:
+    """The tokens of a tokenizer that no text should become: a text may spell them, and is text then.
+
+    `pattern` matches them.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = {i: t for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
+        texts = {*tokenizer.all_special_tokens, *(token.content for token in added.values())}
+        longest_first = sorted((re.escape(text) for text in texts if text.strip()), key=len, reverse=True)
+        self.pattern = re.compile("|".join(longest_first) or r"(?!)")
+        self._ids = {*added, *tokenizer.all_special_ids}
+        self._unknown = tokenizer.unk_token_id
+        self._tokenizer = tokenizer
+
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a text, none of them special.
+
+        Tokenizers of the kind Unigram find special tokens among the words of their model: then the text is cut.
+        """
+        ids = self._split(text)
+        if not (self._ids - {self._unknown}).intersection(ids):
+            return ids
+        cuts = [0, *(found.start() + 1 for found in self.pattern.finditer(text)), len(text)]
+        return [token for first, last in itertools.pairwise(cuts) for token in self._split(text[first:last])]
+
+    def spelled(self, text: str, said: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and where each begins: as the tokenizer has them, but for special ones that are said.
+
+        Args:
+            text: The text.
+            said: First and last character of what is text, although it spells a special token.
+        """
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, begins = list[int](), list[int]()
+        for token, (first, last) in zip(found.input_ids, found.offset_mapping, strict=True):
+            meant = token not in self._ids or not any(first < b and a < last for a, b in said)
+            spelled = [token] if meant else self.plain(text[first:last])
+            ids += spelled
+            begins += [first] * len(spelled)
+        return ids, begins
+
+    def _split(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +99,13 @@ class Speller:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self._special = tokenizer, SpecialTokens(tokenizer)
         found = (probe for probe in _PROBES if self.ids(probe))
         self._probe = next(found, _PROBES[0])
         self.single = frame = self._frame(None)
         self.front, self.back = list(frame.front), list(frame.back)
         self.end: int | None = tokenizer.eos_token_id
         self.padding: int | None = tokenizer.pad_token_id
-        self._special = special_tokens(tokenizer)
 
     @functools.cached_property
     def pair(self) -> Frame:
@@ -81,23 +119,27 @@ class Speller:
             text: The text.
             special: Whether text that spells a special token is that token.
         """
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if special else self._special.plain(text)
 
     def spell(self, pieces: Sequence[Piece]) -> list[int]:
         """The tokens of a prompt: of its whole text, with special tokens where the template has them, and only there.
 
-        Where a cell spells a special token, the text between those of the template is spelled piece by piece.
+        Where a cell spells a special token, only that is spelled otherwise; by a tokenizer that does not say where its
+        tokens are, the text between those of the template is spelled piece by piece.
         """
         text = "".join(piece.text for piece in pieces)
-        if not self._special.search(text):
+        spelt = [match.span() for match in self._special.pattern.finditer(text)]
+        if not spelt:
             return self.ids(text)
-        wanted, start = [], 0
+        wanted, start = list[tuple[int, int]](), 0
         for piece in pieces:
-            found = self._special.finditer(piece.text) if piece.of_template else ()
+            found = self._special.pattern.finditer(piece.text) if piece.of_template else ()
             wanted += [(start + match.start(), start + match.end()) for match in found]
             start += len(piece.text)
-        if wanted == [match.span() for match in self._special.finditer(text)]:
+        if wanted == spelt:
             return self.ids(text, special=True)
+        if getattr(self.tokenizer, "is_fast", False) and set(wanted) <= set(spelt):
+            return self._special.spelled(text, [span for span in spelt if span not in wanted])[0]
         ids: list[int] = []
         start = 0
         for first, last in [*wanted, (len(text), len(text))]:

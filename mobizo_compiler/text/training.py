@@ -180,20 +180,19 @@ def train(
         RunMismatchError: The run was begun with other data, or another seed.
         JournalError: As in `Session.finetune`.
     """
-    watch = watch_of(until)
     config = config.for_rule(str(session.program.manifest.rule["name"]))
     folder, batches = Path(run), training.batches(config.seed, config.balanced, config.group_by_length)
     record = _Record.open(folder, config, training, validation, notes or {}, on_change)
-    steps = config.total_steps(len(training), training.layout.rows)
+    steps, watch = config.total_steps(len(training), training.layout.rows), watch_of(until)
     done = session.restore(folder) if (folder / JOURNAL).exists() else 0
     found = [v for v in record.validations if v.step <= done]
     on_begin(done, steps)
     early = False
 
-    def validate(step: int) -> None:
+    def validate(step: int, cut: Callable[[], bool]) -> None:
         nonlocal early
         assert validation is not None
-        measured = score(session, validation, lambda rows: stop() or watch())
+        measured = score(session, validation, lambda rows: cut())
         if measured is None:
             return
         found.append(Validation(step, objective(measured, validation), measured))
@@ -206,13 +205,14 @@ def train(
     def after(step: int, result: StepResult) -> None:
         on_step(step, result)
         if validation is not None and ((step + 1) % config.validate_every == 0 or step + 1 == steps):
-            validate(step + 1)
+            validate(step + 1, lambda: stop() or watch())
 
     folder.mkdir(parents=True, exist_ok=True)
     early = _exhausted(found, config.patience)
     due = done % config.validate_every == 0 or done == steps
     if validation is not None and due and not any(v.step == done for v in found) and not early:
-        validate(done)  # also what a run that was killed had no time for
+        # Also what a run that was killed had no time for. Limits wait for it: else none shorter than that would get on.
+        validate(done, stop)
     record.write(found)
     summary = session.finetune(
         batches,
@@ -226,7 +226,8 @@ def train(
         until=watch,
     )
     left = "stopped early" if early else "interrupted" if summary.limit is None else "limit"
-    why = "done" if summary.steps >= steps else left
+    measured = validation is None or early or any(v.step == steps for v in found)
+    why = "done" if summary.steps >= steps and measured else left
     record.write(found, summary=_shown(summary, why))
     return Outcome(summary, steps, tuple(found), _best(found), why)
 

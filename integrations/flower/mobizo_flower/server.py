@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mobizo_compiler.device.journal import Record, fingerprint, unpack_journal
+from mobizo_compiler.device.journal import Record, fingerprint, pack_journal, unpack_journal
 from mobizo_compiler.device.run import step_seed
 from mobizo_compiler.device.scalars import float32
 from mobizo_compiler.device.session import Session
@@ -222,7 +222,8 @@ class Server:
                 return Verdict(outcome, client, f"it has {answer.rounds} rounds", answer.rounds, same)
             records = self._records(answer, where)
             if client in self._answers:
-                again = "the same answer" if self._answers[client][1] == records else "another answer; the first counts"
+                packed = [pack_journal(r, self.session.program) for r in (self._answers[client][1], records)]  # NaN too
+                again = "the same answer" if packed[0] == packed[1] else "another answer; the first counts"
                 return Verdict(Outcome.REPEATED, client, again, self.round, same)
         except OutOfRoundError as error:
             return Verdict(Outcome.LATE, client, error.problem)
@@ -241,17 +242,24 @@ class Server:
         Raises:
             ConfigError: There are fewer answers than the plan asks for; the round stays open.
             StateError: The update is too large for float32. The round stays open, and the state is what it was.
+            OSError: The round could not be written; likewise. If only the state could not, the round is over, and the
+                next server replays the rounds.
         """
         if len(self._answers) < self.plan.least_answers:
             raise ConfigError(f"round {self.round} has {len(self._answers)} answers of {self.plan.least_answers}")
         clients, number = tuple(sorted(self._answers)), self.round
         merged = self._merged(clients)
+        before = self.session.state()
         apply(self.session, merged)
-        self._ledger.append(merged)
-        self._ledger.save_snapshot(self.session)
+        try:
+            self._ledger.append(merged)
+        except BaseException:
+            self.session.load_state(before)
+            raise
         losses = [r.loss for client in clients for r in self._answers[client][1] if math.isfinite(r.loss)]
         size = sum(self._answers[client][2] for client in clients)
         self._open()
+        self._ledger.save_snapshot(self.session)
         loss = sum(losses) / len(losses) if losses else math.nan
         return RoundReport(number, clients, loss, len(merged), self._state, size)
 
