@@ -33,10 +33,11 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return session
 
 
-@pytest.mark.parametrize("of_each", [6, pytest.param(168, marks=pytest.mark.slow)])
-def test_damaged_files(of_each: int, session: Session, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_damaged_files(session: Session, tmp_path: Path) -> None:
     """Programs, data files and adapters, in a process of their own: an error each time, and a state that stays."""
     program = session.program.artifact.path  # type: ignore[attr-defined]
+    of_each = 168
     data, adapter = session.export_ptd(tmp_path / "state.ptd"), session.export_adapter(tmp_path / "adapter")
     arguments = [str(of_each), str(program), str(data), str(adapter), "--program", str(program)]
     command = [sys.executable, "-m", "tests.damaged_files", *arguments]
@@ -62,6 +63,7 @@ def test_every_bit_of_a_short_file_counts(tmp_path: Path) -> None:
             checksum.check(path)
 
 
+@pytest.mark.slow
 def test_data_files_of_others(session: Session, tmp_path: Path) -> None:
     """Without a checksum, as the C++ runtime writes them; and such that are not ours to take."""
     wanted = torch.arange(float(len(session.state())))

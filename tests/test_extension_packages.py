@@ -123,6 +123,7 @@ def test_a_name_that_is_no_pass(installed: Path) -> None:
         mobizo.Options(passes=("spell-out-gelu",))
 
 
+@pytest.mark.slow
 def test_the_backend_keeps_the_contract(installed: Path) -> None:
     check_backend("torch-file")
 

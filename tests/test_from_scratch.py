@@ -118,6 +118,7 @@ def test_the_program_does_what_plain_pytorch_does(model: nn.Module, path: Path) 
     assert (found - model(words)).abs().max() > 0.05, "evaluate has the adapter on"
 
 
+@pytest.mark.slow
 def test_learning_rate_0_changes_nothing(path: Path) -> None:
     train_step = Runtime.get().load_program(path).load_method("train_step")
     state = train_step._method.get_attribute("lora_b")
@@ -130,6 +131,7 @@ def test_learning_rate_0_changes_nothing(path: Path) -> None:
     assert not torch.equal(state, before)
 
 
+@pytest.mark.slow
 def test_it_learns(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = small.train(path, steps=300)
     assert sum(losses[-10:]) / 10 < 0.5 * sum(losses[:10]) / 10
