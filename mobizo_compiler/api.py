@@ -247,7 +247,7 @@ def compile(
         manifest,
         answers=answer_names(answers, model, manifest),
         padding=padding_of(model, manifest),
-        tokenizer=None if (name := name_of(tokenizer)) in (base_model, located(base_model)) else name,
+        tokenizer=None if (name := name_of(tokenizer)) == located(base_model) else name,
         vocabulary=vocabulary,
         prompt=prompt,
         saved=saved_weights(new_weights, model),
@@ -314,16 +314,17 @@ def _outputs(
 ) -> list[Tensor]:
     """What the model returns for the example inputs: the module itself, or its graph where weights were quantized or
     the module computes in half precision."""
+    comparable = model if isinstance(model, nn.Module) and not wanted.store else None
     try:
-        if isinstance(model, nn.Module) and not wanted.store and not is_half(model):
-            return outputs_of(model, example)
+        if comparable is not None and not is_half(comparable):
+            return outputs_of(comparable, example)
         found = wanted.evaluate(example.tensors, initial_state(wanted.sites, wanted.lora_a))
     except IndexError:
         explain_lookup(wanted.captured, example.tensors)
         raise
-    if isinstance(model, nn.Module) and not wanted.store:
+    if comparable is not None:
         try:
-            itself = outputs_of(model, example, in_half=True)
+            itself = outputs_of(comparable, example, in_half=True)
         except RuntimeError as error:
             say(f"not compared with the model, which does not run in half precision: {error}")
         else:

@@ -93,11 +93,8 @@ def test_it_is_the_gradient(name: str, backend: str, train_a: bool) -> None:
     check_gradient(case.model(), case.inputs(), backend=backend, lora=lora, loss=case.loss, **case.options)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["xnnpack", "portable", "aot_inductor"],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["xnnpack", "portable", "aot_inductor"])
 def test_engines(backend: str, tmp_path: Path) -> None:
     """From the file, with A trained; the file has every weight once."""
     lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", train_a=True)

@@ -76,11 +76,7 @@ class RoundProducts(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """A of the adapters is a frozen weight as well; what puts adapted outputs in their places is exact."""
-        half, learned, tensors = _Halves(edit), _learned(edit), edit.tensors
-        for node in edit.calls(*_WEIGHTS):
-            read = operand(node, _WEIGHTS[node.target])
-            if _rounds(edit, read) and not node.kwargs:
-                half.stored(read, tensors[read])
+        half, learned = _Halves(edit), _learned(edit)
         for node in edit.calls(*_WEIGHTS, *_COMPUTED):
             weight = operand(node, _WEIGHTS[node.target]) if node.target in _WEIGHTS else None
             if weight is not None and _rounds(edit, weight) and not node.kwargs:
@@ -99,17 +95,14 @@ class RoundProducts(Pass):
 
 
 class _Halves:
-    """Values in bfloat16: each is rounded once, behind it or behind what it is a view of, for all that read it."""
+    """Values in bfloat16: each is rounded once, behind it or behind what it is a view of, for all that read it.
+
+    Weights are rounded in the file, also for the products of a gradient, which read them by a view.
+    """
 
     def __init__(self, edit: Editor) -> None:
         self._edit = edit
         self._known: dict[fx.Node, fx.Node] = {}
-
-    def stored(self, weight: fx.Node, tensor: torch.Tensor) -> None:
-        """Round a weight once for all, for every product that reads it, those of a gradient too."""
-        if weight not in self._known:
-            name = f"{self._edit.tensor_name(weight)}_bfloat16"
-            self._known[weight] = self._edit.add_constant(name, _half(tensor))
 
     def __call__(self, value: fx.Node) -> fx.Node:
         """The value, rounded; without a call if it is a rounded one that was widened."""
@@ -118,6 +111,9 @@ class _Halves:
         return self._known[value]
 
     def _made(self, value: fx.Node) -> fx.Node:
+        tensor = self._edit.tensor(value)
+        if tensor is not None and _rounds(self._edit, value):
+            return self._edit.add_constant(f"{self._edit.tensor_name(value)}_bfloat16", _half(tensor))
         source = operand(value) if value.target in (aten.to.dtype, *_MOVES) else None
         if source is not None and value.target is aten.to.dtype and source.meta["val"].dtype == torch.bfloat16:
             return source

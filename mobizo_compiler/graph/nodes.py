@@ -39,7 +39,7 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 def numbered_shapes(shapes: Sequence[Sequence[Any]]) -> list[tuple[int, ...]]:
     """Shapes with a prime in place of each symbol: equal where they are, however expressions are written."""
-    import sympy  # takes as long to load as PyTorch, and programs of fixed sizes do without
+    import sympy  # takes as long to load as PyTorch, and only compiling needs it
 
     sizes = [size for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
     symbols = sorted({symbol for size in sizes for symbol in size.node.expr.free_symbols}, key=str)

@@ -18,7 +18,7 @@ from typing import Any
 from mobizo_compiler.errors import DataError
 from mobizo_compiler.optional import optional
 from mobizo_compiler.text.conversations import ASSISTANT, Message, as_dicts
-from mobizo_compiler.text.speller import SpecialTokens
+from mobizo_compiler.text.speller import SpecialTokens, one_of
 
 Spans = tuple[tuple[int, int], ...]
 _MARKS = re.compile(r"\{%-?\s*generation\b")
@@ -51,9 +51,8 @@ class ChatTemplate:
             ) from None
         self._marks = bool(_MARKS.search(self.text))
         self._special = SpecialTokens(tokenizer)
-        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-        longest_first = sorted((re.escape(token) for token in special if token.strip()), key=len, reverse=True)
-        self._ending = re.compile(rf"\s*(?:{'|'.join(longest_first)})" if longest_first else r"(?!)")
+        ends = one_of({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        self._ending = re.compile(rf"\s*(?:{ends})")
 
     def render(self, messages: Sequence[Message], where: str, *, ask: bool = False) -> str:
         """A conversation as text; with `ask`, up to where an answer begins.
@@ -80,9 +79,9 @@ class ChatTemplate:
         Raises:
             DataError: The template refuses the conversation, or answers cannot be told from the rest.
         """
-        text, said = self.render(messages, where), self._said(messages)
+        text = self.render(messages, where)
         if self._marks:
-            if said:
+            if said := self._said(messages):
                 raise DataError(
                     f"somebody says {said[0]!r}, which is a special token, and the chat template marks answers itself",
                     where=where,

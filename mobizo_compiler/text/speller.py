@@ -6,13 +6,22 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mobizo_compiler.errors import DataError
 from mobizo_compiler.text.prompts import Piece
 
 _PROBES = ("a", "the", "1", "x")
+
+
+def one_of(texts: Iterable[str]) -> str:
+    """A pattern that matches any of the texts, the longest that fits; nothing where there is none.
+
+    >>> one_of(["<s", "<s>", " "])
+    '<s>|<s'
+    """
+    return "|".join(sorted((re.escape(text) for text in texts if text.strip()), key=len, reverse=True)) or r"(?!)"
 
 
 class SpecialTokens:
@@ -23,9 +32,7 @@ class SpecialTokens:
 
     def __init__(self, tokenizer: Any) -> None:
         added = {i: t for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special}
-        texts = {*tokenizer.all_special_tokens, *(token.content for token in added.values())}
-        longest_first = sorted((re.escape(text) for text in texts if text.strip()), key=len, reverse=True)
-        self.pattern = re.compile("|".join(longest_first) or r"(?!)")
+        self.pattern = re.compile(one_of({*tokenizer.all_special_tokens, *(t.content for t in added.values())}))
         self._ids = {*added, *tokenizer.all_special_ids}
         self._unknown = tokenizer.unk_token_id
         self._tokenizer = tokenizer

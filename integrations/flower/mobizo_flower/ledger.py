@@ -9,9 +9,10 @@ program's initial one and the replay of all rounds; it comes back bit for bit fr
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mobizo_compiler.device.journal import (
@@ -34,6 +35,17 @@ def state_checksum(session: Session) -> int:
     return zlib.crc32(raw_bytes(session.state()))
 
 
+@contextlib.contextmanager
+def all_or_none(session: Session) -> Iterator[None]:
+    """Within the block the state changes; where the block fails, the state is what it was."""
+    before = session.state()
+    try:
+        yield
+    except BaseException:
+        session.load_state(before)
+        raise
+
+
 def apply(session: Session, records: Sequence[Record]) -> None:
     """Replay the steps of a round, all or none.
 
@@ -41,13 +53,9 @@ def apply(session: Session, records: Sequence[Record]) -> None:
         StateError: A sum of steps is too large for float32. The state is what it was.
         InputError: A projected gradient is not finite. The state is what it was.
     """
-    before = session.state()
-    try:
+    with all_or_none(session):
         for seed, gradient, learning_rate in replayed(records):
             session.replay(seed, gradient, learning_rate)
-    except BaseException:
-        session.load_state(before)
-        raise
 
 
 class Ledger:

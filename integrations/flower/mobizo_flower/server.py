@@ -26,7 +26,7 @@ from mobizo_compiler.errors import ConfigError, JournalError, RunMismatchError
 from mobizo_compiler.format.files import sync_folder, whole_file
 from mobizo_compiler.options import MAX_SEED, check_int
 from mobizo_flower.errors import DamagedMessageError, ForeignMessageError, OutOfRoundError
-from mobizo_flower.ledger import Ledger, apply, state_checksum
+from mobizo_flower.ledger import Ledger, all_or_none, apply, state_checksum
 from mobizo_flower.messages import (
     EVERYBODY,
     Answer,
@@ -249,13 +249,9 @@ class Server:
             raise ConfigError(f"round {self.round} has {len(self._answers)} answers of {self.plan.least_answers}")
         clients, number = tuple(sorted(self._answers)), self.round
         merged = self._merged(clients)
-        before = self.session.state()
-        apply(self.session, merged)
-        try:
+        with all_or_none(self.session):
+            apply(self.session, merged)
             self._ledger.append(merged)
-        except BaseException:
-            self.session.load_state(before)
-            raise
         losses = [r.loss for client in clients for r in self._answers[client][1] if math.isfinite(r.loss)]
         size = sum(self._answers[client][2] for client in clients)
         self._open()
