@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two processes with one thread each; at the end what took longest, and what took most processor time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10 --cpu
 
+# Tests start many processes: each would compile the sources of PyTorch and ExecuTorch anew, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-arm64 lint docs docs-site clean
 
 demo: $(READY)  ## compile SmolLM2, fine-tune it, show the gain

@@ -63,7 +63,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
     (
         Room(
             "ground",
-            ("errors", "options", "optional", "extensions", "quiet", "upstream"),
+            ("errors", "options", "optional", "extensions", "late", "quiet", "upstream"),
             6,
             11,
             "errors, checks of options, other packages, extensions by name",

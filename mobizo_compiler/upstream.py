@@ -11,7 +11,13 @@ version of a package no longer has one.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 
@@ -53,8 +59,7 @@ PRIVATE: dict[str, Private] = {
         "_quantize_affine_tinygemm_no_dtype_cast",
         "weights of 4 bits with offsets",
     ),
-    "ExtendedHeader": Private("executorch.exir._serialize._program", "_ExtendedHeader", "tied weights once in a file"),
-    "read_header": Private("executorch.exir._serialize._program", "_get_extended_header", "loading a .pte"),
+    "Runtime": Private("executorch.runtime", "Runtime", "running a .pte (public, but see `without_the_exporter`)"),
     "ProgramReader": Private(f"{_READERS}.Program", "Program", "loading a .pte, and which delegates it needs"),
     "make_readers_whole": Private(
         "executorch.exir._serialize._flatbuffer_program",
@@ -62,7 +67,7 @@ PRIVATE: dict[str, Private] = {
         "loading a .pte: the generated readers import each other in a circle",
     ),
     "read_program": Private(
-        "executorch.exir._serialize._program", "_flatbuffer_to_program", "what a .pte runs (mobizo inspect)"
+        "executorch.exir._serialize._flatbuffer_program", "_flatbuffer_to_program", "what a .pte runs (mobizo inspect)"
     ),
     "edge_operators": Private("executorch.exir.dialects._ops", "ops", "a cache of keys and values written in place"),
     "serialize_for_executorch": Private(
@@ -83,6 +88,21 @@ PRIVATE: dict[str, Private] = {
     "DataPayload": Private("executorch.exir._serialize.data_serializer", "DataPayload", "writing a .ptd"),
 }
 
+
+# Modules that run programs, or read them, and need of `executorch.exir` no more than a module that needs nothing of it.
+_WITHOUT_THE_EXPORTER = (
+    "executorch.runtime",
+    "executorch.extension.pybindings.portable_lib",
+    "executorch.exir._serialize._flatbuffer_program",
+    f"{_READERS}.Program",
+)
+_EXPORTER = (
+    "executorch.exir",
+    "executorch.exir._serialize",
+    "executorch.exir._serialize.generated",
+    "executorch.exir.backend",
+)
+_standing_in = threading.Lock()
 
 _MANAGER = ("executorch.exir", "ExecutorchProgramManager")
 # Attributes of other packages' objects, by their name, with the class that has them: see `member` and `set_member`.
@@ -121,6 +141,37 @@ def set_member(owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def without_the_exporter() -> Iterator[None]:
+    """Import in this block what lies in packages of ExecuTorch's exporter, and needs nothing of them.
+
+    ExecuTorch's own runtime imports a module of warnings from `executorch.exir`, and so all of it: PyTorch's tracer,
+    torchao, SymPy. That is 3 s of processor time and 120 MB for a process that only runs a program. In this block the
+    packages are empty but for their modules, unless they have been imported before.
+    """
+    with _standing_in:
+        if _EXPORTER[0] in sys.modules:
+            yield
+            return
+        made = [_stand_in(name) for name in _EXPORTER]
+        try:
+            yield
+        finally:
+            for module in reversed(made):
+                parent, _, child = module.__name__.rpartition(".")
+                del sys.modules[module.__name__]
+                delattr(sys.modules[parent], child)
+
+
+def _stand_in(name: str) -> ModuleType:
+    parent, _, child = name.rpartition(".")
+    package, module = importlib.import_module(parent), ModuleType(name)
+    module.__path__ = [str(Path(folder) / child) for folder in package.__path__]
+    sys.modules[name] = module
+    setattr(package, child, module)
+    return module
+
+
 def __getattr__(name: str) -> Any:
     """A name of `PRIVATE`.
 
@@ -130,8 +181,10 @@ def __getattr__(name: str) -> Any:
     if name not in PRIVATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = PRIVATE[name]
+    light = without_the_exporter() if place.module in _WITHOUT_THE_EXPORTER else contextlib.nullcontext()
     try:
-        module = importlib.import_module(place.module)
+        with light:
+            module = importlib.import_module(place.module)
         found = getattr(module, place.name) if place.name else module
     except (ImportError, AttributeError) as error:
         raise ImportError(

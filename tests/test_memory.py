@@ -15,12 +15,11 @@ from mobizo_compiler import CausalLMLoss, LoraConfig, Program, Session, ZOConfig
 from mobizo_compiler.backends.executorch import lower as lowering
 from mobizo_compiler.backends.executorch import program_file
 from mobizo_compiler.backends.executorch.delegates import needed_delegates
-from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program, read_head
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, is_program, read_head, read_header
 from mobizo_compiler.backends.executorch.one_copy import share_equal_data
 from mobizo_compiler.backends.executorch.runtime_options import set_backend_option
 from mobizo_compiler.backends.xnnpack import partition
 from mobizo_compiler.testing import TinyCausalLM, tiny_batch
-from mobizo_compiler.upstream import read_header
 
 pytestmark = pytest.mark.xdist_group("memory")  # one process, so that its programs are made once
 

@@ -6,12 +6,16 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import mobizo_compiler as mobizo
 from mobizo_compiler import upstream
 
 # Also what a private name warns of inside of its own package: it is about to go. Exceptions, each with its reason:
@@ -19,6 +23,7 @@ FILTERS = (
     "error::DeprecationWarning",
     "error::FutureWarning",
     "ignore:(read|open)_text is deprecated:DeprecationWarning",  # how executorch reads its own table of operators
+    "ignore:invalid escape sequence:DeprecationWarning",  # in torchao, when its source is compiled
     "ignore:This API is experimental:DeprecationWarning",  # what executorch says of its whole runtime
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning",  # what torch makes of its own modules
 )
@@ -107,6 +112,54 @@ def test_none_is_there_for_nothing() -> None:
     text = "\n".join(path.read_text() for path in OURS if path.name != "upstream.py")
     assert not [name for name in upstream.PRIVATE if name not in text]
     assert not [name for name in upstream.MEMBERS if f'"{name}"' not in text]
+
+
+ONLY_RUNS = """
+import sys
+import torch
+import mobizo_compiler as mobizo
+
+program = mobizo.load("program.pte")
+session = mobizo.Session(program)
+ids = torch.arange(6).reshape(2, 3)
+before = session.train_step((ids,), ids, seed=1, learning_rate=0.1, eps=0.1).lane_losses
+heavy = {"executorch.exir", "torch._dynamo", "torch._inductor", "torchao", "sympy", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+
+# The exporter is there for who wants it afterwards.
+model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11)).eval()
+lora = mobizo.LoraConfig(r=2, lora_alpha=4, target_modules=("1",))
+mobizo.compile(model, (ids,), lora, mobizo.ZOConfig(queries=2), backend="portable").save("again.pte")
+import executorch.exir._warnings
+import executorch.runtime
+from executorch.exir import to_edge
+from executorch.exir._serialize import _serialize_pte_binary
+again = mobizo.Session(mobizo.load("again.pte"))
+assert again.train_step((ids,), ids, seed=1, learning_rate=0.1, eps=0.1).lane_losses.shape == before.shape
+"""
+
+
+def test_who_only_runs_a_program_does_not_import_the_exporter(tmp_path: Path) -> None:
+    ids = torch.arange(6).reshape(2, 3)
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11)).eval()
+    lora = mobizo.LoraConfig(r=2, lora_alpha=4, target_modules=("1",))
+    mobizo.compile(model, (ids,), lora, mobizo.ZOConfig(queries=2), backend="portable").save(tmp_path / "program.pte")
+    subprocess.run([sys.executable, "-c", ONLY_RUNS], cwd=tmp_path, check=True)
+
+
+def test_packages_are_as_they_were_after_an_import_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    exir = importlib.import_module("executorch.exir")
+    with upstream.without_the_exporter():  # which is there, and so it stays
+        assert sys.modules["executorch.exir"] is exir
+    for name in [name for name in sys.modules if name.partition(".")[2].startswith("exir")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys.modules["executorch"], "exir", exir)  # put back at the end
+    with pytest.raises(RuntimeError, match="in between"), upstream.without_the_exporter():
+        assert not hasattr(importlib.import_module("executorch.exir"), "to_edge")
+        assert importlib.import_module("executorch.exir._warnings").ExperimentalWarning
+        raise RuntimeError("in between")
+    assert "executorch.exir" not in sys.modules and "executorch.exir._serialize" not in sys.modules
+    assert not hasattr(sys.modules["executorch"], "exir")
 
 
 def test_nobody_silences_the_whole_process() -> None:

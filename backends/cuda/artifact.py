@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.backend.partitioner import Partitioner
-from executorch.runtime import Runtime
 
 from mobizo_compiler.backends.executorch.emit import emit
 from mobizo_compiler.backends.executorch.lower import delegation_of, explained
@@ -25,6 +24,7 @@ from mobizo_compiler.format import checksum
 from mobizo_compiler.format.files import ScratchFolder, copy_whole
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.upstream import Runtime
 
 BLOB = "aoti_cuda_blob.ptd"  # what the delegate calls the file of its weights
 

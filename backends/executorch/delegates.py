@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from executorch.runtime import Runtime
-
-from mobizo_compiler.backends.executorch.head import HEAD_BYTES, read_head
-from mobizo_compiler.upstream import read_header
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, read_head, read_header
+from mobizo_compiler.upstream import Runtime
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,15 +7,33 @@ are asked for and parse nothing else; the segments, where the weights are, are n
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from mobizo_compiler.upstream import ExtendedHeader, ProgramReader, make_readers_whole, read_header, read_program
+from mobizo_compiler.upstream import ProgramReader, make_readers_whole, read_program
 
-HEAD_BYTES: int = ExtendedHeader.NUM_HEAD_BYTES  # at most so many bytes from the start of a file until the header ends
+HEAD_BYTES = 64  # at most so many bytes from the start of a file until the header ends
 _HEADER_AT = 8  # after the flatbuffer's own offset and identifier
+_HEADER = struct.Struct("<4sIQQQ")  # magic, its own length, then what `Header` has
+_HEADER_MAGIC, _SHORTEST_HEADER = b"eh00", 24  # without the last number
 _FIRST_FIELD = 4  # of a vtable, which begins with two sizes of two bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """ExecuTorch's extended header (`docs/source/pte-file-format.md` there).
+
+    Args:
+        program_size: Bytes of the flatbuffer, with this header.
+        segment_base_offset: Where the first segment begins; 0 without segments.
+        segment_data_size: Bytes of all segments; 0 if there are none or the file does not say.
+    """
+
+    program_size: int
+    segment_base_offset: int
+    segment_data_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +75,17 @@ def is_program(start: bytes) -> bool:
     return len(start) >= HEAD_BYTES and bool(ProgramReader.ProgramBufferHasIdentifier(start, 0))
 
 
+def read_header(start: bytes) -> Header | None:
+    """The extended header in the first `HEAD_BYTES` of a file; None if there is none."""
+    found = start[_HEADER_AT : _HEADER_AT + _HEADER.size]
+    if len(found) < _HEADER.size:
+        return None
+    magic, length, program_size, base, size = _HEADER.unpack(found)
+    if magic != _HEADER_MAGIC or length < _SHORTEST_HEADER:
+        return None
+    return Header(program_size, base, size if length >= _HEADER.size else 0)
+
+
 def read_head(data: bytes) -> Head:
     """The head of a file.
 
@@ -89,8 +118,8 @@ def write_offsets(head: bytearray, segments: tuple[Segment, ...], offsets: list[
     """
     header = read_header(bytes(head[:HEAD_BYTES]))
     assert header is not None
-    changed = dataclasses.replace(header, segment_data_size=segments_size).to_bytes()
-    head[_HEADER_AT : _HEADER_AT + len(changed)] = changed
+    numbers = (header.program_size, header.segment_base_offset, segments_size)
+    _HEADER.pack_into(head, _HEADER_AT, _HEADER_MAGIC, _HEADER.size, *numbers)
     for segment, offset in zip(segments, offsets, strict=True):
         if segment.offset_at is not None:
             head[segment.offset_at : segment.offset_at + 8] = offset.to_bytes(8, "little")

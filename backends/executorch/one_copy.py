@@ -10,9 +10,8 @@ import mmap
 import os
 from pathlib import Path
 
-from mobizo_compiler.backends.executorch.head import HEAD_BYTES, Head, read_head, write_offsets
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, Head, read_head, read_header, write_offsets
 from mobizo_compiler.format import checksum
-from mobizo_compiler.upstream import read_header
 
 SMALLEST_BYTES = 1 << 16
 _MOST_ALIGNED = 4096
@@ -53,7 +52,7 @@ def share_equal_data(path: Path) -> int:
     if sealed:
         checksum.seal(smaller)
     os.replace(smaller, path)
-    return int(header.segment_data_size) - end
+    return header.segment_data_size - end
 
 
 def _equal_to_constants(data: mmap.mmap, base: int, head: Head) -> dict[int, int]:

@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from executorch.runtime import Runtime
 from torch import Tensor
 
 from mobizo_compiler.backends.executorch.delegates import missing_delegates
 from mobizo_compiler.backends.executorch.engine_start import start_engine
-from mobizo_compiler.backends.executorch.head import HEAD_BYTES, execution_plans, is_program
+from mobizo_compiler.backends.executorch.head import HEAD_BYTES, execution_plans, is_program, read_header
 from mobizo_compiler.backends.executorch.runtime_options import shared_packed_weights
 from mobizo_compiler.errors import ArtifactError, BackendUnavailableError
-from mobizo_compiler.format import checksum, data_file
+from mobizo_compiler.format import checksum
 from mobizo_compiler.format.files import ScratchFolder, copy_whole
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.format.program import Artifact
 from mobizo_compiler.graph.program import STATE
 from mobizo_compiler.step.sites import Site
-from mobizo_compiler.upstream import member, read_header
+from mobizo_compiler.upstream import Runtime, member
 
 MANIFEST_METHOD = "mobizo_manifest"
 LORA_A_METHOD = "mobizo_lora_a"
@@ -96,6 +95,8 @@ class ExecuTorchRunner:
             yield None
             return
         with ScratchFolder() as folder:
+            from mobizo_compiler.format import data_file  # brings ExecuTorch's exporter
+
             path = folder.path / "state.ptd"
             path.write_bytes(data_file.packed(torch.zeros(self._artifact.manifest.state_size)))
             yield path

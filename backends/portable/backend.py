@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
-from mobizo_compiler.backends.executorch.lower import lower_to_executorch
 from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
@@ -35,4 +34,6 @@ class PortableBackend(ExecuTorchBackend):
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with no partitioner."""
+        from mobizo_compiler.backends.executorch.lower import lower_to_executorch  # brings ExecuTorch's exporter
+
         return lower_to_executorch(methods, manifest, [])

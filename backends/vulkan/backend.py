@@ -12,13 +12,11 @@ import torch
 from torch import fx
 
 from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
-from mobizo_compiler.backends.executorch.lower import lower_to_executorch
 from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
 from mobizo_compiler.backends.vulkan.at_most_four_axes import AtMostFourAxes
 from mobizo_compiler.backends.vulkan.flatten_tokens import FlattenTokens
 from mobizo_compiler.backends.vulkan.float32_scales import Float32Scales
-from mobizo_compiler.backends.vulkan.known_faults import FOUR_BITS
 from mobizo_compiler.backends.vulkan.operators import name_of
 from mobizo_compiler.backends.vulkan.separate_views import SeparateViews
 from mobizo_compiler.backends.vulkan.spell_out import SpellOut
@@ -74,6 +72,7 @@ class VulkanBackend(ExecuTorchBackend):
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with the Vulkan partitioner."""
+        from mobizo_compiler.backends.executorch.lower import lower_to_executorch  # brings ExecuTorch's exporter
         from mobizo_compiler.backends.vulkan.partition import OneDelegate
 
         load_runtime()
@@ -94,7 +93,7 @@ def load_runtime(library: str | os.PathLike[str] | None = None) -> bool:
     Raises:
         BackendUnavailableError: The library cannot be loaded.
     """
-    from executorch.runtime import Runtime
+    from mobizo_compiler.upstream import Runtime
 
     runtime = Runtime.get()  # first, because the library registers itself with the runtime that is there
     path = library or os.environ.get(LIBRARY_VARIABLE)
@@ -112,6 +111,8 @@ def load_runtime(library: str | os.PathLike[str] | None = None) -> bool:
 
 def _quantization(node: fx.Node) -> Iterator[str]:
     """Why a quantized weight cannot be multiplied with, if that is so."""
+    from mobizo_compiler.backends.vulkan.known_faults import FOUR_BITS  # brings ExecuTorch's exporter
+
     if node.op != "call_function":
         return
     if name_of(node) != "dequantize_affine":

@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from mobizo_compiler.backends.executorch.backend import ExecuTorchBackend
-from mobizo_compiler.backends.executorch.lower import lower_to_executorch
 from mobizo_compiler.backends.executorch.program_file import ExecuTorchArtifact
 from mobizo_compiler.backends.shared_passes.core_aten import CoreAten
 from mobizo_compiler.backends.shared_passes.spell_out_quantization import SpellOutQuantization
@@ -68,6 +67,7 @@ class XnnpackBackend(ExecuTorchBackend):
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> ExecuTorchArtifact:
         """Lower through ExecuTorch with the XNNPACK partitioner."""
+        from mobizo_compiler.backends.executorch.lower import lower_to_executorch  # brings ExecuTorch's exporter
         from mobizo_compiler.backends.xnnpack.partition import FrugalXnnpackPartitioner
 
         return lower_to_executorch(methods, manifest, [FrugalXnnpackPartitioner()])

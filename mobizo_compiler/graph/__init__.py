@@ -6,8 +6,9 @@ declares `facts` that it needs, gives and breaks. `program_text` prints a progra
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mobizo_compiler.late import late_names
 
 if TYPE_CHECKING:
     from mobizo_compiler.graph import facts
@@ -33,29 +34,22 @@ __all__ = [
     "source_line",
 ]
 
-# Where they are. They are imported when they are asked for: a program that is only run needs no symbolic algebra, nor
-# PyTorch's tracer, which take as long to load as PyTorch does.
-_HOMES = {
-    "Editor": "editor",
-    "GraphProgram": "program",
-    "Insertion": "pipeline",
-    "Pass": "pipeline",
-    "Pipeline": "pipeline",
-    "ancestors": "nodes",
-    "operand": "nodes",
-    "operator_name": "nodes",
-    "parse": "parser",
-    "program_text": "printer",
-    "source_line": "nodes",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = late_names(
+    __name__,
+    {
+        "Editor": "mobizo_compiler.graph.editor",
+        "GraphProgram": "mobizo_compiler.graph.program",
+        "Insertion": "mobizo_compiler.graph.pipeline",
+        "Pass": "mobizo_compiler.graph.pipeline",
+        "Pipeline": "mobizo_compiler.graph.pipeline",
+        "ancestors": "mobizo_compiler.graph.nodes",
+        "operand": "mobizo_compiler.graph.nodes",
+        "operator_name": "mobizo_compiler.graph.nodes",
+        "parse": "mobizo_compiler.graph.parser",
+        "program_text": "mobizo_compiler.graph.printer",
+        "source_line": "mobizo_compiler.graph.nodes",
+    },
+)
 
 
 def __dir__() -> list[str]:

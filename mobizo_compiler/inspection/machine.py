@@ -17,7 +17,8 @@ DISTRIBUTION = "mobizo-compiler"
 def examine_machine() -> dict[str, Any]:
     """Python, versions beside the tested ones, processors, memory, and what the ExecuTorch runtime here can run."""
     import torch
-    from executorch.runtime import Runtime
+
+    from mobizo_compiler.upstream import Runtime
 
     wanted = _tested_versions()
     memory = None

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 
 from mobizo_compiler.backends import Artifact
-from mobizo_compiler.backends.executorch import ExecuTorchBackend, lower_to_executorch
+from mobizo_compiler.backends.executorch import ExecuTorchBackend
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph import GraphProgram, Pass, operator_name, source_line
 from mobizo_openvino.attention import AttentionAsProducts
@@ -51,6 +51,7 @@ class MobizoOpenvino(ExecuTorchBackend):
 
     def lower(self, methods: Mapping[str, GraphProgram], manifest: Manifest) -> Artifact:
         """Lower through ExecuTorch, with a partitioner for each method that knows the names of its inputs."""
+        from mobizo_compiler.backends.executorch import lower_to_executorch
         from mobizo_openvino.partition import NetworkPartitioner
         from mobizo_openvino.preprocess import check_alone
 
