@@ -146,7 +146,7 @@ def without_the_exporter() -> Iterator[None]:
     """Import in this block what lies in packages of ExecuTorch's exporter, and needs nothing of them.
 
     ExecuTorch's own runtime imports a module of warnings from `executorch.exir`, and so all of it: PyTorch's tracer,
-    torchao, SymPy. That is 3 s of processor time and 120 MB for a process that only runs a program. In this block the
+    torchao, SymPy. That is 4 s of processor time and 120 MB for a process that only runs a program. In this block the
     packages are empty but for their modules, unless they have been imported before.
     """
     with _standing_in:
