@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 from torch import nn
@@ -230,6 +230,13 @@ def mbz605():
             threads.submit(session.evaluate, (words,)).result()
 
     session.finetune(batch, steps=1, learning_rate=0.01, run="runs/busy")
+
+
+def mbz606():
+    ranks = {"is_initialized": lambda: True, "get_rank": lambda: 0, "get_world_size": lambda: 2}
+    gone = Mock(side_effect=RuntimeError("Connection closed by peer [10.0.0.2]:29500"))
+    with patch.multiple("torch.distributed", **ranks, all_gather=gone):
+        mobizo.DistributedSession(program)
 
 
 def mbz701():

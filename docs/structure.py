@@ -106,7 +106,7 @@ FLOORS: tuple[tuple[Room, ...], ...] = (
         Room("front door", ("mobizo_compiler",), 6.4, 2.4, "the public names", _OUTSIDE),
     ),
     (
-        Room("cli", ("cli", "__main__"), 5.6, 2.4, "the command mobizo", _OUTSIDE),
+        Room("cli", ("cli", "distributed", "__main__"), 5.6, 2.4, "the command mobizo", _OUTSIDE),
         Room("testing", ("testing",), 9.8, 2.4, "oracle, zoo, contracts", _OUTSIDE),
     ),
 )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
     from mobizo_compiler.device.journal import JournalWarning
     from mobizo_compiler.device.limits import Limits
+    from mobizo_compiler.device.ranks import DistributedSession
     from mobizo_compiler.device.run import RunSummary
     from mobizo_compiler.device.schedules import schedule
     from mobizo_compiler.device.session import Session
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CausalLMLoss",
     "ChoiceLoss",
+    "DistributedSession",
     "GenerateConfig",
     "JournalWarning",
     "LabelSpec",
@@ -73,6 +75,7 @@ __all__ = [
 _HOMES = {
     "CausalLMLoss": "mobizo_compiler.step.losses",
     "ChoiceLoss": "mobizo_compiler.step.losses",
+    "DistributedSession": "mobizo_compiler.device.ranks",
     "GenerateConfig": "mobizo_compiler.config",
     "JournalWarning": "mobizo_compiler.device.journal",
     "LabelSpec": "mobizo_compiler.step.losses",

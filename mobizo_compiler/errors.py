@@ -317,6 +317,15 @@ class SessionBusyError(MobizoError, RuntimeError):
     code = "MBZ605"
 
 
+class DistributedError(MobizoError, RuntimeError):
+    """A rank of a distributed run failed, is gone, or is not in the same step with the same state as the others.
+
+    Start all ranks again; a run with a folder goes on from its journal, with as many ranks as there are then.
+    """
+
+    code = "MBZ606"
+
+
 class JournalError(MobizoError):
     """A journal or snapshot is damaged, of another program, or could not be written.
 

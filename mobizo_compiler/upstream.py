@@ -78,6 +78,11 @@ PRIVATE: dict[str, Private] = {
         "_threadpool_get_thread_count",
         "an engine that starts without lines about the processor",
     ),
+    "reset_threads": Private(
+        "executorch.extension.pybindings.portable_lib",
+        "_unsafe_reset_threadpool",
+        "an engine of OMP_NUM_THREADS threads",
+    ),
     "Cord": Private("executorch.exir._serialize._cord", "Cord", "reading a .ptd"),
     "FileBackedData": Private("executorch.exir._serialize._cord", "FileBackedData", "lowering in little memory"),
     "NamedDataStore": Private(

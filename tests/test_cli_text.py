@@ -96,6 +96,22 @@ def test_a_run_is_gone_on_with_exactly(
     assert json.loads(run(*line, "--steps", 40, "--json"))["resumed_at"] == 40, "nothing is left to do"
 
 
+@pytest.mark.slow
+def test_two_ranks_learn_together(tiny_program: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    line = (tiny_program, "--data", data, "--run", folder, *PROMPT, *FAST, "--steps", 40, "--json")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    command = [*map(str, (*torchrun, "-m", "--", "mobizo_compiler.distributed", *line))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    found = json.loads(done.stdout)  # rank 1 says nothing
+    assert found["steps"] == 40 and found["validations"][-1]["score"]["accuracy"] >= 0.75
+    assert done.stderr.count("2 ranks share the rows of every step") == 1
+    evaluated = json.loads(run("evaluate", tiny_program, "--data", data, "--run", folder, "--json"))
+    assert evaluated["accuracy"] >= 0.75 and state(tiny_program, folder).any()
+    output = run("finetune", *line, "--distributed", code=1)
+    assert "torchrun" in output
+
+
 def test_another_run_is_refused(trained: tuple[Path, dict[str, Any]], tiny_program: Path, data: Path) -> None:
     line = ("finetune", tiny_program, "--data", data, "--run", trained[0], *FAST, "--steps", 41)
     before = state(tiny_program, trained[0])

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.run
 import typer
 import yaml
 
@@ -161,6 +162,7 @@ NOT_RUN = {
     "docs/backends/aot_inductor.md": 1,
     "docs/backends/cuda.md": 1,
     "docs/backends/vulkan.md": 1,
+    "docs/distributed.md": 1,  # tests/test_ranks.py starts ranks
     "docs/federated.md": 1,  # run by integrations/flower/tests/test_flower.py
     "docs/hosts.md": 5,  # run by tests/test_hosts.py
 }
@@ -297,6 +299,11 @@ def test_commands_have_these_options(command: str, monkeypatch: pytest.MonkeyPat
         case ["make", *targets]:
             known = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
             assert {t for t in targets if "=" not in t} <= known
+        case ["torchrun", *arguments]:  # its own, and those of `mobizo finetune`
+            found = torch.distributed.run.get_args_parser().parse_args(arguments)
+            assert found.module and found.training_script == "mobizo_compiler.distributed"
+            finetune: Any = typer.main.get_command(app)
+            finetune.commands["finetune"].make_context("finetune", [*found.training_script_args, "--distributed"])
         case ["mobizo", *arguments] | ["python", "-m", "mobizo_compiler", *arguments]:
             group: Any = typer.main.get_command(app)
             assert arguments and arguments[0] in group.commands, f"there is no such command: {command}"

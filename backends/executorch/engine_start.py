@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from mobizo_compiler.upstream import thread_count
+from mobizo_compiler.upstream import reset_threads, thread_count
 
 _LINES = re.compile(rb"(\[(cpuinfo_utils|threadpool)\.cpp:\d+\]|[IW] \d+ executorch:(cpuinfo_utils|threadpool)\.cpp)")
 _HELD_BYTES = 1 << 16  # a pipe takes no more
@@ -22,11 +22,14 @@ _starting, _started = threading.Lock(), threading.Event()
 
 
 def start_engine() -> None:
-    """Start the threads, the first time."""
+    """Start the threads, the first time: as many as OMP_NUM_THREADS says, as in PyTorch, else one for each core."""
     with _starting:
         if not _started.is_set():
+            wanted = os.environ.get("OMP_NUM_THREADS", "")
             with without_lines():
                 thread_count()
+                if wanted.isdecimal() and int(wanted) > 0:
+                    reset_threads(int(wanted))
             _started.set()
 
 

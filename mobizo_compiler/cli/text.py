@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import threading
@@ -48,7 +49,9 @@ from mobizo_compiler.cli.runs import (
 from mobizo_compiler.cli.tasks import Asked, TaskName, TaskRows, task_score
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.device.limits import Limits
+from mobizo_compiler.device.ranks import DistributedSession
 from mobizo_compiler.device.session import Session
+from mobizo_compiler.format.program import Program
 from mobizo_compiler.load import load
 from mobizo_compiler.text.confusion import Confusion
 from mobizo_compiler.text.data import TextData
@@ -100,6 +103,12 @@ def finetune_program(
     tokenizer: TokenizerName = None,
     trust_remote_code: TrustRemoteCode = False,
     plot: Annotated[bool, typer.Option(help=f"Draw {PLOT} in the folder at the end; needs matplotlib.")] = True,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed", help="One of several processes that torchrun started, which share the rows of every step."
+        ),
+    ] = False,
     config: ConfigFile = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -111,7 +120,8 @@ def finetune_program(
     the program was compiled with --split-prefix. Ctrl-C ends the step in flight and leaves a run that the same command
     goes on with; its exit code is 130.
     """
-    remark = Remarks(quiet)
+    follows = distributed and os.environ.get("RANK", "0") != "0"  # rank 0 says what there is to say
+    remark = Remarks(quiet or follows)
     options, until = TrainingConfig.from_json(training), Limits.from_json(limits)
     check_file(file)
     asked = Asked.of(task, encoding, task_rows)
@@ -135,14 +145,20 @@ def finetune_program(
     notes = {"program": str(file), "data_file": str(data), "tokenizer": source, "eps_used": options.eps or manifest.eps}
     if asked.task is not None:
         notes["task"] = asked.task.name
+    if follows:
+        _follow(program, rows, options, run)
+        return
     with training_in(run), _interruptible(remark) as interrupted:
         # Before the bar takes hold of stderr.
-        session = Session(program, prefix_cache=run / PREFIX if manifest.prefix else None)
+        kind = DistributedSession if distributed else Session
+        session = kind(program, prefix_cache=run / PREFIX if manifest.prefix else None)
+        if distributed:
+            remark(f"{session.ranks} ranks share the rows of every step", "dim")
         with Bar(remark) as bar:
 
             def begin(done: int, steps: int) -> None:
                 every = options.validate_every if held_out is not None else steps + 1
-                first = math.ceil(len(rows) / rows.layout.rows) if manifest.prefix else 0
+                first = math.ceil(len(rows) / rows.layout.rows / session.ranks) if manifest.prefix else 0
                 bar.begin(done, steps, left=TimeLeft(steps, first, lambda step: math.ceil((steps - step) / every)))
 
             outcome = train(
@@ -171,6 +187,16 @@ def finetune_program(
         remark(f"{why} after step {outcome.summary.steps} of {outcome.steps}; the same command goes on from there")
     if outcome.why == "interrupted":
         raise typer.Exit(INTERRUPTED)
+
+
+def _follow(program: Program, rows: TextData, options: TrainingConfig, run: Path) -> None:
+    """Be a rank that measures on rows of its own, until rank 0 says that the run is over."""
+    cache = run / f"{PREFIX}.{os.environ['RANK']}" if program.manifest.prefix else None
+    if cache is not None:
+        run.mkdir(parents=True, exist_ok=True)
+    session = DistributedSession(program, prefix_cache=cache)
+    batches = rows.batches(options.seed, options.balanced, options.group_by_length)
+    session.finetune(batches, steps=0, learning_rate=0.0)  # rank 0 knows both
 
 
 @app.command("tune")

@@ -74,6 +74,8 @@ class Session:
         JournalLockedError: Another session has the prefix cache open.
     """
 
+    ranks = 1  # batches of a step; more in a `DistributedSession`
+
     def __init__(
         self,
         program: Program | str | PathLike[str],

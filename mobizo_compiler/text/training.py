@@ -183,7 +183,7 @@ def train(
     config = config.for_rule(str(session.program.manifest.rule["name"]))
     folder, batches = Path(run), training.batches(config.seed, config.balanced, config.group_by_length)
     record = _Record.open(folder, config, training, validation, notes or {}, on_change)
-    steps = config.total_steps(len(training), training.layout.rows)
+    steps = config.total_steps(len(training), training.layout.rows * session.ranks)
     watch = watch_of(until)
     done = session.restore(folder) if (folder / JOURNAL).exists() else 0
     found = [v for v in record.validations if v.step <= done]
