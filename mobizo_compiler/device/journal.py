@@ -24,6 +24,7 @@ import os
 import struct
 import warnings
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -85,7 +86,7 @@ def fingerprint(program: Program) -> bytes:
 
 
 class Journal:
-    """A journal that is open for appending; nobody else can open it meanwhile.
+    """A journal that is open for appending; nobody else can open it meanwhile. `losses` are those of its steps.
 
     Args:
         path: Its file, made if there is none.
@@ -116,7 +117,8 @@ class Journal:
             elif not self.path.stat().st_size:  # the system lost what was in it, or another host died making it
                 warnings.warn(f"{self.path}: the journal is empty, and is begun anew", JournalWarning, stacklevel=2)
                 self._begin()
-            self.records, whole = _read(self.path, self._header, self._layout)
+            records, whole = _read(self.path, self._header, self._layout)
+            self.losses = array("f", (record.loss for record in records))
             self._file = self.path.open("r+b", buffering=0)
             size = self.path.stat().st_size
             if size > whole:
@@ -124,7 +126,7 @@ class Journal:
                 os.fsync(self._file.fileno())
                 warnings.warn(
                     f"{self.path}: the last {size - whole} bytes were not a whole step and have been cut off; "
-                    f"{len(self.records)} steps are left",
+                    f"{len(self)} steps are left",
                     JournalWarning,
                     stacklevel=2,
                 )
@@ -139,8 +141,8 @@ class Journal:
         Raises:
             JournalError: It could not be written (the disk is full, say); the journal is what it was before.
         """
-        if record.step != len(self.records):
-            raise JournalError(f"step {record.step} does not follow {len(self.records)} steps", where=str(self.path))
+        if record.step != len(self):
+            raise JournalError(f"step {record.step} does not follow {len(self)} steps", where=str(self.path))
         data = _packed(record, self._header, self._layout)
         try:
             self._file.seek(self._end)
@@ -153,10 +155,18 @@ class Journal:
             raise JournalError(
                 f"step {record.step} could not be written: {error}",
                 where=str(self.path),
-                hint=f"make room and go on: the journal is whole and holds {len(self.records)} steps",
+                hint=f"make room and go on: the journal is whole and holds {len(self)} steps",
             ) from error
         self._end += len(data)
-        self.records.append(_unpacked(data, self._layout))
+        self.losses.append(record.loss)
+
+    def __len__(self) -> int:
+        """Steps that it has."""
+        return len(self.losses)
+
+    def records(self) -> list[Record]:
+        """All steps, read from the file: a run of many steps would fill the memory with them."""
+        return _read(self.path, self._header, self._layout)[0]
 
     def close(self) -> None:
         """Close the file and let others open it."""

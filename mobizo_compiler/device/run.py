@@ -20,6 +20,7 @@ import math
 import struct
 import time
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -153,21 +154,21 @@ def finetune(
 
     tell = on_step or (lambda step, result: None)
     if run is None:
-        kept = []
+        losses = array("d")
         for record, result in records(0):
-            kept.append(record)
+            losses.append(record.loss)
             tell(record.step, result)
-        return _summary(kept, 0, watch)
+        return _summary(losses, 0, watch)
     folder = Path(run)
     folder.mkdir(parents=True, exist_ok=True)
     with _open(folder, session.program) as journal:
-        if not journal.records and not (folder / START).exists():
+        if not len(journal) and not (folder / START).exists():
             write_state(folder / START, session, 0)
         differentiates = session.program.manifest.zo.differentiates
-        behind = _restore(session, folder, journal.records, again)
+        behind = _restore(session, folder, journal.records(), again)
         if behind and differentiates:  # not a second time, if this process is killed before it saves a state
-            write_state(folder / SNAPSHOT, session, len(journal.records))
-        resumed_at, saved = len(journal.records), time.monotonic()
+            write_state(folder / SNAPSHOT, session, len(journal))
+        resumed_at, saved = len(journal), time.monotonic()
         for record, result in records(resumed_at):
             journal.append(record)
             done = record.step + 1
@@ -176,15 +177,14 @@ def finetune(
                 write_state(folder / SNAPSHOT, session, done)
                 saved = time.monotonic()
             tell(record.step, result)
-        if len(journal.records) > resumed_at:
-            write_state(folder / SNAPSHOT, session, len(journal.records))
-        return _summary(journal.records, resumed_at, watch)
+        if len(journal) > resumed_at:
+            write_state(folder / SNAPSHOT, session, len(journal))
+        return _summary(journal.losses, resumed_at, watch)
 
 
-def _summary(records: Sequence[Record], resumed_at: int, watch: Watch) -> RunSummary:
-    losses = tuple(record.loss for record in records)
+def _summary(losses: Sequence[float], resumed_at: int, watch: Watch) -> RunSummary:
     void = tuple(step for step, loss in enumerate(losses) if not math.isfinite(loss))
-    return RunSummary(len(losses), resumed_at, losses, void, watch.reason)
+    return RunSummary(len(losses), resumed_at, tuple(losses), void, watch.reason)
 
 
 def _open(folder: Path, program: Program) -> Journal:
@@ -231,8 +231,8 @@ def restore(session: Trainee, run: str | PathLike[str]) -> int:
     if not (folder / JOURNAL).exists():
         raise JournalError("there is no run in this folder", where=str(folder))
     with _open(folder, session.program) as journal:
-        _restore(session, folder, journal.records)
-        return len(journal.records)
+        _restore(session, folder, journal.records())
+        return len(journal)
 
 
 def step_seed(seed: int, step: int) -> int:
