@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ def set_threads(threads: int) -> dict[str, int]:
     import torch
     from executorch.extension.pybindings import portable_lib
 
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # which the engine asks for when it starts
     torch.set_num_threads(threads)
     portable_lib._unsafe_reset_threadpool(threads)
     return {"torch": torch.get_num_threads(), "executorch": portable_lib._threadpool_get_thread_count()}

@@ -7,5 +7,5 @@ import sys
 from mobizo_compiler.__main__ import main
 
 if __name__ == "__main__":
-    sys.argv[1:] = ["finetune", *sys.argv[1:], "--distributed"]
+    sys.argv[1:] = ["finetune", "--distributed", *sys.argv[1:]]
     main()

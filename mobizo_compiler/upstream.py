@@ -11,11 +11,9 @@ version of a package no longer has one.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -59,7 +57,7 @@ PRIVATE: dict[str, Private] = {
         "_quantize_affine_tinygemm_no_dtype_cast",
         "weights of 4 bits with offsets",
     ),
-    "Runtime": Private("executorch.runtime", "Runtime", "running a .pte (public, but see `without_the_exporter`)"),
+    "Runtime": Private("executorch.runtime", "Runtime", "running a .pte (public; here without ExecuTorch's exporter)"),
     "ProgramReader": Private(f"{_READERS}.Program", "Program", "loading a .pte, and which delegates it needs"),
     "make_readers_whole": Private(
         "executorch.exir._serialize._flatbuffer_program",
@@ -94,7 +92,7 @@ PRIVATE: dict[str, Private] = {
 }
 
 
-# Modules that run programs, or read them, and need of `executorch.exir` no more than a module that needs nothing of it.
+# Modules that run programs, or read them, and need of the packages after them no more than modules that need nothing.
 _WITHOUT_THE_EXPORTER = (
     "executorch.runtime",
     "executorch.extension.pybindings.portable_lib",
@@ -103,11 +101,12 @@ _WITHOUT_THE_EXPORTER = (
 )
 _EXPORTER = (
     "executorch.exir",
+    "executorch.exir.backend",
     "executorch.exir._serialize",
     "executorch.exir._serialize.generated",
-    "executorch.exir.backend",
 )
-_standing_in = threading.Lock()
+_apart: dict[str, ModuleType] = {}
+_importing = threading.Lock()
 
 _MANAGER = ("executorch.exir", "ExecutorchProgramManager")
 # Attributes of other packages' objects, by their name, with the class that has them: see `member` and `set_member`.
@@ -146,26 +145,43 @@ def set_member(owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
-@contextlib.contextmanager
-def without_the_exporter() -> Iterator[None]:
-    """Import in this block what lies in packages of ExecuTorch's exporter, and needs nothing of them.
+def _imported(module: str) -> ModuleType:
+    """A module; those that need nothing of ExecuTorch's exporter without it, unless it is there already.
 
     ExecuTorch's own runtime imports a module of warnings from `executorch.exir`, and so all of it: PyTorch's tracer,
-    torchao, SymPy. That is 4 s of processor time and 120 MB for a process that only runs a program. In this block the
-    packages are empty but for their modules, unless they have been imported before.
+    torchao, SymPy. That is 4 s of processor time and 120 MB for a process that only runs a program.
     """
-    with _standing_in:
-        if _EXPORTER[0] in sys.modules:
-            yield
-            return
-        made = [_stand_in(name) for name in _EXPORTER]
+    if module not in _WITHOUT_THE_EXPORTER:
+        return importlib.import_module(module)
+    with _importing:
+        if not _apart:
+            _apart.update(_import_apart())
+    return _apart[module]
+
+
+def _import_apart() -> dict[str, ModuleType]:
+    """Import these modules with empty packages in the place of the exporter's; nothing of it is left in `sys.modules`.
+
+    Another thread that imports `executorch.exir` for the first time within these milliseconds would see an empty one.
+    """
+    before, made = set(sys.modules), list[ModuleType]()
+    if _EXPORTER[0] not in before:
         try:
-            yield
+            made = [_stand_in(name) for name in _EXPORTER]
+            found = {name: importlib.import_module(name) for name in _WITHOUT_THE_EXPORTER}
+            for module in found.values():  # the one that imports the readers does so now, and not when they are used
+                getattr(module, PRIVATE["make_readers_whole"].name, lambda: None)()
+            return found
+        except (ImportError, AttributeError):
+            pass  # a version of ExecuTorch whose modules need more
         finally:
             for module in reversed(made):
                 parent, _, child = module.__name__.rpartition(".")
-                del sys.modules[module.__name__]
                 delattr(sys.modules[parent], child)
+            for name in set(sys.modules) - before:
+                if name.startswith(_EXPORTER[0]):
+                    del sys.modules[name]
+    return {name: importlib.import_module(name) for name in _WITHOUT_THE_EXPORTER}
 
 
 def _stand_in(name: str) -> ModuleType:
@@ -186,10 +202,8 @@ def __getattr__(name: str) -> Any:
     if name not in PRIVATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = PRIVATE[name]
-    light = without_the_exporter() if place.module in _WITHOUT_THE_EXPORTER else contextlib.nullcontext()
     try:
-        with light:
-            module = importlib.import_module(place.module)
+        module = _imported(place.module)
         found = getattr(module, place.name) if place.name else module
     except (ImportError, AttributeError) as error:
         raise ImportError(

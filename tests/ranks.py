@@ -24,40 +24,62 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
     return ids, ids
 
 
-def work(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+def work(task: dict[str, Any], rank: int) -> dict[str, Any]:
     """Do a task, and say what came of it."""
-    rank = int(os.environ["RANK"])
-    session = mobizo.DistributedSession(task["programs"][rank % len(task["programs"])], timeout_s=60)
-    if "steps" in task:
-
-        def batches(number: int) -> tuple[Any, Tensor]:
-            if number == task.get("dies_at"):
-                os._exit(9)
-            if number == task.get("wrong_at"):
-                return torch.full((ROWS, TOKENS), VOCABULARY + 5), batch(number)[1]
-            return batch(number)
-
-        run = folder / "run" if task.get("run") and not rank else None
-        summary = session.finetune(batches, steps=task["steps"], learning_rate=task["rate"], run=run, seed=3)
-        losses, resumed = list(summary.losses), summary.resumed_at
-    else:  # a step called by hand
+    program = task["programs"][rank % len(task["programs"])]
+    session = mobizo.DistributedSession(program, timeout_s=60)
+    if "steps" not in task:  # a step called by hand
         if task.get("state"):
             session.load_state(torch.full_like(session.state(), 0.01 * (1 + rank)))
-        ids, labels = batch(rank)
-        seed = 5 + rank * task.get("other_seed", 0)
-        losses, resumed = [session.train_step((ids,), labels, seed=seed, learning_rate=0.1, eps=0.05).loss], 0
-    return {"losses": losses, "resumed_at": resumed, "state": session.state().tolist(), "ranks": session.ranks}
+        before, (ids, labels) = session.state(), batch(rank)
+        try:
+            session.train_step((ids,), labels, seed=5 if task.get("state") else 5 + rank, learning_rate=0.1, eps=0.05)
+        finally:
+            assert torch.equal(session.state(), before), "the state after an error is what it was"
+    goes_wrong = task.get("wrong_at")
+
+    def batches(number: int) -> tuple[Any, Tensor]:
+        nonlocal goes_wrong
+        if number == task.get("dies_at"):
+            os._exit(9)
+        if number == task.get("lost_at"):
+            raise FileNotFoundError("rows that are not there")
+        if number == goes_wrong:
+            goes_wrong = None  # the second time it is right
+            return torch.full((ROWS, TOKENS), VOCABULARY + 5), batch(number)[1]
+        return batch(number)
+
+    def call_meanwhile(step: int, result: object) -> None:
+        if step == task.get("meanwhile"):
+            session.train_step(batch(0)[0], batch(0)[1], seed=1, learning_rate=0.0)
+
+    run = Path(task["folder"]) / "run" if task.get("run") and not rank else None
+    options: dict[str, Any] = {"steps": task["steps"], "learning_rate": task["rate"], "seed": 3}
+    try:
+        summary = session.finetune(batches, run=run, on_step=call_meanwhile, **options)
+    except MobizoError:
+        if not task.get("again"):
+            raise
+        summary = session.finetune(batches, run=run, **options)
+    return {
+        "losses": list(summary.losses),
+        "resumed_at": summary.resumed_at,
+        "state": session.state().tolist(),
+        "ranks": session.ranks,
+    }
 
 
 def main() -> None:
-    """Write what this rank found, or the code of its error, and fail then."""
-    folder = Path(sys.argv[1])
+    """Write what this rank found, or its error, and fail then."""
+    task, rank = json.loads(Path(sys.argv[1]).read_text()), int(os.environ["RANK"])
     torch.set_num_threads(1)
     try:
-        found = work(json.loads((folder / "task.json").read_text()), folder)
+        found = work(task, rank)
     except MobizoError as error:
         found = {"error": error.code, "problem": error.problem}
-    (folder / f"found.{os.environ['RANK']}.json").write_text(json.dumps(found))
+    except OSError as error:
+        found = {"error": "OSError", "problem": str(error)}
+    (Path(task["folder"]) / f"found.{rank}.json").write_text(json.dumps(found))
     if "error" in found:
         sys.exit(1)
 

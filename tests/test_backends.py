@@ -34,7 +34,7 @@ def test_contract_of_the_smallest_model() -> None:
     _check_programs(get_backend("xnnpack"), "xnnpack")
 
 
-@pytest.mark.parametrize("name", ["eager", SLOW_PORTABLE, "xnnpack"])
+@pytest.mark.parametrize("name", ["eager", SLOW_PORTABLE, pytest.param("xnnpack", marks=pytest.mark.slow)])
 def test_fifty_steps_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     """From a B that is not zero; through a file where the backend has one."""
     torch.manual_seed(2)

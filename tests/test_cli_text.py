@@ -97,6 +97,28 @@ def test_a_run_is_gone_on_with_exactly(
 
 
 @pytest.mark.slow
+def test_an_exact_run_that_was_killed_goes_on(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """The state is saved once a minute, and what came after it is made again from the rows."""
+    program = tmp_path / "exact.pte"
+    sizes = ("--rows", "2", "--tokens", "12", "--lora-r", "3", "--lora-target-modules", "v_proj,down_proj")
+    run("compile", tiny_model, "-o", program, *sizes, "--loss", "choice", "--loss-choices", "happy,sad",
+        "--zo-queries", 1, "--zo-estimator", "exact")  # fmt: skip
+    line = ("finetune", program, "--data", data, *PROMPT, *FAST, "--steps", 60, "--no-plot", "--json")
+    whole = json.loads(run(*line, "--run", tmp_path / "whole"))
+    folder, journal = tmp_path / "killed", tmp_path / "killed" / "journal"
+    command = [sys.executable, "-m", "mobizo_compiler", *map(str, line), "--run", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not journal.exists() or journal.stat().st_size < 64 + 12 * 28:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+        process.kill()
+    found = json.loads(run(*line, "--run", folder))
+    assert 12 <= found["resumed_at"] < 60 and found["steps"] == 60
+    assert torch.equal(state(program, folder), state(program, tmp_path / "whole"))
+    assert [v["objective"] for v in found["validations"]] == [v["objective"] for v in whole["validations"]]
+
+
+@pytest.mark.slow
 def test_two_ranks_learn_together(tiny_program: Path, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     line = (tiny_program, "--data", data, "--run", folder, *PROMPT, *FAST, "--steps", 40, "--json")

@@ -36,10 +36,10 @@ CORE = (
 )
 # One of each kind is tried in every run, the rest by `make test-all`. That plain modules are right on the eager backend
 # is shown by test_axes.py; Llama, BERT and T5 by test_rewrites.py, with one rewrite less each. On XNNPACK the tests of
-# the command line have a Llama.
+# the command line have a Llama, and test_exact.py has a convolution.
 QUICK = {
     "eager": {"token_wise", "mixtral", "mamba", "convnext"},
-    "xnnpack": {"cnn"},
+    "xnnpack": set[str](),
 }
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.
 KNOWN_FAILURES: dict[tuple[str, str], str] = {}

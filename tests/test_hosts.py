@@ -1004,7 +1004,9 @@ def test_tokens_come_one_by_one(speaker: Case) -> None:
     assert packets == [wanted[0], *(f" {token}" for token in wanted[1:]), "\n"]
 
 
-@pytest.mark.parametrize("name", ["case", "passed", "chooser", "exact", "speaker"])
+@pytest.mark.parametrize(
+    "name", ["case", "passed", "chooser", "exact", pytest.param("speaker", marks=pytest.mark.slow)]
+)
 def test_a_bundle_is_verified(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     case: Case = request.getfixturevalue(name)
     bundle = mobizo.write_bundle(case.path, tmp_path / "bundle")

@@ -433,6 +433,7 @@ def test_nibbles() -> None:
     assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes.float())
 
 
+@pytest.mark.slow
 def test_the_check_sees_a_lost_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ExecuTorch's XNNPACK does to weight-only layers must not pass as rounding, where activations are rounded."""
     from mobizo_compiler.backends.portable import PortableBackend

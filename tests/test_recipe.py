@@ -59,7 +59,7 @@ def portable(**more: Any) -> ExportRecipe:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(MobizoRecipeType.PORTABLE, marks=pytest.mark.slow), MobizoRecipeType.XNNPACK],
+    params=[MobizoRecipeType.PORTABLE, pytest.param(MobizoRecipeType.XNNPACK, marks=pytest.mark.slow)],
     ids=lambda kind: kind.name,
 )
 def tiny(request: pytest.FixtureRequest) -> tuple[TokenWise, str, ExportSession]:

@@ -13,9 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-import mobizo_compiler as mobizo
 from mobizo_compiler import upstream
 
 # Also what a private name warns of inside of its own package: it is about to go. Exceptions, each with its reason:
@@ -119,47 +117,52 @@ import sys
 import torch
 import mobizo_compiler as mobizo
 
-program = mobizo.load("program.pte")
+program = mobizo.load(sys.argv[1])
 session = mobizo.Session(program)
-ids = torch.arange(6).reshape(2, 3)
-before = session.train_step((ids,), ids, seed=1, learning_rate=0.1, eps=0.1).lane_losses
-heavy = {"executorch.exir", "torch._dynamo", "torch._inductor", "torchao", "sympy", "transformers"} & set(sys.modules)
+ids = torch.ones(2, 12, dtype=torch.int64)
+given = {spec.name: ids for spec in program.manifest.inputs}
+assert not [name for name in sys.modules if name.startswith("executorch.exir")]
+heavy = {"torch._dynamo", "torch._inductor", "torchao", "sympy", "transformers"} & set(sys.modules)
 assert not heavy, heavy
 
 # The exporter is there for who wants it afterwards.
-model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11)).eval()
-lora = mobizo.LoraConfig(r=2, lora_alpha=4, target_modules=("1",))
-mobizo.compile(model, (ids,), lora, mobizo.ZOConfig(queries=2), backend="portable").save("again.pte")
+import executorch.exir.schema
 import executorch.exir._warnings
-import executorch.runtime
 from executorch.exir import to_edge
 from executorch.exir._serialize import _serialize_pte_binary
-again = mobizo.Session(mobizo.load("again.pte"))
-assert again.train_step((ids,), ids, seed=1, learning_rate=0.1, eps=0.1).lane_losses.shape == before.shape
+assert executorch.exir.schema.Program and executorch.exir._warnings.ExperimentalWarning
+exported = torch.export.export(torch.nn.Linear(2, 3), (torch.ones(1, 2),))
+open(sys.argv[2], "wb").write(to_edge(exported).to_executorch().buffer)
+from executorch.runtime import Runtime
+assert Runtime.get().load_program(sys.argv[2]).load_method("forward").execute([torch.ones(1, 2)])[0].shape == (1, 3)
+mobizo.Session(mobizo.load(sys.argv[1])).evaluate(given)
 """
 
 
-def test_who_only_runs_a_program_does_not_import_the_exporter(tmp_path: Path) -> None:
-    ids = torch.arange(6).reshape(2, 3)
-    model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11)).eval()
-    lora = mobizo.LoraConfig(r=2, lora_alpha=4, target_modules=("1",))
-    mobizo.compile(model, (ids,), lora, mobizo.ZOConfig(queries=2), backend="portable").save(tmp_path / "program.pte")
-    subprocess.run([sys.executable, "-c", ONLY_RUNS], cwd=tmp_path, check=True)
+def test_who_only_runs_a_program_does_not_import_the_exporter(tiny_program: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", ONLY_RUNS, tiny_program, tmp_path / "other.pte"], check=True)
 
 
-def test_packages_are_as_they_were_after_an_import_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    exir = importlib.import_module("executorch.exir")
-    with upstream.without_the_exporter():  # which is there, and so it stays
-        assert sys.modules["executorch.exir"] is exir
-    for name in [name for name in sys.modules if name.partition(".")[2].startswith("exir")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys.modules["executorch"], "exir", exir)  # put back at the end
-    with pytest.raises(RuntimeError, match="in between"), upstream.without_the_exporter():
-        assert not hasattr(importlib.import_module("executorch.exir"), "to_edge")
-        assert importlib.import_module("executorch.exir._warnings").ExperimentalWarning
-        raise RuntimeError("in between")
-    assert "executorch.exir" not in sys.modules and "executorch.exir._serialize" not in sys.modules
-    assert not hasattr(sys.modules["executorch"], "exir")
+def test_a_runtime_that_needs_the_exporter_gets_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package like ExecuTorch, of which a later version needs a name of the package that was left out."""
+    package = tmp_path / "enginetorch"
+    for name, text in {
+        "__init__": "",
+        "runtime": "from enginetorch.exporter import needed",
+        "exporter/__init__": "import enginetorch.heavy\nfrom enginetorch.exporter._warnings import warned\nneeded = 1",
+        "exporter/_warnings": "warned = 2",
+        "heavy": "",
+    }.items():
+        file = package / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(upstream, "_EXPORTER", ("enginetorch.exporter",))
+    monkeypatch.setattr(upstream, "_WITHOUT_THE_EXPORTER", ("enginetorch.runtime",))
+    found = upstream._import_apart()
+    assert found["enginetorch.runtime"].needed == 1 and "enginetorch.heavy" in sys.modules
+    for name in [name for name in sys.modules if name.startswith("enginetorch")]:
+        del sys.modules[name]
 
 
 def test_nobody_silences_the_whole_process() -> None:

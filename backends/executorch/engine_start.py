@@ -27,8 +27,8 @@ def start_engine() -> None:
         if not _started.is_set():
             wanted = os.environ.get("OMP_NUM_THREADS", "")
             with without_lines():
-                thread_count()
-                if wanted.isdecimal() and int(wanted) > 0:
+                untouched = thread_count() == os.cpu_count()  # nobody has chosen another number
+                if untouched and wanted.isdecimal() and int(wanted) > 0:
                     reset_threads(int(wanted))
             _started.set()
 

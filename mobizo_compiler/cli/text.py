@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -152,6 +153,7 @@ def finetune_program(
         # Before the bar takes hold of stderr.
         kind = DistributedSession if distributed else Session
         session = kind(program, prefix_cache=run / PREFIX if manifest.prefix else None)
+        _agree(session, rows, options)
         if distributed:
             remark(f"{session.ranks} ranks share the rows of every step", "dim")
         with Bar(remark) as bar:
@@ -191,12 +193,21 @@ def finetune_program(
 
 def _follow(program: Program, rows: TextData, options: TrainingConfig, run: Path) -> None:
     """Be a rank that measures on rows of its own, until rank 0 says that the run is over."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all, and rank 0 ends the run
     cache = run / f"{PREFIX}.{os.environ['RANK']}" if program.manifest.prefix else None
     if cache is not None:
         run.mkdir(parents=True, exist_ok=True)
     session = DistributedSession(program, prefix_cache=cache)
+    _agree(session, rows, options)
     batches = rows.batches(options.seed, options.balanced, options.group_by_length)
     session.finetune(batches, steps=0, learning_rate=0.0)  # rank 0 knows both
+
+
+def _agree(session: Session, rows: TextData, options: TrainingConfig) -> None:
+    """Make sure that the ranks go through the same rows in the same order."""
+    if isinstance(session, DistributedSession):
+        order = [rows.digest, options.seed, options.balanced, options.group_by_length]
+        session.agree("data, prompt or order of rows", json.dumps(order).encode())
 
 
 @app.command("tune")

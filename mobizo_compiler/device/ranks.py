@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -32,10 +33,13 @@ from torch import Tensor
 from mobizo_compiler.device.batches import Batch, Batches, by_step
 from mobizo_compiler.device.journal import fingerprint
 from mobizo_compiler.device.run import LearningRate, RunSummary
+from mobizo_compiler.device.scalars import float32, whole
 from mobizo_compiler.device.session import Inputs, Session
 from mobizo_compiler.errors import ConfigError, DistributedError
 from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.format.program import Program, StepResult
+from mobizo_compiler.load import load
+from mobizo_compiler.options import MAX_SEED
 
 TIMEOUT_S = 1800.0  # also while rank 0 measures on rows for validation
 _STATE, _STEP, _END, _FAILED = range(4)  # what rank 0 tells
@@ -50,7 +54,7 @@ class DistributedSession(Session):
     Args:
         program: As for `Session`; its file lies where each rank can read it.
         timeout_s: How long a rank waits for the others before it takes them for dead.
-        options: As for `Session`.
+        options: As for `Session`; a prefix cache is a file of each rank's own.
 
     Raises:
         ConfigError: The process was not started by `torchrun`, or the steps of this program cannot be averaged.
@@ -58,23 +62,32 @@ class DistributedSession(Session):
     """
 
     def __init__(self, program: Program | str | PathLike[str], *, timeout_s: float = TIMEOUT_S, **options: Any) -> None:
+        if not isinstance(program, Program):
+            program = load(program)
+        _check_average(program)
+        self._group = _group(datetime.timedelta(seconds=timeout_s))
         super().__init__(program, **options)
-        _check_average(self.program)
-        if not dist.is_initialized():
-            if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]:
-                raise ConfigError(
-                    f"this process has no ranks beside it: {missing[0]} is not set",
-                    hint="torchrun --nproc-per-node 2 YOUR_SCRIPT starts two",
-                )
-            with _heard():
-                dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
-            atexit.register(_leave)  # else its threads meet the end of the process, which aborts then
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self._step = 0  # that the next batch is for
-        self._leads = self._told_state = False
-        prints = self._gathered(torch.frombuffer(bytearray(fingerprint(self.program)), dtype=torch.uint8))
-        if other := next((rank for rank, found in enumerate(prints) if not torch.equal(found, prints[0])), None):
-            raise DistributedError(f"rank {other} has another program than rank 0", hint="give all ranks one file")
+        self._step = 0  # that the batch was asked for
+        # Of rank 0: it leads a run; its batch waits to be measured; the others have its state; they listen to it.
+        self._leads = self._due = self._told_state = self._listening = False
+        kind = json.dumps(program.manifest.zo.to_json(), sort_keys=True)
+        self.agree("program", fingerprint(program) + kind.encode())
+
+    def agree(self, what: str, value: bytes) -> None:
+        """Raise on all ranks unless all of them give the same value, of which a digest is exchanged.
+
+        Args:
+            what: What it is, for the error.
+            value: Any bytes.
+
+        Raises:
+            DistributedError: A rank has another value, or is gone.
+        """
+        digest = torch.frombuffer(bytearray(hashlib.sha256(what.encode() + value).digest()), dtype=torch.uint8)
+        found = self._gathered(digest)
+        if other := next((rank for rank, each in enumerate(found) if not torch.equal(each, found[0])), None):
+            raise DistributedError(f"rank {other} has another {what} than rank 0", hint="give all ranks the same")
 
     def train_step(
         self,
@@ -97,41 +110,35 @@ class DistributedSession(Session):
         Raises:
             InputError: As from `Session.train_step`; other ranks have a `DistributedError` then.
             DistributedError: A rank failed or is gone, or was called for another step, or has another state.
+            ConfigError: It was called from within a run.
+
+        After an error the state is what it was.
         """
-        size = self.program.manifest.eps if eps is None else eps
-        if self._leads:
+        seed, rate = whole("seed", seed, 0, MAX_SEED), float32("learning_rate", learning_rate)
+        size = float32("eps", self.program.manifest.eps if eps is None else eps, above=0)
+        with self._held():
+            if not self._leads:
+                return self._shared_step(inputs, labels, seed, rate, size)
+            if not self._due:
+                raise ConfigError(
+                    "train_step is a step of all ranks, which are in a run",
+                    hint="measure with evaluate, or with a Session(session.program) of its own",
+                )
+            self._due = False
             if not self._told_state:
-                self._tell(_STATE)
-                self._state_of_rank_0()
+                self._tell_state()
                 self._told_state = True
-            self._tell(_STEP, self._step, seed, learning_rate, size)
-        asked = [float(seed), float(learning_rate), float(size)]
-        differentiates = self.program.manifest.zo.differentiates
-        before = self.state()
-        try:
-            rate = learning_rate if differentiates else 0.0
-            result = super().train_step(inputs, labels, seed=seed, learning_rate=rate, eps=size)
-        except BaseException:
-            with contextlib.suppress(DistributedError):
-                self._exchanged(asked, before, None)
-            raise
-        found = self._exchanged(asked, before, result)
-        if not differentiates:
-            self.load_state(before)  # a rule that remembers its steps has counted that one
-        loss, lanes, gradient = found[0], found[1 : 1 + len(result.lane_losses)], found[1 + len(result.lane_losses) :]
-        combined = StepResult(float(loss.float()), lanes.float(), gradient.float())
-        if not bool(combined.projected_gradient.isfinite().all()):
-            self.load_state(before)  # a rank's loss was not finite, and so the step is void for all
-        elif differentiates:
-            self._average_steps(before)
-        else:
-            self.replay(seed, combined.projected_gradient, learning_rate)
-        return combined
+            self._tell(_STEP, self._step, seed, rate, size)
+            self._listening = False  # from here on they listen to all ranks, and not again before the step is made
+            result = self._shared_step(inputs, labels, seed, rate, size)
+            self._listening = True
+            return result
 
     def finetune(self, batches: Batches, *, steps: int, learning_rate: LearningRate, **options: Any) -> RunSummary:
         """`Session.finetune`, on all ranks: rank r of n takes batch `step * n + r` for a step.
 
         Rank 0 does as its arguments say. The other ranks take of theirs the batches alone, and return what rank 0 does.
+        In the end all ranks have its state, whether or not there was a step to make.
 
         Args:
             batches: As for `Session.finetune`.
@@ -146,91 +153,158 @@ class DistributedSession(Session):
         batch = by_step(batches)
 
         def own(step: int) -> Batch:
-            self._step = step
-            return cast(Batch, batch(step * self.ranks + self.rank))  # a pair, where labels may be missing
+            found = batch(step * self.ranks + self.rank)
+            self._step, self._due = step, True
+            return cast(Batch, found)  # a pair, in which labels may be missing
 
-        if self.rank:
-            return self._follow(own)
-        self._leads, self._told_state = True, False
-        ending, summary = _FAILED, b""
+        with self._held():
+            if self.rank:
+                return self._follow(own)
+            return self._lead(own, steps=steps, learning_rate=learning_rate, **options)
+
+    def _lead(self, own: Callable[[int], Batch], **options: Any) -> RunSummary:
+        """Make the run, telling the others."""
+        self._leads = self._listening = True
+        self._told_state = False
         try:
-            done = super().finetune(own, steps=steps, learning_rate=learning_rate, **options)
-            ending, summary = _END, json.dumps(dataclasses.asdict(done)).encode()
+            done = super().finetune(own, **options)
+            self._tell_state()
+            summary = json.dumps(dataclasses.asdict(done)).encode()
+            self._tell(_END, len(summary))
+            self._heard_from_rank_0(torch.frombuffer(bytearray(summary), dtype=torch.uint8))
+            self._listening = False
             return done
         finally:
-            self._leads = False
-            with contextlib.suppress(DistributedError):  # whoever is gone needs no goodbye
-                self._tell(ending, len(summary))
-                if summary:
-                    self._heard_from_rank_0(torch.frombuffer(bytearray(summary), dtype=torch.uint8))
+            self._leads = self._due = False
+            if self._listening:
+                with contextlib.suppress(DistributedError):  # whoever is gone needs no goodbye
+                    self._tell(_FAILED)
 
     def _follow(self, own: Callable[[int], Batch]) -> RunSummary:
         """Do what rank 0 tells, until it says that the run is over."""
         while True:
-            told = self._heard_from_rank_0(torch.zeros(5, dtype=torch.float64)).tolist()
-            kind, step = int(told[0]), int(told[1])
+            kind, number, seed, rate, size = self._heard_from_rank_0(torch.zeros(5, dtype=torch.float64)).tolist()
             if kind == _FAILED:
                 raise DistributedError("rank 0 failed", hint="its own error says why")
             if kind == _END:
-                text = self._heard_from_rank_0(torch.zeros(step, dtype=torch.uint8))
+                text = self._heard_from_rank_0(torch.zeros(int(number), dtype=torch.uint8))
                 done = json.loads(bytes(text.tolist()))
                 return RunSummary(**done | {"losses": tuple(done["losses"]), "void": tuple(done["void"])})
             if kind == _STATE:
-                self._state_of_rank_0()
-            else:
-                inputs, labels = cast(tuple[Any, Tensor], own(step))
-                self.train_step(inputs, labels, seed=int(told[2]), learning_rate=told[3], eps=told[4])
+                self.load_state(self._heard_from_rank_0(self.state()))
+                continue
+            with self._failure_told([seed, rate, size]):
+                inputs, labels = cast(tuple[Any, Tensor], own(int(number)))
+            self._shared_step(inputs, labels, int(seed), rate, size)
 
-    def _exchanged(self, asked: list[float], before: Tensor, result: StepResult | None) -> Tensor:
-        """The mean of what all ranks measured, float64 [1 + lanes + q], if all of them made the same step."""
-        zo = self.program.manifest.zo
-        measured = torch.full((1 + zo.lanes + zo.queries,), math.nan, dtype=torch.float64)
-        if result is not None:
-            values = (torch.tensor([result.loss]), result.lane_losses, result.projected_gradient)
-            measured = torch.cat([value.double().flatten() for value in values])
-        own = torch.tensor([float(result is None), *asked, float(zlib.crc32(raw_bytes(before)))], dtype=torch.float64)
-        found = self._gathered(torch.cat([own, measured]))
-        if result is None:
-            return measured  # this rank's own error is on its way
-        for rank, (failed, *step) in enumerate(numbers[: len(own)].tolist() for numbers in found):
+    def _shared_step(
+        self, inputs: Inputs, labels: Tensor | None, seed: int, learning_rate: float, eps: float
+    ) -> StepResult:
+        differentiates = self.program.manifest.zo.differentiates
+        asked, before = [float(seed), learning_rate, eps], self.state()
+        rate = learning_rate if differentiates else 0.0
+        try:
+            with self._failure_told(asked):
+                own = super().train_step(inputs, labels, seed=seed, learning_rate=rate, eps=eps)
+            mean = self._mean(asked, before, own)
+            if not bool(mean.projected_gradient.isfinite().all()):
+                self.load_state(before)  # a rank's loss was not finite, and so the step is void for all
+            elif differentiates:
+                self._average_steps(before)
+            else:
+                self.load_state(before)  # a rule that remembers its steps has counted that one
+                self.replay(seed, mean.projected_gradient, learning_rate)
+        except BaseException:
+            self.load_state(before)
+            raise
+        return mean
+
+    @contextlib.contextmanager
+    def _failure_told(self, asked: list[float]) -> Iterator[None]:
+        """Let the others know, who wait for what this rank measures, if this block fails."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(DistributedError):
+                self._exchanged(asked, self.state(), None)
+            raise
+
+    def _mean(self, asked: list[float], before: Tensor, own: StepResult) -> StepResult:
+        """What all ranks measured, if all of them made the same step from the same state."""
+        found = self._exchanged(asked, before, own)
+        checked = 2 + len(asked)
+        for rank, (failed, state, *step) in enumerate(numbers[:checked].tolist() for numbers in found):
             if failed:
                 raise DistributedError(f"rank {rank} failed", hint="its own error says why")
-            if step[:-1] != asked:
+            if step != asked:
                 raise DistributedError(
-                    f"rank {rank} makes the step {step[:-1]} (seed, learning rate, eps), rank {self.rank} {asked}",
+                    f"rank {rank} makes the step {step} (seed, learning rate, eps), rank {self.rank} {asked}",
                     hint="call train_step with the same numbers on all ranks",
                 )
-            if step[-1] != float(own[-1]):
+            if state != float(found[self.rank][1]):
                 raise DistributedError(
                     f"rank {rank} has another state than rank {self.rank}",
                     hint="finetune begins with the state of rank 0 on all; ranks with other engines or processors "
                     'stay equal with noise="rademacher" alone',
                 )
-        return torch.stack([numbers[len(own) :] for numbers in found]).sum(dim=0) / self.ranks
+        mean = (torch.stack([numbers[checked:] for numbers in found]).sum(dim=0) / self.ranks).float()
+        lanes = 1 + len(own.lane_losses)
+        return StepResult(float(mean[0]), mean[1:lanes], mean[lanes:])
+
+    def _exchanged(self, asked: list[float], before: Tensor, own: StepResult | None) -> list[Tensor]:
+        """Of every rank: whether it failed, the checksum of its state, the step, and what it measured; in float64."""
+        zo = self.program.manifest.zo
+        measured = torch.full((1 + zo.lanes + zo.queries,), math.nan, dtype=torch.float64)
+        if own is not None:
+            values = (torch.tensor([own.loss]), own.lane_losses, own.projected_gradient)
+            measured = torch.cat([value.double().flatten() for value in values])
+        checked = [float(own is None), float(zlib.crc32(raw_bytes(before))), *asked]
+        return self._gathered(torch.cat([torch.tensor(checked, dtype=torch.float64), measured]))
 
     def _average_steps(self, before: Tensor) -> None:
         """Take the mean of the ranks' steps for the step: that of gradients, where a step is one times a rate."""
         moved = (self.state() - before).double()
         with _heard():
-            dist.all_reduce(moved)
+            dist.all_reduce(moved, group=self._group)
         self.load_state((before.double() + moved / self.ranks).float())
 
     def _tell(self, kind: int, *numbers: float) -> None:
         self._heard_from_rank_0(torch.tensor([kind, *numbers, *[0.0] * (4 - len(numbers))], dtype=torch.float64))
 
-    def _state_of_rank_0(self) -> None:
-        self.load_state(self._heard_from_rank_0(self.state()))
+    def _tell_state(self) -> None:
+        self._tell(_STATE)
+        self._heard_from_rank_0(self.state())
 
     def _heard_from_rank_0(self, values: Tensor) -> Tensor:
         with _heard():
-            dist.broadcast(values, 0)
+            dist.broadcast(values, 0, group=self._group)
         return values
 
     def _gathered(self, values: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(values) for _ in range(self.ranks)]
+        found = [torch.empty_like(values) for _ in range(dist.get_world_size())]
         with _heard():
-            dist.all_gather(found, values)
+            dist.all_gather(found, values, group=self._group)
         return found
+
+
+def _group(timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """All ranks, over gloo, which carries tensors in main memory; a group of our own where the process has one."""
+    with _heard():
+        if dist.is_initialized():
+            return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+        if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]:
+            raise ConfigError(
+                f"this process has no ranks beside it: {missing[0]} is not set",
+                hint="torchrun --nproc-per-node 2 YOUR_SCRIPT starts two",
+            )
+        dist.init_process_group("gloo", timeout=timeout)
+    atexit.register(_leave)  # else its threads meet the end of the process, which aborts then
+    return None
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -238,16 +312,13 @@ def _heard() -> Iterator[None]:
     """Errors of torch.distributed in this block, as ours."""
     try:
         yield
+    except ConfigError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"a rank is gone, or does not answer: {error}",
             hint="start all ranks again (torchrun --max-restarts does): a run with a folder goes on from its journal",
         ) from error
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _check_average(program: Program) -> None:

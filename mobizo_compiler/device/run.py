@@ -220,6 +220,16 @@ def begin(session: Trainee, run: str | PathLike[str]) -> Path:
     return folder
 
 
+def steps_of(session: Trainee, run: Path) -> int:
+    """Steps that a run has; the state is left as it is.
+
+    Raises:
+        JournalError: It is not of this program, or is damaged, or open elsewhere.
+    """
+    with _open(run, session.program) as journal:
+        return len(journal)
+
+
 def restore(session: Trainee, run: str | PathLike[str]) -> int:
     """Set the state to the end of the run in a folder, bit for bit, and return how many steps it has.
 

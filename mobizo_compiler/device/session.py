@@ -95,11 +95,15 @@ class Session:
             raise InputError("prefix_cache_bytes is given, and prefix_cache is not", hint="name the file")
         if prefix_cache is not None:
             self._prefix_cache = PrefixCache(prefix_cache, program, prefix_cache_bytes)
-        self._nesting = _nesting(program.manifest.nesting)
         self._sizes = {size.name: size for size in program.manifest.sizes}
         self._lock = threading.RLock()
         self._base: tuple[float, ...] | None = None  # the answer of the model without an adapter to `probe_inputs`
         self._cache_of: object = None  # the generation that the cache of keys and values belongs to
+
+    @functools.cached_property
+    def _nesting(self) -> Nesting | None:
+        """How outputs nest; late, for the classes of transformers take seconds to import."""
+        return _nesting(self.program.manifest.nesting)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ class Plan:
 
 def read_plans(path: Path) -> dict[str, Plan]:
     """The methods of a program file. Only its first part is read, not the weights."""
-    from mobizo_compiler.backends.executorch.head import execution_plans  # imports ExecuTorch, which takes seconds
+    from mobizo_compiler.backends.executorch.head import execution_plans  # brings PyTorch
 
     return {plan.name: _plan(plan) for plan in execution_plans(path) if plan.inputs}
 

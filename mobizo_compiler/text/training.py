@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mobizo_compiler.device.limits import Limits, Watch, watch_of
-from mobizo_compiler.device.run import JOURNAL, RunSummary, read_state, write_state
+from mobizo_compiler.device.run import JOURNAL, RunSummary, read_state, steps_of, write_state
 from mobizo_compiler.device.schedules import schedule
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, JournalError, RunMismatchError
@@ -182,10 +182,14 @@ def train(
     """
     config = config.for_rule(str(session.program.manifest.rule["name"]))
     folder, batches = Path(run), training.batches(config.seed, config.balanced, config.group_by_length)
-    record = _Record.open(folder, config, training, validation, notes or {}, on_change)
+    settings = {**config.to_json(), "ranks": session.ranks}
+    record = _Record.open(folder, settings, training, validation, notes or {}, on_change)
     steps = config.total_steps(len(training), training.layout.rows * session.ranks)
     watch = watch_of(until)
-    done = session.restore(folder) if (folder / JOURNAL).exists() else 0
+    done = 0
+    if (folder / JOURNAL).exists():  # exact steps may have to be made again, for which `finetune` has the batches
+        exact = session.program.manifest.zo.differentiates
+        done = steps_of(session, folder) if exact else session.restore(folder)
     found = [v for v in record.validations if v.step <= done]
     on_begin(done, steps)
     early = False
@@ -210,10 +214,17 @@ def train(
 
     folder.mkdir(parents=True, exist_ok=True)
     early = _exhausted(found, config.patience)
-    due = done % config.validate_every == 0 or done == steps
-    if validation is not None and due and not any(v.step == done for v in found) and not early:
-        # Also what a run that was killed had no time for. Limits wait for it: else none shorter than that would get on.
-        validate(done, stop)
+    due = validation is not None and (done % config.validate_every == 0 or done == steps) and not early
+    due = due and not any(v.step == done for v in found)
+
+    def stopped() -> bool:
+        """Whether to stop before a step; before the first one, measure what a run that was killed had no time for."""
+        nonlocal due
+        if due:  # limits wait for it: else none shorter than that would get on
+            due = False
+            validate(done, stop)
+        return early or stop()
+
     record.write(found)
     summary = session.finetune(
         batches,
@@ -223,11 +234,12 @@ def train(
         seed=config.seed,
         eps=config.eps,
         on_step=after,
-        stop=lambda: early or stop(),
+        stop=stopped,
         until=watch,
     )
+    stopped()  # where there was no step to make
     left = "stopped early" if early else "interrupted" if summary.limit is None else "limit"
-    measured = validation is None or early or any(v.step == steps for v in found)
+    measured = validation is None or early or any(v.step >= steps for v in found)
     why = "done" if summary.steps >= steps and measured else left
     record.write(found, summary=_shown(summary, why))
     return Outcome(summary, steps, tuple(found), _best(found), why)
@@ -295,7 +307,7 @@ class _Record:
     def open(
         cls,
         folder: Path,
-        config: TrainingConfig,
+        settings: dict[str, Any],
         training: TextData,
         validation: TextData | None,
         notes: Mapping[str, Any],
@@ -303,7 +315,6 @@ class _Record:
     ) -> _Record:
         """The record of the run, compared with what is asked for now."""
         path = folder / RECORD
-        settings = config.to_json()
         data = {
             "training_rows": len(training),
             "validation_rows": len(validation) if validation is not None else 0,
@@ -358,6 +369,6 @@ def _compare(
                 hint="give this one a folder of its own, or repeat the command that began the run",
             )
     for name, new in settings.items():
-        old = before["settings"].get(name)
+        old = before["settings"].get(name, 1 if name == "ranks" else None)
         if old != new:
             on_change(f"{name.replace('_', '-')} was {old} before, and is {new} from here on")
