@@ -19,12 +19,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.machine import describe, set_threads
 from benchmarks.workload import Workload
 from examples.record import write_json
 
-WARM_UP = 3
+WARM_UP, EXCHANGES = 3, 500
 
 
 def main() -> None:
@@ -34,11 +35,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/distributed"))
+    parser.add_argument("--exchange", type=int, nargs="*", default=[2, 4, 8], help="ranks whose exchange is timed")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--as-exchange", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     workload = Workload("smollm2", queries=4, rows=2, tokens=64)
     program = options.out / "program.pte"
+    if options.as_exchange:
+        exchange(sum(numbers_of_a_step(workload)))
+        return
     if options.as_rank or options.alone:
         work(program, workload, options)
         return
@@ -47,10 +53,10 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"ranks": [], "alone": []}
     for _ in range(options.rounds):
         for name in seconds:
-            seconds[name].append(run(name, options))
+            threads = 1 if name == "ranks" else options.ranks
+            seconds[name].append(run(f"--{name}".replace("ranks", "as-rank"), options.ranks, threads, options))
     rows = {"ranks": workload.rows * options.ranks, "alone": workload.rows}
     per_second = {name: rows[name] / statistics.median(values) for name, values in seconds.items()}
-    lanes, queries = 2 * workload.queries, workload.queries
     record = {
         "machine": describe(),
         "ranks": options.ranks,
@@ -58,11 +64,19 @@ def main() -> None:
         "step_seconds": seconds,
         "rows_per_second": per_second,
         "ratio": per_second["ranks"] / per_second["alone"],
-        "bytes_of_a_step": 8 * (5 + 1 + lanes + queries) + 8 * 5,
+        "bytes_of_a_step": 8 * sum(numbers_of_a_step(workload)),
+        "exchange_seconds": {n: run("--as-exchange", n, 1, options) for n in options.exchange},
     }
     write_json(options.out / "distributed.json", record)
     print(f"{per_second['ranks']:.3f} rows/s with {options.ranks} ranks, {per_second['alone']:.3f} alone: ", end="")
     print(f"{record['ratio']:.3f}; {record['bytes_of_a_step']} bytes a step and rank")
+    for ranks, spent in record["exchange_seconds"].items():
+        print(f"{ranks} ranks: {1e3 * spent:.3f} ms for an exchange")
+
+
+def numbers_of_a_step(workload: Workload) -> tuple[int, int]:
+    """How many numbers of 8 bytes a rank gives all others in a step, and how many rank 0 tells them."""
+    return 5 + 1 + 3 * workload.queries, 5
 
 
 def compile_program(path: Path, workload: Workload) -> None:
@@ -76,14 +90,28 @@ def compile_program(path: Path, workload: Workload) -> None:
     mobizo.compile(workload.load_model(), inputs, workload.lora, zo, backend="xnnpack").save(path)
 
 
-def run(name: str, options: argparse.Namespace) -> float:
-    """Seconds of a step, the median of a run."""
-    script = ["-m", "benchmarks.distributed", "--out", str(options.out), "--steps", str(options.steps)]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}", "-m", "--"]
-    command = [*torchrun, *script[1:], "--as-rank"] if name == "ranks" else [*script, "--alone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1" if name == "ranks" else str(options.ranks)}
+def run(what: str, ranks: int, threads: int, options: argparse.Namespace) -> float:
+    """Seconds of a step or an exchange, the median of a run."""
+    script = ["benchmarks.distributed", "--out", str(options.out), "--steps", str(options.steps), what]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "--"]
+    command = ["-m", *script] if what == "--alone" else [*torchrun, *script]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def exchange(numbers: int) -> None:
+    """Gather that many numbers from all ranks, again and again; rank 0 prints the median time."""
+    dist.init_process_group("gloo")
+    given, times = torch.zeros(numbers, dtype=torch.float64), []
+    found = [torch.empty_like(given) for _ in range(dist.get_world_size())]
+    for _ in range(EXCHANGES):
+        began = time.perf_counter()
+        dist.all_gather(found, given)
+        times.append(time.perf_counter() - began)
+    if dist.get_rank() == 0:
+        print(json.dumps({"seconds": statistics.median(times)}))
+    dist.destroy_process_group()
 
 
 def work(program: Path, workload: Workload, options: argparse.Namespace) -> None:
