@@ -1,4 +1,4 @@
-"""One rank of a distributed run, started by torchrun: `tests/test_ranks.py` says what it is to do."""
+"""One rank of a distributed run, a process: `tests/test_ranks.py` starts it, and says what it is to do."""
 
 from __future__ import annotations
 

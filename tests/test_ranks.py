@@ -57,16 +57,19 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return program
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def together(folder: Path, count: int, programs: Sequence[Path], **task: Any) -> list[dict[str, Any]]:
     """What every rank found, each left to end by itself; empty for those that did not live to say so."""
     for old in folder.glob("found.*.json"):
         old.unlink()
     path = folder / "task.json"
     path.write_text(json.dumps({"programs": [str(program) for program in programs], "folder": str(folder), **task}))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.ranks", str(path)]
     running = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | group | {"RANK": str(rank)}, stderr=subprocess.PIPE)
@@ -214,12 +217,9 @@ def test_many_ranks_have_one_state_after_many_steps(count: int, programs: Progra
 
 
 def test_one_rank_is_a_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in group.items():
-        monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv(name, value)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY)).eval()
     lora, ids = LoraConfig(r=2, lora_alpha=4, target_modules=("1",)), torch.zeros(ROWS, TOKENS, dtype=torch.int64)

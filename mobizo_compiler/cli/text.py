@@ -153,8 +153,8 @@ def finetune_program(
         # Before the bar takes hold of stderr.
         kind = DistributedSession if distributed else Session
         session = kind(program, prefix_cache=run / PREFIX if manifest.prefix else None)
-        _agree(session, rows, options)
-        if distributed:
+        if isinstance(session, DistributedSession):
+            _agree(session, rows, options)
             remark(f"{session.ranks} ranks share the rows of every step", "dim")
         with Bar(remark) as bar:
 
@@ -203,11 +203,10 @@ def _follow(program: Program, rows: TextData, options: TrainingConfig, run: Path
     session.finetune(batches, steps=0, learning_rate=0.0)  # rank 0 knows both
 
 
-def _agree(session: Session, rows: TextData, options: TrainingConfig) -> None:
+def _agree(session: DistributedSession, rows: TextData, options: TrainingConfig) -> None:
     """Make sure that the ranks go through the same rows in the same order."""
-    if isinstance(session, DistributedSession):
-        order = [rows.digest, options.seed, options.balanced, options.group_by_length]
-        session.agree("data, prompt or order of rows", json.dumps(order).encode())
+    order = [rows.digest, options.seed, options.balanced, options.group_by_length]
+    session.agree("data, prompt or order of rows", json.dumps(order).encode())
 
 
 @app.command("tune")

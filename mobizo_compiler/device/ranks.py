@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mobizo_compiler.device.batches import Batch, Batches, by_step
 from mobizo_compiler.device.journal import fingerprint
-from mobizo_compiler.device.run import LearningRate, RunSummary
+from mobizo_compiler.device.run import LearningRate, RunSummary, all_or_none
 from mobizo_compiler.device.scalars import float32, whole
 from mobizo_compiler.device.session import Inputs, Session
 from mobizo_compiler.errors import ConfigError, DistributedError
@@ -203,20 +203,17 @@ class DistributedSession(Session):
         differentiates = self.program.manifest.zo.differentiates
         asked, before = [float(seed), learning_rate, eps], self.state()
         rate = learning_rate if differentiates else 0.0
-        try:
+        with all_or_none(self):
             with self._failure_told(asked):
                 own = super().train_step(inputs, labels, seed=seed, learning_rate=rate, eps=eps)
             mean = self._mean(asked, before, own)
-            if not bool(mean.projected_gradient.isfinite().all()):
-                self.load_state(before)  # a rank's loss was not finite, and so the step is void for all
-            elif differentiates:
+            finite = bool(mean.projected_gradient.isfinite().all())  # else the step is void for all
+            if finite and differentiates:
                 self._average_steps(before)
             else:
-                self.load_state(before)  # a rule that remembers its steps has counted that one
-                self.replay(seed, mean.projected_gradient, learning_rate)
-        except BaseException:
-            self.load_state(before)
-            raise
+                self.load_state(before)  # a rule that remembers its steps has counted the measurement
+                if finite:
+                    self.replay(seed, mean.projected_gradient, learning_rate)
         return mean
 
     @contextlib.contextmanager
@@ -281,7 +278,7 @@ class DistributedSession(Session):
         return values
 
     def _gathered(self, values: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        found = [torch.empty_like(values) for _ in range(self.ranks)]
         with _heard():
             dist.all_gather(found, values, group=self._group)
         return found

@@ -14,6 +14,7 @@ at least every `MOST_SECONDS_AGAIN` seconds, so that no more than that is done t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -65,6 +66,17 @@ class Trainee(Protocol):
 
     def replay(self, seed: int, projected_gradient: Tensor | Sequence[float], learning_rate: float) -> None:
         """Repeat the update of a step."""
+
+
+@contextlib.contextmanager
+def all_or_none(session: Trainee) -> Iterator[None]:
+    """Within the block the state changes; where the block fails, the state is what it was."""
+    before = session.state()
+    try:
+        yield
+    except BaseException:
+        session.load_state(before)
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -332,13 +332,9 @@ class Session:
                     hint="give each once; devices need distinct seeds",
                 )
         steps = [step for records in found for step in replayed(records)]
-        before = self.state()
-        try:
+        with runs.all_or_none(self):
             for seed, gradient, learning_rate in steps:
                 self.replay(seed, gradient, learning_rate * factor)
-        except BaseException:
-            self._runner.state().copy_(before)
-            raise
         return len(steps)
 
     @contextlib.contextmanager
@@ -471,14 +467,10 @@ class Session:
     @_by_one_thread
     def _load_adapter(self, state: Tensor, probe: Probe | None, where: str) -> None:
         """Set the state, if the adapter does here what it did where it was exported."""
-        before = self.state()
-        self.load_state(state)
-        try:
+        with runs.all_or_none(self):
+            self.load_state(state)
             if probe is not None:
                 probe.check(self.probe(), where)
-        except BaseException:
-            self.load_state(before)
-            raise
 
     @_by_one_thread
     def probe(self) -> Probe:

@@ -9,10 +9,9 @@ program's initial one and the replay of all rounds; it comes back bit for bit fr
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mobizo_compiler.device.journal import (
@@ -23,7 +22,7 @@ from mobizo_compiler.device.journal import (
     replayed,
     unpack_journal,
 )
-from mobizo_compiler.device.run import SNAPSHOT, read_state, write_state
+from mobizo_compiler.device.run import SNAPSHOT, all_or_none, read_state, write_state
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import JournalError
 from mobizo_compiler.format.files import hold, raw_bytes, sync_folder, whole_file
@@ -33,17 +32,6 @@ from mobizo_compiler.format.program import Program
 def state_checksum(session: Session) -> int:
     """CRC-32 of the flat state, by which two sides see that they have the same one."""
     return zlib.crc32(raw_bytes(session.state()))
-
-
-@contextlib.contextmanager
-def all_or_none(session: Session) -> Iterator[None]:
-    """Within the block the state changes; where the block fails, the state is what it was."""
-    before = session.state()
-    try:
-        yield
-    except BaseException:
-        session.load_state(before)
-        raise
 
 
 def apply(session: Session, records: Sequence[Record]) -> None:

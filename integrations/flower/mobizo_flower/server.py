@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from mobizo_compiler.device.journal import Record, fingerprint, pack_journal, unpack_journal
-from mobizo_compiler.device.run import step_seed
+from mobizo_compiler.device.run import all_or_none, step_seed
 from mobizo_compiler.device.scalars import float32
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, JournalError, RunMismatchError
 from mobizo_compiler.format.files import sync_folder, whole_file
 from mobizo_compiler.options import MAX_SEED, check_int
 from mobizo_flower.errors import DamagedMessageError, ForeignMessageError, OutOfRoundError
-from mobizo_flower.ledger import Ledger, all_or_none, apply, state_checksum
+from mobizo_flower.ledger import Ledger, apply, state_checksum
 from mobizo_flower.messages import (
     EVERYBODY,
     Answer,
