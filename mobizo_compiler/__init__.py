@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mobizo_compiler.api import compile
     from mobizo_compiler.compiling.options import Options
     from mobizo_compiler.config import GenerateConfig, LoraConfig, ZOConfig
+    from mobizo_compiler.device.accountant import Privacy
     from mobizo_compiler.device.journal import JournalWarning
     from mobizo_compiler.device.limits import Limits
     from mobizo_compiler.device.ranks import DistributedSession
@@ -53,6 +54,7 @@ __all__ = [
     "MaskedLMLoss",
     "MobizoError",
     "Options",
+    "Privacy",
     "Program",
     "QuantizationConfig",
     "RunSummary",
@@ -86,6 +88,7 @@ _HOMES = {
     "MaskedLMLoss": "mobizo_compiler.step.losses",
     "MobizoError": "mobizo_compiler.errors",
     "Options": "mobizo_compiler.compiling.options",
+    "Privacy": "mobizo_compiler.device.accountant",
     "Program": "mobizo_compiler.format.program",
     "QuantizationConfig": "mobizo_compiler.quantization.weights",
     "RunSummary": "mobizo_compiler.device.run",

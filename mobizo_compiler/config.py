@@ -161,6 +161,7 @@ class ZOConfig(JsonConfig):
             a learning rate means the same whatever the size of the loss.
         clip: Largest size of an entry of the projected gradient, or, of an exact one, largest length of the gradient;
             None for no limit.
+        row_losses: Let a step return the loss of every row in every lane as well, for `Session.finetune_privately`.
 
     Raises:
         ConfigError: A field is out of range.
@@ -174,6 +175,7 @@ class ZOConfig(JsonConfig):
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     normalize: bool = False
     clip: float | None = None
+    row_losses: bool = False
 
     def __post_init__(self) -> None:
         check_int("ZOConfig.queries", self.queries, 1, 1024)
@@ -191,6 +193,13 @@ class ZOConfig(JsonConfig):
             raise ConfigError(f"ZOConfig.noise is {self.noise!r}", hint='use "gaussian" or "rademacher"')
         if not isinstance(self.normalize, bool):
             raise ConfigError(f"ZOConfig.normalize is {self.normalize!r}; it must be True or False")
+        if not isinstance(self.row_losses, bool):
+            raise ConfigError(f"ZOConfig.row_losses is {self.row_losses!r}; it must be True or False")
+        if self.row_losses and self.differentiates:
+            raise ConfigError(
+                f"ZOConfig.row_losses has no meaning for the {name} estimator: its step is not made from losses",
+                hint='leave it out, or take estimator="two-sided"',
+            )
         if self.clip is not None and (float32_problem(self.clip) or not self.clip > 0):
             raise ConfigError(f"ZOConfig.clip is {self.clip!r}; it must be a number above 0, or None")
         fewest = estimator.fewest_queries(self.normalize)
@@ -204,7 +213,8 @@ class ZOConfig(JsonConfig):
         """The fields; an estimator with options as its name and options."""
         chosen = self.estimator
         estimator = ESTIMATORS.described(chosen) if isinstance(chosen, Estimator) else chosen
-        return {**super().to_json(), "estimator": estimator}
+        fields = {**super().to_json(), "estimator": estimator}
+        return fields if self.row_losses else {name: v for name, v in fields.items() if name != "row_losses"}
 
     @property
     def lanes(self) -> int:

@@ -386,3 +386,23 @@ def test_graph_and_history_of_inspect(tiny_program: Path, tmp_path: Path) -> Non
     assert "[MBZ101]" in run("inspect", tiny_program, "--graph", tmp_path / "a.pdf", code=1)
     found = json.loads(run("inspect", tiny_program, "--json"))
     assert found["history"]["replay"][0] == "empty_program()" and len(found["outline"]) >= 4
+
+
+@pytest.mark.slow
+def test_a_private_run_says_what_it_spends(tiny_model: Path, data: Path, compile_options: Any, tmp_path: Path) -> None:
+    file, folder = tmp_path / "program.pte", tmp_path / "run"
+    run("compile", tiny_model, "-o", file, *compile_options, "--zo-row-losses", "--quiet")
+    command = ("finetune", file, "--data", data, "--run", folder, *PROMPT, *FAST, "--privacy-row-clip", 0.5)
+    command += ("--privacy-sample-rows", 4)
+    shown = run(*command, "--privacy-epsilon", 20, "--epochs", 2)
+    assert "epsilon 19.9" in shown or "epsilon 20.0" in shown, shown
+    kept = json.loads((folder / "privacy.json").read_text())
+    assert kept["steps"] == 12 and kept["rows"] == 24 and 19 < kept["epsilon_spent"] <= 20
+    record = json.loads((folder / "run.json").read_text())
+    assert record["summary"]["losses"] == [None] * 12 and (folder / "plot.png").exists()
+    more = json.loads(run(*command, "--privacy-epsilon", 20, "--steps", 30, "--json"))
+    assert (more["ended"], more["steps"]) == ("limit", 12) and more["limit"] == "the budget of epsilon 20 is spent"
+    assert more["epsilon_spent"] == kept["epsilon_spent"]
+    said = run(*command, "--privacy-epsilon", 3, "--steps", 30, code=1)
+    assert "another epsilon (20.0 before, 3.0 now)" in said
+    assert "the run is private" in run(*command[:-4], "--steps", 30, code=1)

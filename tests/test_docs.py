@@ -164,6 +164,7 @@ NOT_RUN = {
     "docs/backends/vulkan.md": 1,
     "docs/distributed.md": 1,  # tests/test_ranks.py starts ranks
     "docs/federated.md": 1,  # run by integrations/flower/tests/test_flower.py
+    "docs/privacy.md": 1,  # tests/test_privacy.py makes runs like it
     "docs/hosts.md": 5,  # run by tests/test_hosts.py
 }
 BLOCKS = [block for page in block_pages() for block in blocks(page)]

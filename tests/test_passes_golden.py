@@ -282,6 +282,12 @@ CASES: dict[str, Case] = {
     "duplicate_lanes": of(passes.DuplicateLanes(4), CLASSIFIER, *WITH_LOSS, inputs={n: v[:3] for n, v in IDS.items()}),
     "perturb": Case(passes.Perturb(ZO), lambda: after(CLASSIFIER, *WITH_LANES), shown=without_generator),
     "difference_losses": of(passes.DifferenceLosses(ZO), STEP, values={"lanes": "lanes"}, also={facts.PERTURBED}),
+    "difference_losses_of_rows": of(
+        passes.DifferenceLosses(dataclasses.replace(ZO, row_losses=True)),
+        STEP,
+        values={"lanes": "lanes"},
+        also={facts.PERTURBED},
+    ),
     "update_state": of(passes.UpdateState(), DIFFERENCED, values={"noise": "noise"}),
     "replay": Case(
         passes.Replay(passes.InsertMPLoRA(LORA)(parse(CLASSIFIER)).sites, ZO),

@@ -121,17 +121,17 @@ class Bar:
         if self._task is not None:
             self._progress.update(self._task, completed=count, left=self._left.text(count))
 
-    def step(self, step: int, result: StepResult) -> None:
-        """A step is done."""
+    def step(self, step: int, result: StepResult, detail: str | None = None) -> None:
+        """A step is done; what is told of it is its loss, if there is nothing else."""
         now = time.monotonic()
         self._left.step(step + 1, now - self._last)
         self._last = now
         self._smooth = result.loss if self._smooth is None else 0.9 * self._smooth + 0.1 * result.loss
-        left = self._left.text(step + 1)
+        left, told = self._left.text(step + 1), detail or f"loss {self._smooth:.3f}"
         if self._task is not None:
-            self._progress.update(self._task, completed=step + 1, detail=f"loss {self._smooth:.3f}", left=left)
+            self._progress.update(self._task, completed=step + 1, detail=told, left=left)
         if not self._live and (step + 1) % 50 == 0:
-            self._remark(f"step {step + 1} of {self._total}: loss {self._smooth:.3f}, left {left}")
+            self._remark(f"step {step + 1} of {self._total}: {told}, left {left}")
 
     def validation(self, found: Validation) -> None:
         """A validation is done; that it takes longer than the steps before it is said once."""

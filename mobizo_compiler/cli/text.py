@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ from mobizo_compiler.cli.classes import confusion_table
 from mobizo_compiler.cli.losses import unescaped
 from mobizo_compiler.cli.options import ConfigFile, Section, with_sections
 from mobizo_compiler.cli.outcome import PLOT, next_commands, plotted, result_of, say_unchanged, show_outcome
+from mobizo_compiler.cli.privacy import Private
 from mobizo_compiler.cli.progress import Bar, TimeLeft, shown
 from mobizo_compiler.cli.runs import (
     asked_of,
@@ -48,10 +50,12 @@ from mobizo_compiler.cli.runs import (
     training_in,
 )
 from mobizo_compiler.cli.tasks import Asked, TaskName, TaskRows, task_score
+from mobizo_compiler.device.accountant import Privacy
 from mobizo_compiler.device.generation import Sampling
 from mobizo_compiler.device.limits import Limits
 from mobizo_compiler.device.ranks import DistributedSession
 from mobizo_compiler.device.session import Session
+from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.format.program import Program
 from mobizo_compiler.load import load
 from mobizo_compiler.text.confusion import Confusion
@@ -86,11 +90,13 @@ PREFIX = "prefix"
 @with_sections(
     PROMPTS,
     Section("training", (TrainingConfig,), "", "Training"),
+    Section("privacy", (Privacy,), "privacy", "Differential privacy, for programs compiled with --zo-row-losses"),
     Section("limits", (Limits,), "", "Limits: the same command goes on later"),
 )
 def finetune_program(
     prompts: dict[str, Any],
     training: dict[str, Any],
+    privacy: dict[str, Any],
     limits: dict[str, Any],
     file: ProgramFile,
     data: DataFile,
@@ -124,6 +130,9 @@ def finetune_program(
     follows = distributed and os.environ.get("RANK", "0") != "0"  # rank 0 says what there is to say
     remark = Remarks(quiet or follows)
     options, until = TrainingConfig.from_json(training), Limits.from_json(limits)
+    private = Private(Privacy.from_json(privacy)) if privacy else None
+    if private is not None and distributed:
+        raise ConfigError("a private run is of one process", hint="leave out --distributed")
     check_file(file)
     asked = Asked.of(task, encoding, task_rows)
     prompt = prompt_of(prompts, file, {}, asked.prompt)
@@ -171,18 +180,23 @@ def finetune_program(
                 run,
                 notes=notes,
                 on_begin=begin,
-                on_step=bar.step,
+                on_step=functools.partial(private.step, bar) if private else bar.step,
                 on_validation=bar.validation,
                 on_change=lambda text: remark(text, "yellow"),
                 stop=interrupted,
                 until=until,
+                privacy=private.privacy if private else None,
+                on_privacy=functools.partial(private.begin, remark, len(rows)) if private else lambda *_: None,
             )
     say_unchanged(remark, outcome)
     record = read_record(run)
     drawn = plot and outcome.ended and plotted(record, run / PLOT, remark)
     if as_json:
-        print_json(result_of(outcome, run, drawn))
+        spent = {} if private is None else {"epsilon_spent": private.spent(outcome.summary.steps)}
+        print_json({**result_of(outcome, run, drawn), **spent})
     elif not quiet:
+        if private is not None:
+            Console().print(private.told(outcome.summary.steps), highlight=False)
         show_outcome(Console(), outcome, run, drawn, next_commands(file, run, rows, manifest, data if task else None))
     if not outcome.ended:
         why = "interrupted" if outcome.summary.limit is None else f"{outcome.summary.limit}: stopped"

@@ -215,7 +215,7 @@ class _Check:
         starts = self._prefix(compare, runner) if self.manifest.prefix else self.second
         exact = self._exact_gradient(starts, seed, eps) if zo.differentiates else None
         rate = rate if exact is None else exact.rate
-        (loss, losses, slopes), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
+        (loss, losses, slopes, *of_rows), after = run("train_step", self._ordered(starts, seed, rate, eps), self.start)
         size = max(1.0, float(self.losses.abs().max()))
         allowed = may_differ(
             largest_difference(losses[self.lanes], self.losses),
@@ -231,6 +231,8 @@ class _Check:
             raise
         if self.manifest.prefix:
             self._compare_row_losses(compare, run, starts, allowed)
+        if of_rows:
+            self._compare_rows(compare, losses, of_rows[0], allowed)
         mean = losses.mean() if exact is None or exact.loss is None else exact.loss
         compare("train_step", "loss", loss, mean.reshape(1), allowed)
         if zo.measures:
@@ -276,6 +278,15 @@ class _Check:
                 first, last = found[0].float(), start[-1].float()
                 compare("prefix", what, first, last, OUTPUT_TOLERANCE * max(1.0, float(last.nan_to_num().abs().max())))
         return starts
+
+    def _compare_rows(self, compare: Compare, losses: Tensor, loss_GR: Tensor, allowed: float) -> None:
+        """The losses of rows in the lanes: of the first lane against the model, and all against those of lanes."""
+        found_R, weight_R = self.captured.row_losses(self.outputs, self.labels)
+        wanted_R = found_R / weight_R.where(weight_R != 0, 1.0)
+        least = float(weight_R[weight_R > 0].min())
+        compare("train_step", "losses of rows", loss_GR[0], wanted_R, allowed * float(weight_R.sum()) / least)
+        mean_G = (loss_GR * weight_R).sum(1) / weight_R.sum()
+        compare("train_step", "mean loss of rows", mean_G, losses, CLOSE * max(1.0, float(losses.abs().max())))
 
     def _compare_row_losses(
         self, compare: Compare, run: Callable[..., tuple[list[Tensor], Tensor]], starts: list[Tensor], allowed: float

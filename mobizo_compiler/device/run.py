@@ -1,6 +1,7 @@
 """Training that survives: `Session.finetune`, `Session.restore`, and what it leaves in a folder.
 
     journal               what every step did; see `journal.py`
+    privacy.json          of private runs: what they may tell; see `private_run.py`
     start.safetensors     the state before the first step
     snapshot.safetensors  the state after some step, so that a restart replays only what came later
 
@@ -35,14 +36,14 @@ from mobizo_compiler.device.batches import Batches, by_step
 from mobizo_compiler.device.journal import Journal, JournalWarning, Record, fingerprint, replayed
 from mobizo_compiler.device.limits import Limits, Watch, watch_of
 from mobizo_compiler.device.scalars import float32, whole
-from mobizo_compiler.errors import JournalError
+from mobizo_compiler.errors import JournalError, RunMismatchError
 from mobizo_compiler.format import checksum
 from mobizo_compiler.format.files import sync_folder, whole_file
 from mobizo_compiler.format.program import Program, StepResult
 from mobizo_compiler.options import MAX_SEED
 
 MOST_SECONDS_AGAIN = 60.0
-JOURNAL, START, SNAPSHOT = "journal", "start.safetensors", "snapshot.safetensors"
+JOURNAL, START, SNAPSHOT, PRIVACY = "journal", "start.safetensors", "snapshot.safetensors", "privacy.json"
 Stop = Callable[[], bool]
 LearningRate = float | Callable[[int], float]
 OnStep = Callable[[int, StepResult], object]
@@ -52,6 +53,10 @@ class Trainee(Protocol):
     """What a run needs of a session."""
 
     program: Program
+
+    @property
+    def noised(self) -> bool:
+        """Whether its steps are those of a private run."""
 
     def state(self) -> Tensor:
         """A copy of the flat state, float32 [S]."""
@@ -133,6 +138,7 @@ def finetune(
         InputError: As in `train_step`.
         JournalLockedError: Another session trains in this folder.
         JournalError: The folder holds a run of another program, or a damaged one, or the disk is full.
+        RunMismatchError: The folder holds a private run.
 
     A step whose losses are not finite changes nothing; the summary names it.
 
@@ -172,6 +178,12 @@ def finetune(
             tell(record.step, result)
         return _summary(losses, 0, watch)
     folder = Path(run)
+    if (folder / PRIVACY).exists() and not session.noised:
+        raise RunMismatchError(
+            "the run is private, and a step without noise would tell what it must not",
+            where=str(folder),
+            hint="go on with Session.finetune_privately, or mobizo finetune with the settings of its privacy.json",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with _open(folder, session.program) as journal:
         if not len(journal) and not (folder / START).exists():

@@ -18,6 +18,7 @@ from mobizo_compiler.device.batches import filled, labelled, without_labels
 from mobizo_compiler.device.generation import Ending, Sampling, continued, prompt_of
 from mobizo_compiler.device.journal import fingerprint, read_journal, replayed
 from mobizo_compiler.device.prefix_cache import PrefixCache
+from mobizo_compiler.device.private_run import finetune_privately
 from mobizo_compiler.device.scalars import float32, scalar_tensor, seed_tensor, whole
 from mobizo_compiler.errors import (
     ConfigError,
@@ -75,6 +76,7 @@ class Session:
     """
 
     ranks = 1  # batches of a step; more in a `DistributedSession`
+    noised = False  # its steps tell what they measured
 
     def __init__(
         self,
@@ -157,8 +159,8 @@ class Session:
         values, labels = filled(self._leaves(inputs), labels, manifest.inputs, manifest.labels)
         given, checked = self._checked(values, sizes), self._labels(labels, sizes)
         start = self._prefix(given, checked) if manifest.prefix else given
-        loss, lane_losses, projected_gradient = self._update("train_step", [*start, checked, *scalars])
-        return StepResult(float(loss), lane_losses, projected_gradient)
+        loss, lane_losses, projected_gradient, *of_rows = self._update("train_step", [*start, checked, *scalars])
+        return StepResult(float(loss), lane_losses, projected_gradient, *of_rows)
 
     @_by_one_thread
     def row_losses(
@@ -291,6 +293,7 @@ class Session:
         self._update("replay", [seed_tensor(seed), gradient, scalar_tensor("learning_rate", learning_rate)])
 
     finetune = _by_one_thread(runs.finetune)
+    finetune_privately = _by_one_thread(finetune_privately)
     restore = _by_one_thread(runs.restore)
 
     @_by_one_thread

@@ -160,7 +160,7 @@ class _Making:
                 starts = [value.clone() for value in self.runner.call("prefix", [*inputs, self.tensors["labels"]])]
             self.runner.state().copy_(self.tensors["start"])
             scalars = [self.tensors[name] for name in ("seed", "learning_rate", "eps")]
-            loss, _, gradient = self.runner.call("train_step", [*starts, self.tensors["labels"], *scalars])
+            loss, _, gradient, *_ = self.runner.call("train_step", [*starts, self.tensors["labels"], *scalars])
             if bool(loss.isfinite()) and bool(gradient.isfinite().all()):
                 if not self.manifest.zo.measures and not self.manifest.memory:
                     # As large as the state, so that the last bits of the state do not hide the gradient.

@@ -24,11 +24,14 @@ class StepResult:
         loss: Mean loss of all lanes, before the update.
         lane_losses: float32 [lanes]: +1..+q, then -1..-q; for the one-sided estimator the clean lane, then +1..+q.
         projected_gradient: float32 [q].
+        row_losses: float32 [lanes, rows], each the mean of a row's own losses, 0 where it has none; None unless the
+            program was compiled with `ZOConfig(row_losses=True)`.
     """
 
     loss: float
     lane_losses: Tensor
     projected_gradient: Tensor
+    row_losses: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

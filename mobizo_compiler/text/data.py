@@ -145,10 +145,16 @@ class TextData:
             return self.encoded[order(group, epoch)[index]]
 
         def batch(step: int) -> tuple[dict[str, Tensor], Tensor]:
-            rows = [row_at(place) for place in range(step * self.layout.rows, (step + 1) * self.layout.rows)]
-            return self.inputs([row.ids for row in rows], [row.types for row in rows]), self.labels(rows)
+            return self._batch([row_at(n) for n in range(step * self.layout.rows, (step + 1) * self.layout.rows)])
 
         return batch
+
+    def batch_of(self, numbers: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs and labels of the rows with these numbers."""
+        return self._batch([self.encoded[number] for number in numbers])
+
+    def _batch(self, rows: Sequence[Encoded]) -> tuple[dict[str, Tensor], Tensor]:
+        return self.inputs([row.ids for row in rows], [row.types for row in rows]), self.labels(rows)
 
     def inputs(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
         """Token ids, and their types where not all are 0, as inputs: filled to the longest row, or the fixed length."""

@@ -27,9 +27,10 @@ def plot_run(record: Mapping[str, Any], path: Path) -> None:
     )
     left = axes[0][0]
     steps = range(1, len(losses) + 1)
-    left.plot(steps, losses, color=PALE, linewidth=0.8, label="each step")
-    means = [math.fsum(part) / len(part) for i in steps if (part := losses[max(0, i - _WINDOW) : i])]
-    left.plot(steps, means, color=BLUE, linewidth=1.8, label=f"mean of {_WINDOW}")
+    if not all(map(math.isnan, losses)):  # a private run tells none
+        left.plot(steps, losses, color=PALE, linewidth=0.8, label="each step")
+        means = [math.fsum(part) / len(part) for i in steps if (part := losses[max(0, i - _WINDOW) : i])]
+        left.plot(steps, means, color=BLUE, linewidth=1.8, label=f"mean of {_WINDOW}")
     if found:
         left.plot(
             [v["step"] for v in found],

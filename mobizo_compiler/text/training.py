@@ -16,6 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from mobizo_compiler.device.accountant import Accountant, Privacy
 from mobizo_compiler.device.limits import Limits, Watch, watch_of
 from mobizo_compiler.device.run import JOURNAL, RunSummary, read_state, steps_of, write_state
 from mobizo_compiler.device.schedules import schedule
@@ -159,6 +160,8 @@ def train(
     on_change: Callable[[str], object] = lambda text: None,
     stop: Callable[[], bool] = lambda: False,
     until: Limits | Watch | None = None,
+    privacy: Privacy | None = None,
+    on_privacy: Callable[[Privacy, Accountant], object] = lambda privacy, accountant: None,
 ) -> Outcome:
     """Train on samples in a folder, from where the run there is.
 
@@ -175,16 +178,25 @@ def train(
         on_change: Told of settings that differ from those that the run was begun with.
         stop: Asked before every step and during validation; True ends this call with a run that can go on.
         until: As in `Session.finetune`; also asked during validation.
+        privacy: How much the run may tell of a row of `training`: `Session.finetune_privately`. What is measured for
+            validation is not noised.
+        on_privacy: Told what was settled, and what counts it.
 
     Raises:
-        RunMismatchError: The run was begun with other data, or another seed.
+        RunMismatchError: The run was begun with other data, another seed, or other settings of privacy.
+        ConfigError: Rows are in an order (balanced, by length), which a private run does not have.
         JournalError: As in `Session.finetune`.
     """
     config = config.for_rule(str(session.program.manifest.rule["name"]))
     folder, batches = Path(run), training.batches(config.seed, config.balanced, config.group_by_length)
     settings = {**config.to_json(), "ranks": session.ranks}
     record = _Record.open(folder, settings, training, validation, notes or {}, on_change)
-    steps = config.total_steps(len(training), training.layout.rows * session.ranks)
+    rows = training.layout.rows * session.ranks
+    if privacy is not None:
+        if config.balanced or config.group_by_length:
+            raise ConfigError("a private run draws rows one by one", hint="leave out balanced and group_by_length")
+        rows = privacy.sample_rows or rows
+    steps = config.total_steps(len(training), rows)
     watch = watch_of(until)
     done = 0
     if (folder / JOURNAL).exists():  # exact steps may have to be made again, for which `finetune` has the batches
@@ -226,22 +238,26 @@ def train(
         return early or stop()
 
     record.write(found)
-    summary = session.finetune(
-        batches,
-        steps=steps,
-        learning_rate=config.rates(steps),
-        run=folder,
-        seed=config.seed,
-        eps=config.eps,
-        on_step=after,
-        stop=stopped,
-        until=watch,
-    )
+    options: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": config.rates(steps),
+        "run": folder,
+        "seed": config.seed,
+        "eps": config.eps,
+        "on_step": after,
+        "stop": stopped,
+        "until": watch,
+    }
+    if privacy is None:
+        summary = session.finetune(batches, **options)
+    else:
+        options["on_begin"] = on_privacy
+        summary = session.finetune_privately(training.batch_of, len(training), privacy, **options)
     stopped()  # where there was no step to make
     left = "stopped early" if early else "interrupted" if summary.limit is None else "limit"
     measured = validation is None or early or any(v.step >= steps for v in found)
     why = "done" if summary.steps >= steps and measured else left
-    record.write(found, summary=_shown(summary, why))
+    record.write(found, summary=_shown(summary if privacy is None else _untold(summary), why))
     return Outcome(summary, steps, tuple(found), _best(found), why)
 
 
@@ -284,6 +300,11 @@ def _best(found: list[Validation]) -> Validation | None:
 def _exhausted(found: list[Validation], patience: int | None) -> bool:
     best = _best(found)
     return patience is not None and best is not None and len(found) - 1 - found.index(best) >= patience
+
+
+def _untold(summary: RunSummary) -> RunSummary:
+    """Without the losses of steps, which a private run does not have."""
+    return dataclasses.replace(summary, losses=(math.nan,) * len(summary.losses))
 
 
 def _shown(summary: RunSummary, why: str) -> dict[str, Any]:
