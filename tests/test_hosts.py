@@ -1062,6 +1062,11 @@ def test_an_empty_journal(case: Case, tmp_path: Path) -> None:
     assert "there is a snapshot.safetensors of later steps" in case.refused(BAD_RUN, tmp_path, 3)
 
 
+def test_a_private_run_is_not_gone_on_with(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "privacy.json").write_text("{}")
+    assert "the run is private" in case.refused(BAD_RUN, tmp_path, 2) and not (tmp_path / "journal").exists()
+
+
 def test_what_killed_hosts_left_is_removed(case: Case, tmp_path: Path) -> None:
     """As Python does it, which names and locks its temporary files alike: what is locked is being written."""
     case.train(tmp_path, 0)

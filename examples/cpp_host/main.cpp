@@ -206,6 +206,10 @@ void train(const Options& options) {
   if (std::error_code unknown; !std::filesystem::is_directory(options.run, unknown)) {
     throw Failure(Exit::bad_run, options.run.string() + ": " + (problem ? problem.message() : "this is no folder"));
   }
+  if (std::filesystem::exists(options.run / host::kPrivacy)) {
+    throw Failure(Exit::bad_run, options.run.string() + ": the run is private, and a step without noise would tell what "
+                                 "it must not; go on with it in Python");
+  }
   const auto opened = host::open_journal(options.run, program);
   host::Journal& journal = *opened;
   if (journal.records().empty() && !std::filesystem::exists(options.run / host::kStart)) {

@@ -16,6 +16,7 @@ namespace host {
 constexpr char kJournal[] = "journal";
 constexpr char kStart[] = "start.safetensors";
 constexpr char kSnapshot[] = "snapshot.safetensors";
+constexpr char kPrivacy[] = "privacy.json";  // of private runs, whose steps are made in Python
 
 // The file appears whole or not at all. Throws `Failure`.
 void write_state(const std::filesystem::path& path, const Program& program, size_t step);

@@ -73,7 +73,12 @@ def next_commands(file: Path, run: Path, rows: TextData, manifest: Manifest, dat
 
 def show_outcome(console: Console, outcome: Outcome, run: Path, drawn: bool, commands: Sequence[str]) -> None:
     """A run in a table, the files that it left, and the commands that come next."""
-    ended = {"done": "trained", "stopped early": "stopped early", "limit": "stopped by a limit"}
+    ended = {
+        "done": "trained",
+        "stopped early": "stopped early",
+        "limit": "stopped by a limit",
+        "budget": "the budget is spent",
+    }
     console.print(f"{ended.get(outcome.why, outcome.why)} after {outcome.summary.steps} steps", highlight=False)
     if outcome.summary.void:
         console.print(f"{len(outcome.summary.void)} steps had no finite loss and changed nothing", style="yellow")

@@ -20,27 +20,27 @@ class Private:
         self._accountant: Accountant | None = None
         self._remark: Remarks | None = None
         self._epoch = 1  # steps of a pass over the rows, on average
-        self._spent = 0.0  # when it was last looked
+        self._most = 0.0  # spent when this pass is over
 
-    def begin(self, remark: Remarks, rows: int, settled: Privacy, accountant: Accountant) -> None:
-        """The run has its settings."""
+    def begin(self, remark: Remarks, rows: int, settled: Privacy, accountant: Accountant, steps: int) -> None:
+        """The run has its settings, and a budget for so many steps."""
         self.privacy, self._accountant, self._remark = settled, accountant, remark
         self._epoch = max(1, round(1 / accountant.sample_rate))
         budget = "no budget" if settled.epsilon is None else f"epsilon {settled.epsilon:g} at most"
         remark(
             f"private: {budget}, delta {settled.delta:.2g}; each of {rows} rows is in a step with probability "
             f"{accountant.sample_rate:.3g}; noise {settled.noise_multiplier:.3g} times the {settled.row_clip:g} that a "
-            "row may say"
+            f"row may say; enough for {steps} steps"
         )
 
     def step(self, bar: Bar, step: int, result: StepResult) -> None:
-        """A step is done: what is spent is looked at after every pass over the rows, and told instead of a loss."""
+        """A step is done: what is spent is told after every pass over the rows, and its bound in place of a loss."""
         done = step + 1
-        if done % self._epoch == 0 or not self._spent:
-            self._spent = self.spent(done)
-            if done % self._epoch == 0 and self._remark is not None:
-                self._remark(f"epoch {done // self._epoch}: {self.told(done)}", "dim")
-        bar.step(step, result, f"epsilon {self._spent:.2f}")
+        if done % self._epoch == 0 and self._remark is not None:
+            self._remark(f"epoch {done // self._epoch}: {self.told(done)}", "dim")
+        if done % self._epoch == 0 or not self._most:
+            self._most = self.spent((done // self._epoch + 1) * self._epoch)
+        bar.step(step, result, f"epsilon below {self._most:.2f}")
 
     def spent(self, steps: int) -> float:
         """Epsilon after so many steps."""

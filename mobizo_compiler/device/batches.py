@@ -38,7 +38,12 @@ def labelled(inputs: Any, labels: Tensor | None, specs: Sequence[TensorSpec]) ->
     return rest, inputs[LABELS]
 
 
-def _pair(batch: Any) -> Pair:
+def pair(batch: Any) -> Pair:
+    """Inputs and labels of a batch, or a dict that has both and None.
+
+    Raises:
+        InputError: It is neither.
+    """
     if isinstance(batch, Mapping):
         return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -55,11 +60,11 @@ def by_step(batches: Batches) -> Callable[[int], Pair]:
             from the function, where a batch is neither (inputs, labels) nor a dict.
     """
     if callable(batches):
-        return lambda step: _pair(batches(step))
+        return lambda step: pair(batches(step))
     if isinstance(batches, Sequence):
         if not batches:
             raise InputError("batches is empty; it must be a function of the step, or a sequence of (inputs, labels)")
-        return lambda step: _pair(batches[step % len(batches)])
+        return lambda step: pair(batches[step % len(batches)])
     if not isinstance(batches, Iterable) or isinstance(batches, (Iterator, Mapping)):
         raise InputError(
             f"batches is a {type(batches).__name__}; it must be a function of the step, or a sequence or a loader of "
@@ -67,7 +72,7 @@ def by_step(batches: Batches) -> Callable[[int], Pair]:
             hint="a generator cannot be rewound, so a run could not be taken up again",
         )
     loader = _Loader(batches)
-    return lambda step: _pair(loader(step))
+    return lambda step: pair(loader(step))
 
 
 class _Loader:

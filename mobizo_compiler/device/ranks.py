@@ -162,6 +162,10 @@ class DistributedSession(Session):
                 return self._follow(own)
             return self._lead(own, steps=steps, learning_rate=learning_rate, **options)
 
+    def finetune_privately(self, *arguments: Any, **options: Any) -> RunSummary:
+        """A `ConfigError`: private runs are of one process."""
+        raise ConfigError("a private run is of one process", hint="take a Session, without ranks")
+
     def _lead(self, own: Callable[[int], Batch], **options: Any) -> RunSummary:
         """Make the run, telling the others."""
         self._leads = self._listening = True

@@ -178,12 +178,8 @@ def finetune(
             tell(record.step, result)
         return _summary(losses, 0, watch)
     folder = Path(run)
-    if (folder / PRIVACY).exists() and not session.noised:
-        raise RunMismatchError(
-            "the run is private, and a step without noise would tell what it must not",
-            where=str(folder),
-            hint="go on with Session.finetune_privately, or mobizo finetune with the settings of its privacy.json",
-        )
+    if not session.noised:
+        check_plain(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _open(folder, session.program) as journal:
         if not len(journal) and not (folder / START).exists():
@@ -204,6 +200,16 @@ def finetune(
         if len(journal) > resumed_at:
             write_state(folder / SNAPSHOT, session, len(journal))
         return _summary(journal.losses, resumed_at, watch)
+
+
+def check_plain(run: str | PathLike[str]) -> None:
+    """Raise `RunMismatchError` if the folder holds a private run."""
+    if (Path(run) / PRIVACY).exists():
+        raise RunMismatchError(
+            "the run is private, and a step without noise would tell what it must not",
+            where=str(run),
+            hint="go on with Session.finetune_privately, or mobizo finetune with the settings of its privacy.json",
+        )
 
 
 def _summary(losses: Sequence[float], resumed_at: int, watch: Watch) -> RunSummary:
@@ -252,6 +258,12 @@ def steps_of(session: Trainee, run: Path) -> int:
     """
     with _open(run, session.program) as journal:
         return len(journal)
+
+
+def losses_of(session: Trainee, run: Path) -> Sequence[float]:
+    """Losses of the steps of a run; what is raised is as for `steps_of`."""
+    with _open(run, session.program) as journal:
+        return journal.losses
 
 
 def restore(session: Trainee, run: str | PathLike[str]) -> int:

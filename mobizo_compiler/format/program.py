@@ -25,7 +25,7 @@ class StepResult:
         lane_losses: float32 [lanes]: +1..+q, then -1..-q; for the one-sided estimator the clean lane, then +1..+q.
         projected_gradient: float32 [q].
         row_losses: float32 [lanes, rows], each the mean of a row's own losses, 0 where it has none; None unless the
-            program was compiled with `ZOConfig(row_losses=True)`.
+            program was compiled with `ZOConfig(row_losses=True)`, and for steps of several ranks.
     """
 
     loss: float

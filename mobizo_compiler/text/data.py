@@ -150,15 +150,22 @@ class TextData:
         return batch
 
     def batch_of(self, numbers: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs and labels of the rows with these numbers."""
-        return self._batch([self.encoded[number] for number in numbers])
+        """Inputs and labels of the rows with these numbers, as long as the longest of all rows.
 
-    def _batch(self, rows: Sequence[Encoded]) -> tuple[dict[str, Tensor], Tensor]:
-        return self.inputs([row.ids for row in rows], [row.types for row in rows]), self.labels(rows)
+        So a row is as it is whatever rows are beside it.
+        """
+        longest = max(len(row.ids) for row in self.encoded)
+        return self._batch([self.encoded[number] for number in numbers], longest)
 
-    def inputs(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+    def _batch(self, rows: Sequence[Encoded], longest: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+        ids, types = [row.ids for row in rows], [row.types for row in rows]
+        return self.inputs(ids, types, longest), self.labels(rows, longest)
+
+    def inputs(
+        self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None, longest: int = 0
+    ) -> dict[str, Tensor]:
         """Token ids, and their types where not all are 0, as inputs: filled to the longest row, or the fixed length."""
-        length = max(self.layout.shortest, *map(len, rows))
+        length = max(self.layout.shortest, longest, *map(len, rows))
         ids = torch.full((len(rows), length), self.padding)
         mask, kinds = torch.zeros_like(ids), torch.zeros_like(ids)
         for place, row in enumerate(rows):
@@ -170,11 +177,11 @@ class TextData:
         made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": kinds}
         return {name: made[name] for name in self.layout.inputs}
 
-    def labels(self, rows: Sequence[Encoded]) -> Tensor:
+    def labels(self, rows: Sequence[Encoded], longest: int = 0) -> Tensor:
         """Labels of rows: their classes [rows], or the tokens of their answers, [rows, tokens]."""
         if self.layout.classes is not None:
             return torch.tensor([row.choice for row in rows])
-        length = max(self.layout.shortest, *(len(row.ids) for row in rows))
+        length = max(self.layout.shortest, longest, *(len(row.ids) for row in rows))
         labels = torch.full((len(rows), length), IGNORED)
         for place, row in enumerate(rows):
             labels[place, row.places] = torch.tensor(row.ids)[row.places]

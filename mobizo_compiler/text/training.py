@@ -18,7 +18,8 @@ from typing import Any
 
 from mobizo_compiler.device.accountant import Accountant, Privacy
 from mobizo_compiler.device.limits import Limits, Watch, watch_of
-from mobizo_compiler.device.run import JOURNAL, RunSummary, read_state, steps_of, write_state
+from mobizo_compiler.device.private_run import OnBegin, read_privacy
+from mobizo_compiler.device.run import JOURNAL, RunSummary, check_plain, read_state, steps_of, write_state
 from mobizo_compiler.device.schedules import schedule
 from mobizo_compiler.device.session import Session
 from mobizo_compiler.errors import ConfigError, JournalError, RunMismatchError
@@ -131,7 +132,7 @@ class Outcome:
         steps: Steps that the run was to have.
         validations: All of the run.
         best: The one with the lowest loss.
-        why: "done", "stopped early", "limit" or "interrupted".
+        why: "done", "stopped early", "budget" (of a private run, which is spent), "limit" or "interrupted".
     """
 
     summary: RunSummary
@@ -143,7 +144,7 @@ class Outcome:
     @property
     def ended(self) -> bool:
         """Whether the run is over; else a later call goes on with it."""
-        return self.why in ("done", "stopped early")
+        return self.why in ("done", "stopped early", "budget")
 
 
 def train(
@@ -161,7 +162,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     until: Limits | Watch | None = None,
     privacy: Privacy | None = None,
-    on_privacy: Callable[[Privacy, Accountant], object] = lambda privacy, accountant: None,
+    on_privacy: OnBegin = lambda privacy, accountant, steps: None,
 ) -> Outcome:
     """Train on samples in a folder, from where the run there is.
 
@@ -180,7 +181,7 @@ def train(
         until: As in `Session.finetune`; also asked during validation.
         privacy: How much the run may tell of a row of `training`: `Session.finetune_privately`. What is measured for
             validation is not noised.
-        on_privacy: Told what was settled, and what counts it.
+        on_privacy: Told what was settled, what counts it, and how many steps the budget is enough for.
 
     Raises:
         RunMismatchError: The run was begun with other data, another seed, or other settings of privacy.
@@ -188,14 +189,17 @@ def train(
         JournalError: As in `Session.finetune`.
     """
     config = config.for_rule(str(session.program.manifest.rule["name"]))
+    if privacy is None:
+        check_plain(run)
+    elif config.balanced or config.group_by_length:
+        raise ConfigError("a private run draws rows one by one", hint="leave out balanced and group_by_length")
     folder, batches = Path(run), training.batches(config.seed, config.balanced, config.group_by_length)
     settings = {**config.to_json(), "ranks": session.ranks}
     record = _Record.open(folder, settings, training, validation, notes or {}, on_change)
     rows = training.layout.rows * session.ranks
     if privacy is not None:
-        if config.balanced or config.group_by_length:
-            raise ConfigError("a private run draws rows one by one", hint="leave out balanced and group_by_length")
-        rows = privacy.sample_rows or rows
+        told = read_privacy(folder)
+        rows = (privacy if told is None else told.settings).sample_rows or rows
     steps = config.total_steps(len(training), rows)
     watch = watch_of(until)
     done = 0
@@ -205,6 +209,7 @@ def train(
     found = [v for v in record.validations if v.step <= done]
     on_begin(done, steps)
     early = False
+    last = steps  # fewer, where a budget is not enough for all of them
 
     def validate(step: int, cut: Callable[[], bool]) -> None:
         nonlocal early
@@ -219,9 +224,14 @@ def train(
         on_validation(found[-1])
         early = _exhausted(found, config.patience)
 
+    def begin_privately(settled: Privacy, accountant: Accountant, allowed: int) -> None:
+        nonlocal last
+        last = allowed
+        on_privacy(settled, accountant, allowed)
+
     def after(step: int, result: StepResult) -> None:
         on_step(step, result)
-        if validation is not None and ((step + 1) % config.validate_every == 0 or step + 1 == steps):
+        if validation is not None and ((step + 1) % config.validate_every == 0 or step + 1 == last):
             validate(step + 1, lambda: stop() or watch())
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,12 +261,13 @@ def train(
     if privacy is None:
         summary = session.finetune(batches, **options)
     else:
-        options["on_begin"] = on_privacy
+        options["on_begin"] = begin_privately
         summary = session.finetune_privately(training.batch_of, len(training), privacy, **options)
     stopped()  # where there was no step to make
     left = "stopped early" if early else "interrupted" if summary.limit is None else "limit"
-    measured = validation is None or early or any(v.step >= steps for v in found)
-    why = "done" if summary.steps >= steps and measured else left
+    measured = validation is None or early or any(v.step >= last for v in found)
+    ended = "done" if last == steps else "budget"
+    why = ended if summary.steps >= last and measured else left
     record.write(found, summary=_shown(summary if privacy is None else _untold(summary), why))
     return Outcome(summary, steps, tuple(found), _best(found), why)
 
