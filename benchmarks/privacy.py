@@ -41,8 +41,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--sample-rows", type=int, default=256, help="sentences of a step, on average")
-    parser.add_argument("--row-clip", type=float, default=5.0)
-    parser.add_argument("--learning-rate", type=float, default=0.01, help="at the start; falls to 0")
+    parser.add_argument("--row-clip", type=float, default=10.0)
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="of plain runs, at the start; falls to 0")
+    parser.add_argument("--private-rate", type=float, default=0.05, help="of the others, whose steps are shorter")
     parser.add_argument("--held-out", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/privacy"))
@@ -75,7 +76,8 @@ def main() -> None:
             runs.append(found | task.scores(session.evaluate, HEAD.rows))
             print(runs[-1], flush=True)
     settings = {
-        name: getattr(options, name) for name in ("steps", "sample_rows", "row_clip", "learning_rate", "held_out")
+        name: getattr(options, name)
+        for name in ("steps", "sample_rows", "row_clip", "learning_rate", "private_rate", "held_out")
     }
     described = {"machine": describe(), "rows": len(task.train), **settings, "queries": ZO.queries}
     write_json(options.output / "privacy.json", {**described, "says": statistics.median(lengths), "runs": runs})
@@ -111,7 +113,8 @@ def train(
     session: mobizo.Session, task: Choice, privacy: mobizo.Privacy | None, seed: int, options: argparse.Namespace
 ) -> dict[str, float]:
     """One run from the state that the session has, and what is spent."""
-    rate = mobizo.schedule("linear", options.learning_rate, options.steps)
+    highest = options.learning_rate if privacy is None else options.private_rate
+    rate = mobizo.schedule("linear", highest, options.steps)
     settings: dict[str, Any] = {"steps": options.steps, "learning_rate": rate, "seed": seed, "eps": HEAD.eps}
     if privacy is None:
         batches = task.batches(HEAD.rows, seed)
