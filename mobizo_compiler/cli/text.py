@@ -90,7 +90,7 @@ PREFIX = "prefix"
 @with_sections(
     PROMPTS,
     Section("training", (TrainingConfig,), "", "Training"),
-    Section("privacy", (Privacy,), "privacy", "Differential privacy, for programs compiled with --zo-row-losses"),
+    Section("privacy", (Privacy,), "privacy", "Differential privacy (compile with --zo-row-losses)"),
     Section("limits", (Limits,), "", "Limits: the same command goes on later"),
 )
 def finetune_program(
