@@ -401,7 +401,7 @@ def test_a_private_run_says_what_it_spends(tiny_model: Path, data: Path, compile
     record = json.loads((folder / "run.json").read_text())
     assert record["summary"]["losses"] == [None] * 12 and (folder / "plot.png").exists()
     more = json.loads(run(*command, "--privacy-epsilon", 20, "--steps", 30, "--json"))
-    assert (more["ended"], more["steps"]) == ("limit", 12) and more["limit"] == "the budget of epsilon 20 is spent"
+    assert (more["ended"], more["steps"]) == ("budget", 12) and more["limit"] == "the budget of epsilon 20 is spent"
     assert more["epsilon_spent"] == kept["epsilon_spent"]
     said = run(*command, "--privacy-epsilon", 3, "--steps", 30, code=1)
     assert "another epsilon (20.0 before, 3.0 now)" in said
