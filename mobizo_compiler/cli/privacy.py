@@ -20,7 +20,6 @@ class Private:
         self._accountant: Accountant | None = None
         self._remark: Remarks | None = None
         self._epoch = 1  # steps of a pass over the rows, on average
-        self._most = 0.0  # spent when this pass is over
 
     def begin(self, remark: Remarks, rows: int, settled: Privacy, accountant: Accountant, steps: int) -> None:
         """The run has its settings, and a budget for so many steps."""
@@ -38,9 +37,8 @@ class Private:
         done = step + 1
         if done % self._epoch == 0 and self._remark is not None:
             self._remark(f"epoch {done // self._epoch}: {self.told(done)}", "dim")
-        if done % self._epoch == 0 or not self._most:
-            self._most = self.spent((done // self._epoch + 1) * self._epoch)
-        bar.step(step, result, f"epsilon below {self._most:.2f}")
+        most = self.spent((done // self._epoch + 1) * self._epoch)  # when this pass is over
+        bar.step(step, result, f"epsilon below {most:.2f}")
 
     def spent(self, steps: int) -> float:
         """Epsilon after so many steps."""

@@ -33,7 +33,7 @@ from torch import Tensor
 import mobizo_compiler.device.run as runs
 from mobizo_compiler.device.accountant import Accountant, Privacy
 from mobizo_compiler.device.batches import Batch, Pair, labelled, pair
-from mobizo_compiler.device.limits import Limits, Watch, watch_of
+from mobizo_compiler.device.limits import Limits, Watch
 from mobizo_compiler.device.scalars import whole
 from mobizo_compiler.errors import ConfigError, InputError, JournalError, RunMismatchError
 from mobizo_compiler.format.files import hold, whole_file
@@ -123,11 +123,11 @@ def finetune_privately(
                 eps=eps,
                 on_step=after,
                 stop=stop,
-                until=watch_of(until),
+                until=until,
             )
         finally:
             trainee.forget()
-            done = _steps(session, folder)
+            done = len(_losses(session, folder))
             _write(folder, Told(settled, rows, done), accountant.epsilon(done))
     if summary.steps == allowed < steps:
         summary = dataclasses.replace(summary, limit=f"the budget of epsilon {settled.epsilon:g} is spent")
@@ -291,8 +291,9 @@ def _held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _steps(session: runs.Trainee, folder: Path) -> int:
-    return runs.steps_of(session, folder) if (folder / runs.JOURNAL).exists() else 0
+def _losses(session: runs.Trainee, folder: Path) -> Sequence[float]:
+    """Of the steps in the journal; none where it is not begun."""
+    return runs.losses_of(session, folder) if (folder / runs.JOURNAL).exists() else ()
 
 
 def _settled(session: runs.Trainee, folder: Path, privacy: Privacy, rows: int, batch_rows: int, steps: int) -> Privacy:
@@ -303,7 +304,8 @@ def _settled(session: runs.Trainee, folder: Path, privacy: Privacy, rows: int, b
         JournalError: The journal has fewer steps than were counted.
         ConfigError: It would start from a state that is not counted.
     """
-    told, done = read_privacy(folder), _steps(session, folder)
+    told, losses = read_privacy(folder), _losses(session, folder)
+    done = len(losses)
     if told is None and done:
         raise RunMismatchError(
             "the run was begun without privacy", where=str(folder), hint="give this one a folder of its own"
@@ -319,7 +321,7 @@ def _settled(session: runs.Trainee, folder: Path, privacy: Privacy, rows: int, b
         settled = privacy.settled(rows, batch_rows, steps)
         _write(folder, Told(settled, rows, 0), 0.0)
         return settled
-    if any(loss != 0 for loss in runs.losses_of(session, folder)):
+    if any(loss != 0 for loss in losses):
         raise RunMismatchError(
             "the run has steps that were not private, of another host or an older version", where=str(folder)
         )

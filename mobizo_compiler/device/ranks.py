@@ -211,13 +211,12 @@ class DistributedSession(Session):
             with self._failure_told(asked):
                 own = super().train_step(inputs, labels, seed=seed, learning_rate=rate, eps=eps)
             mean = self._mean(asked, before, own)
-            finite = bool(mean.projected_gradient.isfinite().all())  # else the step is void for all
-            if finite and differentiates:
+            if not bool(mean.projected_gradient.isfinite().all()):
+                self.load_state(before)  # the step is void for all, also where this rank's own was not
+            elif differentiates:
                 self._average_steps(before)
-            else:
-                self.load_state(before)  # a rule that remembers its steps has counted the measurement
-                if finite:
-                    self.replay(seed, mean.projected_gradient, learning_rate)
+            else:  # measuring, at learning rate 0, has left the state as it was
+                self.replay(seed, mean.projected_gradient, learning_rate)
         return mean
 
     @contextlib.contextmanager

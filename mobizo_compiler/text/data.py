@@ -154,8 +154,12 @@ class TextData:
 
         So a row is as it is whatever rows are beside it.
         """
-        longest = max(len(row.ids) for row in self.encoded)
-        return self._batch([self.encoded[number] for number in numbers], longest)
+        return self._batch([self.encoded[number] for number in numbers], self._longest)
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.ids) for row in self.encoded)
 
     def _batch(self, rows: Sequence[Encoded], longest: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         ids, types = [row.ids for row in rows], [row.types for row in rows]
