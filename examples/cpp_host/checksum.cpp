@@ -15,13 +15,13 @@
 namespace host {
 namespace {
 
-constexpr std::string_view kMagic = "MBZSHA2\n";
-constexpr size_t kTrailerBytes = kMagic.size() + std::tuple_size_v<Sha256::Digest>;
+constexpr std::string_view kTrailerMagic = "MBZSHA2\n";
+constexpr size_t kTrailerBytes = kTrailerMagic.size() + std::tuple_size_v<Sha256::Digest>;
 constexpr size_t kBlockBytes = 1 << 20;
 
 std::string trailer(Sha256& hash) {
   const Sha256::Digest digest = hash.digest();
-  return std::string(kMagic).append(digest.begin(), digest.end());
+  return std::string(kTrailerMagic).append(digest.begin(), digest.end());
 }
 
 }  // namespace
@@ -45,7 +45,7 @@ void check_file(const std::filesystem::path& path) {
     left -= count;
   }
   std::string found(kTrailerBytes, '\0');
-  if (!file.read(found.data(), kTrailerBytes) || found.compare(0, kMagic.size(), kMagic) != 0) {
+  if (!file.read(found.data(), kTrailerBytes) || found.compare(0, kTrailerMagic.size(), kTrailerMagic) != 0) {
     throw std::runtime_error("it has no checksum at its end: it was cut off, or mobizo-compiler did not write it");
   }
   if (found != trailer(hash)) {
