@@ -23,7 +23,7 @@ import org.pytorch.executorch.Tensor
  * @param stateFile where the adapter is kept, `File(context.filesDir, "adapter.state")` for instance
  * @param seed of this device; devices that exchange steps need distinct ones
  */
-class Trainer(programPath: String, stateFile: File, private val seed: Int = 0) : Closeable {
+class Trainer(programPath: String, stateFile: File, private val seed: Int = 0) : Trainable, Closeable {
 
   /** What a step measured. It repeats the step on another device: see [replay]. */
   class Step(val seed: Int, val learningRate: Float, val loss: Float, val projectedGradient: FloatArray)
@@ -37,11 +37,11 @@ class Trainer(programPath: String, stateFile: File, private val seed: Int = 0) :
   private var state = FloatArray(parameters)
 
   /** Steps that made the adapter what it is. */
-  var steps = 0
+  override var steps = 0
     private set
 
   init {
-    check(manifest.getInt("format_version") == 11) { "the program has format ${manifest.getInt("format_version")}" }
+    check(manifest.getInt("format_version") == 12) { "the program has format ${manifest.getInt("format_version")}" }
     check(manifest.getString("state") == "io") { "compile the program with state=\"io\"" }
     read()
   }
@@ -90,7 +90,7 @@ class Trainer(programPath: String, stateFile: File, private val seed: Int = 0) :
   }
 
   /** Writes the adapter; the file has the old one or the new one, whatever happens meanwhile. */
-  fun save() {
+  override fun save() {
     val bytes = ByteBuffer.allocate(Int.SIZE_BYTES + parameters * Float.SIZE_BYTES).order(ByteOrder.LITTLE_ENDIAN)
     bytes.putInt(steps).asFloatBuffer().put(state)
     val stream = file.startWrite()

@@ -43,8 +43,8 @@ public final class Trainer {
     let decoder = JSONDecoder()
     decoder.keyDecodingStrategy = .convertFromSnakeCase
     manifest = try decoder.decode(Manifest.self, from: Data(text.utf8))
-    guard manifest.formatVersion == 11, manifest.state == "io" else {
-      throw Failure.program("format \(manifest.formatVersion), state \(manifest.state); this host runs 11, io")
+    guard manifest.formatVersion == 12, manifest.state == "io" else {
+      throw Failure.program("format \(manifest.formatVersion), state \(manifest.state); this host runs 12, io")
     }
     self.stateURL = stateURL
     self.seed = seed
