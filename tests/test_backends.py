@@ -28,6 +28,7 @@ def test_contract(name: str) -> None:
     assert_backend_contract(name)
 
 
+@pytest.mark.slow
 def test_contract_of_the_smallest_model() -> None:
     """What of the contract is about runners, the state and files: the networks on XNNPACK are slow."""
     _check_members(get_backend("xnnpack"), "xnnpack")

@@ -88,6 +88,7 @@ def test_the_recipe_without_gradients(folder: Path) -> None:
     assert "rank 2 on lm_head, 4 directions; what comes before is kept for every row" in remarks
 
 
+@pytest.mark.slow
 def test_four_commands_without_an_option(program: tuple[Path, str, str], folder: Path) -> None:
     file, rows = program[0], folder / "rows.csv"
     line = ("finetune", file, "--data", rows, "--run", folder / "run", "--steps", 100, "--validation-share", 0)

@@ -36,9 +36,9 @@ CORE = (
 )
 # One of each kind is tried in every run, the rest by `make test-all`. That plain modules are right on the eager backend
 # is shown by test_axes.py; Llama, BERT and T5 by test_rewrites.py, with one rewrite less each. On XNNPACK the tests of
-# the command line have a Llama, and test_exact.py has a convolution.
+# the command line have a Llama.
 QUICK = {
-    "eager": {"token_wise", "mixtral", "mamba", "convnext"},
+    "eager": {"token_wise", "mamba", "convnext"},
     "xnnpack": set[str](),
 }
 # Cells that neither pass nor are refused, each with its cause; pytest fails when one of them starts to pass.

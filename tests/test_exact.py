@@ -80,7 +80,7 @@ def _cells() -> list[Any]:
     cells = []
     for name in CORE:
         for backend, train_a in (("eager", False), ("eager", True), ("xnnpack", True)):
-            quick = name == "cnn" if backend == "xnnpack" else not train_a and name in QUICK
+            quick = backend == "eager" and not train_a and name in QUICK
             marks = [] if quick else [pytest.mark.slow]
             cells.append(pytest.param(name, backend, train_a, marks=marks))
     return cells
@@ -132,6 +132,7 @@ def test_a_prefix_is_kept_for_it() -> None:
     assert torch.allclose(whole.state(), split.state(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_activations_have_a_bound() -> None:
     """The same numbers from fewer values that are kept, down to a bound that cannot be kept."""
     torch.manual_seed(0)

@@ -83,6 +83,7 @@ def test_the_next_writer_removes_what_killed_ones_left(name: str, session: Sessi
     assert (tmp_path / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_folder_of_compiled_programs(tmp_path: Path) -> None:
     """Its names are hashes: the next program in it has another one."""
 

@@ -203,6 +203,7 @@ def test_a_journal_of_another_program_is_refused(
         Session(compiled(**other)).finetune(batch, steps=2, run=tmp_path, **TRAINING)
 
 
+@pytest.mark.slow
 def test_the_same_model_on_another_engine_is_the_same_program(program: mobizo.Program, tmp_path: Path) -> None:
     Session(program).finetune(batch, steps=3, run=tmp_path, **TRAINING)
     other = Session(compiled("portable", quantization="int8"))

@@ -367,6 +367,7 @@ def _advantage(session: Session, members: Rows, others: Rows) -> float:
     return float(lower.double().mean())
 
 
+@pytest.mark.slow
 def test_who_was_learnt_shows_without_noise_and_not_with_it(tmp_path: Path) -> None:
     """24 rows learnt by heart; classes say nothing of rows, so that others are as hard as they come.
 

@@ -47,7 +47,7 @@ def saved(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = mobizo.compile(
         LlamaForCausalLM(config).eval(),
         {"input_ids": ids},
-        LoraConfig(r=2, target_modules="all-linear"),
+        LoraConfig(r=2, target_modules=("down_proj",)),
         ZOConfig(queries=1),
         backend="portable",
         generate=GenerateConfig(160, stop_ids=()),
