@@ -240,16 +240,16 @@ def noise_vectors() -> str:
     """Words and values for some seeds, queries and elements."""
     import torch
 
-    lines = ["| seed | query | words `a[0..3]` | words `b[0..3]` | gaussian `z[0..3]` | rademacher `z[0..7]` |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    lines = ["| seed | query | words `a[0..3]` | gaussian `z[0..3]` | rademacher `z[0..7]` |"]
+    lines.append("| --- | --- | --- | --- | --- |")
     for seed in (0, 17, 2**31 - 1):
-        first, second = noise_words(torch.tensor([seed], dtype=torch.int32), 2, 4)
+        words = noise_words(torch.tensor([seed], dtype=torch.int32), 2, 4)
         gaussian, signs = noise(seed, 2, 4), noise(seed, 2, 8, "rademacher")
         for query in range(2):
-            words = [" ".join(f"{int(w) & 0xFFFFFFFF:08x}" for w in words[query]) for words in (first, second)]
+            text = " ".join(f"{int(word) & 0xFFFFFFFF:08x}" for word in words[query])
             values = " ".join(f"{float(z):+.5f}" for z in gaussian[query])
             bits = " ".join(f"{int(z):+d}" for z in signs[query])
-            lines.append(f"| {seed} | {query} | {words[0]} | {words[1]} | {values} | {bits} |")
+            lines.append(f"| {seed} | {query} | {text} | {values} | {bits} |")
     return "\n".join(lines) + "\n"
 
 

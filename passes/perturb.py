@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
@@ -24,6 +24,7 @@ from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS_INPUT, SEED_INPUT
 from mobizo_compiler.step.estimators import directions, get_estimator, lanes_of
+from mobizo_compiler.step.noise import NORMAL_TABLE, normal_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,17 @@ class Perturb(Pass):
         seed = edit.add_input(SEED_INPUT, [1], torch.int32)
         eps = edit.add_input(EPS_INPUT, [1], torch.float32)
 
-        def perturbed(trained_P: Tensor, seed_1: Tensor, eps_1: Tensor) -> tuple[Tensor, Tensor]:
-            noise_QP = directions(estimator, edit.sites, seed_1, self.zo.queries, self.zo.noise)
+        def perturbed(trained_P: Tensor, seed_1: Tensor, eps_1: Tensor, *table: Tensor) -> tuple[Tensor, Tensor]:
+            noise_QP = directions(estimator, edit.sites, seed_1, self.zo.queries, self.zo.noise, *table)
             return noise_QP, lanes_of(estimator, trained_P, noise_QP * eps_1)
 
         with edit.graph.inserting_before(old):
-            edit.values["noise"], new = edit.inline(perturbed, edit.values["trained"], seed, eps)
+            edit.values["noise"], new = edit.inline(
+                perturbed, edit.values["trained"], seed, eps, *normal_constant(edit, self.zo.noise)
+            )
         edit.replace(old, new)
+
+
+def normal_constant(edit: Editor, distribution: str) -> tuple[fx.Node, ...]:
+    """The table that `noise_values` takes normal numbers from, as a constant of the program; none for signs."""
+    return (edit.shared_constant(NORMAL_TABLE, normal_table()),) if distribution == "gaussian" else ()

@@ -42,6 +42,7 @@ from mobizo_compiler.quantization.weights import (
     store_table,
     store_weight,
 )
+from mobizo_compiler.step.noise import NORMAL_TABLE
 
 aten = torch.ops.aten
 SMOOTHING = "smoothing_"
@@ -129,7 +130,7 @@ class Quantize(Pass):
 
     def _embedding(self, edit: Editor, node: fx.Node) -> None:
         config, name = self.config, edit.tensor_name(operand(node))
-        if not isinstance(config, QuantizationConfig) or config.table_recipe == "none" or name is None:
+        if not isinstance(config, QuantizationConfig) or config.table_recipe == "none" or name in (None, NORMAL_TABLE):
             return
         full = operand(node).meta["val"].dtype == torch.float32
         if not full or config.recipe_of(name.removesuffix(".weight"), False) == "none":

@@ -22,6 +22,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import LEARNING_RATE_INPUT, PROJECTED_GRADIENT_INPUT, SEED_INPUT
+from mobizo_compiler.passes.perturb import normal_constant
 from mobizo_compiler.passes.update_state import updated_state
 from mobizo_compiler.step.noise import noise_values
 from mobizo_compiler.step.rules import PLAIN, UpdateRule, initial_memory
@@ -50,9 +51,12 @@ class Replay(Pass):
         learning_rate = edit.add_input(LEARNING_RATE_INPUT, [1], torch.float32)
         update = updated_state(zo.queries, self.rule)
 
-        def replay(state_S: Tensor, seed_1: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor) -> Tensor:
-            noise_QP = noise_values(seed_1, zo.queries, parameters, zo.noise)
+        def replay(
+            state_S: Tensor, seed_1: Tensor, gradient_Q: Tensor, learning_rate_1: Tensor, *table: Tensor
+        ) -> Tensor:
+            noise_QP = noise_values(seed_1, zo.queries, parameters, zo.noise, *table)
             return update(state_S, learning_rate_1, gradient_Q, noise_QP)
 
         with edit.graph.inserting_before(edit.graph.output_node()):
-            edit.mutate_state(edit.inline(replay, state, seed, gradient, learning_rate))
+            table = normal_constant(edit, zo.noise)
+            edit.mutate_state(edit.inline(replay, state, seed, gradient, learning_rate, *table))

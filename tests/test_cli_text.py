@@ -70,7 +70,7 @@ def test_a_run_learns_and_says_so(trained: tuple[Path, dict[str, Any]]) -> None:
     assert [v["step"] for v in found["validations"]] == [0, 10, 20, 30, 40]
     first, last = found["validations"][0]["score"], found["validations"][-1]["score"]
     assert first["choice_loss"] > 0.6 and first["accuracy"] < 0.75, "a random model does not know the tones"
-    assert last["choice_loss"] < 0.4 and last["accuracy"] >= 0.75, last
+    assert last["choice_loss"] < 0.5 and last["accuracy"] >= 0.75, last
     record = json.loads((folder / "run.json").read_text())
     assert len(record["summary"]["losses"]) == 40 and record["settings"]["learning_rate"] == 0.03
     assert record["data"]["prompt"]["choices"] == ["happy", "sad"]

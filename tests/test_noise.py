@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+from pathlib import Path
+
 import pytest
 import scipy.stats
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mobizo_compiler import errors
-from mobizo_compiler.step.noise import noise, noise_values, noise_words
+from mobizo_compiler.step.noise import noise, noise_values, noise_words, normal_table
 
 SEEDS = [0, 1, 2, 3, 17, 1000, 123_456, 2**30, 2**31 - 2, 2**31 - 1]
 COUNT = 100_000
@@ -48,12 +51,12 @@ def test_no_correlation_along_a_stream_or_between_streams(seed: int, distributio
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_bits_of_the_words_are_balanced_and_pairwise_independent(seed: int) -> None:
-    for words in noise_words(torch.tensor([seed], dtype=torch.int32), 2, COUNT):
-        bits = torch.stack([(words.flatten() >> b) & 1 for b in range(32)]).double() * 2 - 1
-        n = bits.shape[1]
-        assert bits.mean(dim=1).abs().max() < 5 / n**0.5
-        correlation = (bits @ bits.T / n).fill_diagonal_(0)
-        assert correlation.abs().max() < 5.5 / n**0.5
+    words = noise_words(torch.tensor([seed], dtype=torch.int32), 4, COUNT)
+    bits = torch.stack([(words.flatten() >> b) & 1 for b in range(32)]).double() * 2 - 1
+    n = bits.shape[1]
+    assert bits.mean(dim=1).abs().max() < 5 / n**0.5
+    correlation = (bits @ bits.T / n).fill_diagonal_(0)
+    assert correlation.abs().max() < 5.5 / n**0.5
 
 
 @given(seed=st.integers(0, 2**31 - 1), queries=st.integers(1, 5), parameters=st.integers(1, 99))
@@ -62,6 +65,17 @@ def test_an_element_depends_on_seed_query_and_position_alone(seed: int, queries:
     for distribution in ("gaussian", "rademacher"):
         larger = noise(seed, queries + 2, parameters + 5, distribution)
         assert torch.equal(noise(seed, queries, parameters, distribution), larger[:queries, :parameters])
+
+
+def test_the_table_is_that_of_the_format() -> None:
+    """Symmetric, of variance 1, and the bytes that docs/program_format.md states."""
+    table = normal_table().flatten()
+    assert torch.equal(table, -table.flip(0)) and bool((table.diff() > 0).all())
+    assert abs(table.double().square().mean() - 1) < 1e-8
+    quantiles = torch.from_numpy(scipy.stats.norm.ppf((torch.arange(4096).double().numpy() + 0.5) / 4096))
+    torch.testing.assert_close(table.double(), quantiles / quantiles.square().mean().sqrt(), rtol=1e-7, atol=0)
+    page = (Path(__file__).parent.parent / "docs" / "program_format.md").read_text()
+    assert f"bytes is `{zlib.crc32(table.numpy().astype('<f4').tobytes()):08x}`" in page
 
 
 def test_seeds_differ() -> None:

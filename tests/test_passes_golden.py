@@ -280,7 +280,9 @@ CASES: dict[str, Case] = {
         shown=lambda line: " = reshape(" not in line,
     ),
     "duplicate_lanes": of(passes.DuplicateLanes(4), CLASSIFIER, *WITH_LOSS, inputs={n: v[:3] for n, v in IDS.items()}),
-    "perturb": Case(passes.Perturb(ZO), lambda: after(CLASSIFIER, *WITH_LANES), shown=without_generator),
+    "perturb": Case(
+        passes.Perturb(ZOConfig(queries=2)), lambda: after(CLASSIFIER, *WITH_LANES), shown=without_generator
+    ),
     "difference_losses": of(passes.DifferenceLosses(ZO), STEP, values={"lanes": "lanes"}, also={facts.PERTURBED}),
     "difference_losses_of_rows": of(
         passes.DifferenceLosses(dataclasses.replace(ZO, row_losses=True)),
@@ -371,15 +373,18 @@ CASES: dict[str, Case] = {
         NoiseInParts(part_bytes=16),
         """
         tensor %b_mobizo_lora_b: f32[6]
+        tensor %b_mobizo_normal_table: f32[4096, 1]
         input  %mobizo_seed: i32[1]
           %arange = arange(3, dtype=i32, device=cpu, pin_memory=False)
           %bitwise_xor = bitwise_xor.Tensor(%arange, %mobizo_seed)
-          %reshape = reshape(%bitwise_xor, [1, 3])
-          %to = to.dtype(%reshape, f32)
-          %cos = cos(%to)
-          %sin = sin(%to)
-          %stack = stack([%cos, %sin], -1)
-          %noise = reshape(%stack, [1, 6])
+          %words = reshape(%bitwise_xor, [1, 3])
+          %reshape = reshape(%words, [1, 3, 1])
+          %arange_4 = arange(2, dtype=i32, device=cpu, pin_memory=False)
+          %mul = mul.Tensor(%reshape, %arange_4)
+          %reshape_5 = reshape(%mul, [1, 6])
+          %entry = bitwise_and.Scalar(%reshape_5, 4095)
+          %embedding = embedding(%b_mobizo_normal_table, %entry)
+          %noise = reshape(%embedding, [1, 6])
           %add = add.Tensor(%b_mobizo_lora_b, %noise)
           %sub = sub.Tensor(%b_mobizo_lora_b, %noise)
           %lanes = cat([%add, %sub])

@@ -129,10 +129,11 @@ class _Narrowing:
                 return call(aten.arange.start, start, end, **node.kwargs)
             if target in _CONVERSIONS or torch.Tag.pointwise in getattr(target, "tags", ()):
                 return call(target, *(self._operand(a, shape, axis, start, end) for a in node.args), **node.kwargs)
+            if target is aten.embedding.default and axis < len(shape) - 1:
+                table: Any = node.args[0]
+                return call(target, table, self(operand(node, 1), axis, start, end))
             if target is aten.cat.default:
                 return self._joined(node, axis, start, end)
-            if target is aten.stack.default and node.args[1:] == (-1,) and axis < len(shape) - 1:
-                return call(target, [self(part, axis, start, end) for part in self._list(node)], -1)
             if target in _SUMS:
                 outer = self._before_sum(node, axis)
                 return call(target, self(operand(node), outer, start, end), *node.args[1:], **node.kwargs)
@@ -177,12 +178,15 @@ class _Narrowing:
         return found[0] if len(found) == 1 else self._edit.call(aten.cat.default, found, axis)
 
     def _reshaped(self, node: fx.Node, axis: int, start: int, end: int) -> fx.Node | None:
-        """Where a reshape adds an axis of size 1 in front, or makes one axis of the last two."""
+        """Where a reshape adds an axis of size 1 in front or behind, or makes one axis of the last two."""
         call, source = self._edit.call, operand(node)
         before, after = tuple(source.meta["val"].shape), tuple(node.meta["val"].shape)
         if after == (1, *before):
             part = self(source, axis - 1, start, end)
             return call(aten.reshape.default, part, [1, *part.meta["val"].shape])
+        if after == (*before, 1):
+            part = self(source, axis, start, end)
+            return call(aten.reshape.default, part, [*part.meta["val"].shape, 1])
         if before[:-2] == after[:-1] and axis == len(after) - 1 and len(before) == len(after) + 1:
             width = before[-1]
             first, last = start // width, -(-end // width)

@@ -8,6 +8,8 @@
 namespace host {
 namespace {
 
+constexpr char kNoise[] = "2";  // version of the noise
+
 bool is_null(const Json& json) {
   return json.text() == "null";
 }
@@ -152,7 +154,7 @@ Manifest manifest(const Json& json, bool replays) {
   const auto text = [](const Json& value) { return std::string(value.text()); };
   const std::string gradient = replays ? "" : "[\"differentiates\", " + text(zo.at("clip")) + "], ";
   result.identity = "[" + text(json.at("model")) + ", " + text(json.at("sites")) + ", " + gradient + "[" +
-                    text(zo.at("queries")) + ", " + text(zo.at("noise")) + "], " + text(json.at("rule")) + "]";
+                    text(zo.at("queries")) + ", " + text(zo.at("noise")) + ", " + kNoise + "], " + text(json.at("rule")) + "]";
   return result;
 }
 

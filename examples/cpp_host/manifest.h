@@ -11,7 +11,7 @@
 
 namespace host {
 
-constexpr int64_t kFormatVersion = 11;
+constexpr int64_t kFormatVersion = 12;
 
 using Axis = std::variant<int64_t, std::string>;  // a size, or the name of a dynamic one
 

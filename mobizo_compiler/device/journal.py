@@ -34,6 +34,7 @@ import torch
 from mobizo_compiler.errors import JournalError
 from mobizo_compiler.format.files import hold, raw_bytes, sync_folder, whole_file
 from mobizo_compiler.format.program import Program
+from mobizo_compiler.step.noise import NOISE_VERSION
 
 MAGIC, VERSION = b"MBZJRNL\n", 1
 _HEADER = struct.Struct("<8sII32sQII")
@@ -76,7 +77,7 @@ def fingerprint(program: Program) -> bytes:
         manifest.model,
         [dataclasses.asdict(site) for site in manifest.sites],
         *([["differentiates", zo.clip]] if zo.differentiates else []),
-        [zo.queries, zo.noise],
+        [zo.queries, zo.noise, NOISE_VERSION],
         dict(manifest.rule),
     ]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())

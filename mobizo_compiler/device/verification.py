@@ -247,7 +247,7 @@ class _Making:
             return f"wanted {name}/state"
         share = ARITHMETIC if self.manifest.rule["name"] == "sgd" else UPDATE_TOLERANCE
         start = self.tensors[state]
-        # An update agrees to the last bits of the noise, and to those of the state that it is added to.
+        # An update agrees to the last bits of its sum over directions, and to those of the state that it is added to.
         allowed = share * float((after - start).norm()) + 2.0**-23 * float(start.norm())
         replayed, again = f"replayed{behind}", f"again{behind}"
         self.tensors[f"wanted {replayed}/state"] = after

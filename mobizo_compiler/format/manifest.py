@@ -26,7 +26,7 @@ from mobizo_compiler.options import JsonConfig
 from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
-FORMAT_VERSION = 11
+FORMAT_VERSION = 12
 
 
 @dataclasses.dataclass(frozen=True)

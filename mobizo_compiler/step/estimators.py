@@ -224,7 +224,14 @@ def get_estimator(estimator: str | Mapping[str, Any] | Estimator) -> Estimator:
     return ESTIMATORS.get(estimator)
 
 
-def directions(estimator: Estimator, sites: Sequence[Site], seed_1: Tensor, queries: int, distribution: str) -> Tensor:
+def directions(
+    estimator: Estimator,
+    sites: Sequence[Site],
+    seed_1: Tensor,
+    queries: int,
+    distribution: str,
+    table_T1: Tensor | None = None,
+) -> Tensor:
     """The directions z of a step, float32 [Q, P]; zeros for sites that are not measured.
 
     Args:
@@ -233,9 +240,10 @@ def directions(estimator: Estimator, sites: Sequence[Site], seed_1: Tensor, quer
         seed_1: Seed, int32 [1].
         queries: Number Q of queries.
         distribution: "gaussian" or "rademacher".
+        table_T1: See `noise_values`.
     """
     first = estimator.measured(sites)
-    noise_QM = noise_values(seed_1, queries, trained_before(sites, first), distribution)
+    noise_QM = noise_values(seed_1, queries, trained_before(sites, first), distribution, table_T1)
     return in_their_places(noise_QM, sites, first)
 
 

@@ -125,7 +125,7 @@ def test_a_run_goes_there_and_back(recipe: str, machine: Machine, tmp_path: Path
     machine.train(processor, recipe, run, 9, "--save", tmp_path / "there.ptd")
     session = Session(machine.program(recipe))
     session.import_ptd(tmp_path / "there.ptd")
-    assert_replayed(machine, recipe, run, session.state(), here)
+    assert torch.equal(session.state(), here)
 
 
 def test_a_thousand_steps_are_replayed(machine: Machine, tmp_path: Path) -> None:
@@ -138,20 +138,7 @@ def test_a_thousand_steps_are_replayed(machine: Machine, tmp_path: Path) -> None
         machine.train(emulated.PROCESSORS[-1], recipe, tmp_path / "copy", 1000, "--save", tmp_path / "there.ptd")
         session = Session(machine.program(recipe))
         session.import_ptd(tmp_path / "there.ptd")
-        assert_replayed(machine, recipe, run, session.state(), here)
-
-
-def assert_replayed(machine: Machine, recipe: str, run: Path, found: Tensor, wanted: Tensor) -> None:
-    """Signs are the same bits everywhere; a normal is off by up to 6e-6, see tests/test_noise_engines.py."""
-    apart = float((found - wanted).abs().max())
-    print(f"\n{recipe}: {apart:.3g} apart, {int((found != wanted).sum())} of {len(found)} numbers are others")
-    if recipe == "rademacher":
-        assert torch.equal(found, wanted)
-        return
-    records = read_journal(run / JOURNAL, mobizo.load(machine.program(recipe)))
-    moves = sum(r.learning_rate * sum(map(abs, r.projected_gradient)) / len(r.projected_gradient) for r in records)
-    rounding = len(records) * 2.0**-24 * float(wanted.abs().max())  # of the state, once a step
-    assert apart <= 6e-6 * moves + rounding
+        assert torch.equal(session.state(), here)
 
 
 def test_the_folder_is_all_that_it_needs(machine: Machine) -> None:

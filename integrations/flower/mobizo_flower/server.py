@@ -110,7 +110,7 @@ class Verdict:
         client: Whose it is; None where that cannot be read.
         reason: In words.
         rounds: Rounds that the client has without a gap.
-        same_state: Whether the client's state is the server's, bit for bit. Engines differ in the last bits of noise.
+        same_state: Whether the client's state is the server's, bit for bit. Engines may add in other orders.
     """
 
     outcome: Outcome
