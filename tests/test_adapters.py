@@ -290,7 +290,7 @@ def test_an_adapter_that_does_something_else_is_refused(
     assert fresh.probe() == session.probe()
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_adapter_of_the_head_brings_the_models_weights(tied: bool, tmp_path: Path) -> None:
     """peft stores the weight of an adapted head too, which is taken where it is the model's; and names as in memory."""
     base, inputs = llama(), words()

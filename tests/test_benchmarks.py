@@ -122,6 +122,7 @@ def test_topics_are_apart() -> None:
     assert [sum(word.label == topic for word in held_out) for topic in range(7)] == [57] * 7
 
 
+@pytest.mark.slow
 def test_every_task_makes_batches_and_scores_a_model(smollm2: tuple[Any, Any]) -> None:
     tokenizer, model = smollm2
     for name, make in TASKS.items():

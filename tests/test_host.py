@@ -52,7 +52,7 @@ def test_what_other_threads_say_is_heard(caplog: pytest.LogCaptureFixture) -> No
     with contextlib.redirect_stdout(output), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         with talking() as made:
-            compiled("portable")
+            compiled()
     assert made[0] > 10
     assert output.getvalue().count("tick") == made[0]
     # Where torch catches warnings itself, which Python does for the whole process, one of another thread may be lost.

@@ -62,6 +62,7 @@ def outcome(program: Program) -> list[Tensor]:
     return [result.lane_losses, session.state(), session.evaluate((tokens,))]
 
 
+@pytest.mark.slow
 def test_a_tied_weight_is_in_the_file_once(twice: Program, tmp_path: Path) -> None:
     path = twice.save(tmp_path / "program.pte")
     before = path.stat().st_size

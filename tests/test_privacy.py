@@ -133,7 +133,7 @@ def test_losses_of_rows_are_those_of_the_model(program: mobizo.Program) -> None:
         torch.testing.assert_close(loss_GR[:, column], one.lane_losses)
 
 
-@pytest.mark.parametrize("estimator", ["two-sided", "one-sided"])
+@pytest.mark.parametrize("estimator", ["two-sided", pytest.param("one-sided", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", [pytest.param("portable", marks=pytest.mark.slow), "xnnpack"])
 def test_an_engine_has_them_too(estimator: str, backend: str) -> None:
     """That they are right is what compiling checks: here they must be there, and differ."""
