@@ -446,13 +446,16 @@ CASES: dict[str, Case] = {
         tensor %p_gate_weight: f32[8, 6]
         tensor %p_down_weight: f32[8, 3]
         tensor %p_down_bias: f32[3]
+        tensor %b_mobizo_normal_table: f32[4096, 1]
         input  %ids: i64[4]
           %embedding = embedding(%p_table_weight, %ids)
           %linear = linear(%embedding, %p_up_weight, %p_up_bias)
           %linear_1 = linear(%embedding, %p_gate_weight)
           %mul = mul.Tensor(%linear, %linear_1)
           %addmm = addmm(%p_down_bias, %mul, %p_down_weight)
+          %noise = embedding(%b_mobizo_normal_table, %ids)
         return output_0 = %addmm
+        return output_1 = %noise
         """,
         inputs={"ids": torch.tensor([3, 0, 6, 3])},
         also={facts.STATIC, facts.CANONICAL},

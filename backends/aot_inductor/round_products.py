@@ -32,6 +32,7 @@ from mobizo_compiler.graph.nodes import operand
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import STATE
 from mobizo_compiler.passes.insert_mp_lora import OUTPUTS
+from mobizo_compiler.step.noise import NORMAL_TABLE
 
 aten = torch.ops.aten
 # Products and lookups, and where their weight is among the arguments.
@@ -131,9 +132,9 @@ class _Halves:
 
 
 def _rounds(edit: Editor, weight: fx.Node) -> bool:
-    """Whether it is a float32 weight; ones and zeros that move values are exact, and the state is no weight."""
+    """Whether it is a float32 weight: ones and zeros that move values are exact; state and noise are no weights."""
     tensor, name = edit.tensor(weight), edit.tensor_name(weight) or ""
-    return tensor is not None and tensor.dtype == torch.float32 and not name.startswith((OUTPUTS, STATE))
+    return tensor is not None and tensor.dtype == torch.float32 and not name.startswith((OUTPUTS, STATE, NORMAL_TABLE))
 
 
 def _learned(edit: Editor) -> set[fx.Node]:

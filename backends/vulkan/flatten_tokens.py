@@ -29,6 +29,7 @@ from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand
 from mobizo_compiler.graph.pipeline import Pass
+from mobizo_compiler.step.noise import NORMAL_TABLE
 
 aten = torch.ops.aten
 _ALONG_LAST = frozenset(("softmax", "_softmax", "log_softmax", "_log_softmax"))
@@ -92,7 +93,8 @@ class _Tokens:
         call, value = self.edit.call, node.meta["val"]
         args: tuple[Any, ...] = node.args
         if name == "embedding":
-            if value.dim() < 3 or value.dtype != torch.float32:
+            noise = self.edit.tensor_name(args[0]) == NORMAL_TABLE
+            if value.dim() < 3 or value.dtype != torch.float32 or noise:
                 return None
             return call(node.target, args[0], reshaped(self.edit, args[1], [args[1].meta["val"].numel()]), *args[2:])
         if name == "linear":

@@ -30,6 +30,7 @@ from mobizo_compiler.backends.vulkan.known_faults import check_delegates, number
 from mobizo_compiler.backends.vulkan.operators import PRODUCTS, name_of
 from mobizo_compiler.graph.nodes import ancestors
 from mobizo_compiler.graph.program import SEED_INPUT, STATE, STATE_INPUT
+from mobizo_compiler.step.noise import NORMAL_TABLE
 
 _OUTSIDE = "mobizo_outside"  # name of a module that no model has
 _MODULES = "nn_module_stack"
@@ -132,7 +133,8 @@ def _noise_and_update(
     made_of: dict[fx.Node, set[str]] = {}
     for node in exported.graph.nodes:
         if node.op == "placeholder":
-            made_of[node] = {by_name.get(node.name, node.name)} - numbers
+            constant = signature.inputs_to_buffers.get(node.name) == NORMAL_TABLE
+            made_of[node] = set() if constant else {by_name.get(node.name, node.name)} - numbers
         else:
             made_of[node] = set().union(*(made_of[inner] for inner in node.all_input_nodes))
     noise = ancestors(node for node in calls if made_of[node] == {SEED_INPUT})

@@ -10,7 +10,8 @@ class PhoneSensors(private val context: Context) : Sensors {
   override fun battery(): Double? {
     val manager = context.getSystemService(Context.BATTERY_SERVICE) as BatteryManager
     if (manager.isCharging) return null
-    return manager.getIntProperty(BatteryManager.BATTERY_PROPERTY_CAPACITY).toDouble()
+    val percent = manager.getIntProperty(BatteryManager.BATTERY_PROPERTY_CAPACITY)
+    return if (percent in 1..100) percent.toDouble() else null // 0 and the smallest number where it is not known
   }
 
   override fun temperature(): Double? {

@@ -19,7 +19,7 @@ public final class Limits {
   private let minutes: Double?
   private let battery: Double?
   private let thermal: ProcessInfo.ThermalState?
-  private let charge: () -> Double?
+  private let charge: (() -> Double?)?
   private let heat: () -> ProcessInfo.ThermalState
   private let seconds: () -> TimeInterval
   private let start: TimeInterval
@@ -31,17 +31,18 @@ public final class Limits {
   ///   - minutes: So long, from here.
   ///   - battery: When the charge falls below so many percent and is not being charged.
   ///   - thermal: When the device is at least so hot; iOS tells no degrees. `.serious` is when it slows down.
-  ///   - charge: The charge in percent, nil while it is charged: from `UIDevice.current.batteryLevel` and
-  ///     `batteryState`, which have to be asked on the main thread with `isBatteryMonitoringEnabled`.
+  ///   - charge: The charge in percent, nil while it is charged; asked on the thread that trains. `UIDevice` wants to be
+  ///     asked on the main thread: keep what it notifies of there, and return that here.
   ///   - heat: How hot the device is.
   ///   - seconds: A clock that only goes forward.
   public init(
     minutes: Double? = nil, battery: Double? = nil, thermal: ProcessInfo.ThermalState? = nil,
-    charge: @escaping () -> Double? = { nil },
+    charge: (() -> Double?)? = nil,
     heat: @escaping () -> ProcessInfo.ThermalState = { ProcessInfo.processInfo.thermalState },
     seconds: @escaping () -> TimeInterval = { ProcessInfo.processInfo.systemUptime }
   ) {
     precondition(minutes ?? 1 > 0, "minutes must be above 0")
+    precondition(battery == nil || charge != nil, "a limit on the battery needs what knows its charge")
     precondition((battery ?? 1) > 0 && (battery ?? 1) <= 100, "battery must be a charge in percent")
     self.minutes = minutes
     self.battery = battery
@@ -66,8 +67,8 @@ public final class Limits {
     }
     if reason == nil, looked.map({ now - $0 >= 5 }) ?? true {
       looked = now
-      if let battery, let charge = charge(), charge < battery {
-        stop("the battery is at \(charge) %")
+      if let battery, let left = charge?(), left < battery {
+        stop("the battery is at \(left) %")
       } else if let thermal, heat().rawValue >= thermal.rawValue {
         stop("the device is too hot")
       }

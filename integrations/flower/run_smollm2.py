@@ -13,38 +13,26 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import random
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the processes of Ray
 
-import torch  # noqa: E402  (the package is beside this file)
 from flwr.app import Context  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
-from mobizo_flower import Client, Plan, Protocol, RoundReport, Server, Traffic, run_rounds  # noqa: E402
+from mobizo_flower import Plan, Protocol, RoundReport, Server, Traffic, run_rounds  # noqa: E402
 from mobizo_flower.flower import FlowerNetwork, client_app, server_app  # noqa: E402
+from smollm2_clients import SETUP, batch, client_of, shards  # noqa: E402
 
 import mobizo_compiler as mobizo  # noqa: E402
-from examples.demo import SETUPS, TOKENS, compile_program, score  # noqa: E402
-from examples.federated import by_movie  # noqa: E402
-from examples.rotten_tomatoes import (  # noqa: E402
-    Prompter,
-    Sentence,
-    balanced,
-    by_label,
-    load_sentences,
-    split_by_movie,
-)
-from examples.smollm2 import load_tokenizer  # noqa: E402
+from examples.demo import TOKENS, compile_program, score  # noqa: E402
+from examples.rotten_tomatoes import Prompter, balanced, load_sentences, split_by_movie  # noqa: E402
 
-SETUP = SETUPS["head"]
 LEARNING_RATE, CENTRE = 0.01, "central"
 
 
@@ -110,36 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(f"{down:,.0f} bytes to a client in a round, {up:,.0f} from it; the adapter is {4 * program.parameters:,}")
     return 0
-
-
-def shards(clients: int, sentences: int) -> list[list[Sentence]]:
-    """The sentences of every client, about movies that no other client has."""
-    return [balanced(shard, sentences) for shard in by_movie(split_by_movie(load_sentences())["train"], clients)]
-
-
-def batch(
-    prompter: Prompter, sentences: Sequence[Sentence], who: object, number: int, step: int
-) -> tuple[Any, torch.Tensor]:
-    """Half fresh, half rotten; a function of who, the round and the step."""
-    generator = random.Random(f"{who} {number} {step}")
-    chosen = [s for members in by_label(sentences) for s in generator.sample(members, SETUP.rows // 2)]
-    inputs, labels, _ = prompter.encode(chosen)
-    return inputs, labels
-
-
-def client_of(folder: Path, clients: int, sentences: int, context: Context) -> Client:
-    """The client of a node of the simulation."""
-    number = int(context.node_config["partition-id"])
-    session, batches = _shared(folder, clients, sentences)
-    return Client(folder / f"client{number}", session, number, batches(number), rows=sentences)
-
-
-@functools.cache
-def _shared(folder: Path, clients: int, sentences: int) -> tuple[mobizo.Session, Callable[[int], Any]]:
-    """What clients of one process have in common: the model, and what comes before the adapter of every sentence."""
-    parts, prompter = shards(clients, sentences), Prompter(load_tokenizer(), TOKENS)
-    session = mobizo.Session(folder / "head.pte", prefix_cache=folder / "prefix")
-    return session, lambda number: functools.partial(batch, prompter, parts[number], number)
 
 
 if __name__ == "__main__":

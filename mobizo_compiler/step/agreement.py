@@ -19,7 +19,7 @@ CLOSE, FACTOR = 2e-5, 32.0
 # engines that agree to rounding part by up to what all the rounding does. That is measured, by leaving it out.
 ROUNDING = 4.0
 # Given the losses, the projected gradient is a few operations on them; given the gradient, an update agrees to the last
-# bits of the noise, as a share of its norm, and a rule that takes signs may turn a few of them.
+# bits of its sum, as a share of its norm, and a rule that takes signs may turn a few of them.
 ARITHMETIC = 1e-5
 UPDATE_TOLERANCE = 1e-2
 GRADIENT_TOLERANCE = 1e-3  # of an exact gradient, as a share of its norm
