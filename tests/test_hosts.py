@@ -729,6 +729,36 @@ def test_minutes_of_the_host(case: Case, tmp_path: Path) -> None:
     assert "--minutes is 0; it must be above 0" in case.refused(BAD_ARGUMENTS, tmp_path / "no", 1, "--minutes", "0")
 
 
+def test_sensors_of_the_host(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A low battery and a hot part stop it; it goes on as one that was not stopped."""
+    battery, zone = tmp_path / "class" / "power_supply" / "BAT0", tmp_path / "class" / "thermal" / "thermal_zone0"
+
+    def says(status: str, percent: int, thousandths: int) -> None:
+        for folder, files in (
+            (battery, {"type": "Battery", "status": status, "capacity": percent}),
+            (zone, {"temp": thousandths}),
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, value in files.items():
+                (folder / name).write_text(f"{value}\n")
+
+    run, limits = tmp_path / "run", ("--battery", "30", "--temperature", "60")
+    monkeypatch.setenv("MOBIZO_SYS_CLASS", str(tmp_path / "class"))
+    assert "does not say how hot it is" in case.refused(BAD_ARGUMENTS, run, 3, *limits)
+    says("Discharging", 29, 41_000)
+    assert "the battery is at 29 % after step 0 of 3" in case.train(run, 3, *limits).stderr
+    says("Charging", 29, 61_500)
+    assert "the device is at 62 degrees after step 0 of 3" in case.train(run, 3, *limits).stderr
+    says("Charging", 29, 59_000)
+    assert "after step" not in case.train(run, 3, *limits).stderr
+    case.train(tmp_path / "other", 3)
+    journals = [(tmp_path / name / "journal").read_bytes() for name in ("run", "other")]
+    assert journals[0] == journals[1]
+    assert "--battery is 101; it must be above 0, and at most 100" in case.refused(
+        BAD_ARGUMENTS, tmp_path / "no", 1, "--battery", "101"
+    )
+
+
 @pytest.mark.parametrize("which", ["case", "passed", "chooser", "exact"])
 def test_the_probe_of_an_adapter(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The host finds Python's numbers, with ids, masks, dynamic sizes and several outputs, and refuses others."""

@@ -1,5 +1,4 @@
 // Fine-tune a program on the ExecuTorch runtime, with forward passes only, in a folder that survives kills.
-#include <chrono>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
@@ -17,6 +16,7 @@
 #include "evaluate.h"
 #include "generate.h"
 #include "journal.h"
+#include "limits.h"
 #include "predict.h"
 #include "probe.h"
 #include "program.h"
@@ -54,6 +54,8 @@ constexpr char kUsage[] =
     "  --load FILE.ptd    the state that a new run starts from (the program's, which is zero)\n"
     "  --save FILE.ptd    write the state at the end\n"
     "  --minutes X        stop after the step in which so many minutes are over; the same call goes on later\n"
+    "  --battery X        the same when its charge falls below so many percent and it is not being charged\n"
+    "  --temperature X    the same when a part of the machine is hotter than so many degrees Celsius\n"
     "  --threads N        threads of the kernels (the runtime's choice)\n"
     "  --quiet            print nothing but warnings and errors, and hold back what the runtime logs\n"
     "\n"
@@ -83,7 +85,7 @@ struct Options {
   uint64_t seed = 0;
   std::optional<float> eps;
   std::filesystem::path load, save;
-  std::optional<float> minutes;
+  host::Limits limits;
   std::optional<uint32_t> threads;
   bool quiet = false;
 };
@@ -116,11 +118,15 @@ Options parse(int count, char** arguments) {
       if (!(*options.eps > 0)) {
         throw Failure(Exit::bad_arguments, "--eps is " + value + "; it must be above 0");
       }
-    } else if (name == "--minutes") {
-      options.minutes = host::real(name, value);
-      if (!(*options.minutes > 0)) {
-        throw Failure(Exit::bad_arguments, "--minutes is " + value + "; it must be above 0");
+    } else if (name == "--minutes" || name == "--battery" || name == "--temperature") {
+      const float limit = host::real(name, value);
+      if (!(limit > 0) || (name == "--battery" && limit > 100)) {
+        throw Failure(Exit::bad_arguments, name + " is " + value + "; it must be above 0" +
+                                               (name == "--battery" ? ", and at most 100" : ""));
       }
+      (name == "--minutes"   ? options.limits.minutes
+       : name == "--battery" ? options.limits.battery
+                             : options.limits.temperature) = limit;
     } else if (name == "--load") {
       options.load = value;
     } else if (name == "--save") {
@@ -227,13 +233,11 @@ void train(const Options& options) {
   }
 
   const size_t resumed_at = journal.records().size();
-  const auto over = [minutes = options.minutes, start = std::chrono::steady_clock::now()] {
-    return minutes && std::chrono::duration<float, std::ratio<60>>(std::chrono::steady_clock::now() - start).count() >= *minutes;
-  };
+  host::Watch watch(options.limits);
   for (size_t step = resumed_at; step < *options.steps; ++step) {
-    if (over()) {
-      std::fprintf(stderr, "%g minutes are over after step %zu of %u; the same call goes on from there\n",
-                   static_cast<double>(*options.minutes), step, *options.steps);
+    if (const auto reason = watch.reason()) {
+      std::fprintf(stderr, "%s after step %zu of %u; the same call goes on from there\n", reason->c_str(), step,
+                   *options.steps);
       break;
     }
     const uint32_t seed = step_seed(options.seed, step);
