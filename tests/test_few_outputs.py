@@ -57,7 +57,7 @@ def made(
 def trained(program: mobizo.Program, steps: int = 5) -> Session:
     session = Session(program)
     for step in range(steps):
-        session.train_step(inputs(), labels(), seed=step, learning_rate=0.3, eps=0.05)
+        session.train_step(inputs(), labels(), seed=step, learning_rate=0.1, eps=0.05)
     return session
 
 
