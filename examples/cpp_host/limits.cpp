@@ -88,10 +88,10 @@ std::optional<std::string> Watch::reason() {
     return std::nullopt;
   }
   looked_ = now;
-  if (const auto found = charge(sensors_); limits_.battery && found && *found < *limits_.battery) {
+  if (const auto found = limits_.battery ? charge(sensors_) : std::nullopt; found && *found < *limits_.battery) {
     return with("the battery is at %.0f %%", *found);
   }
-  if (const auto found = heat(sensors_); limits_.temperature && found && *found > *limits_.temperature) {
+  if (const auto found = limits_.temperature ? heat(sensors_) : std::nullopt; found && *found > *limits_.temperature) {
     return with("the device is at %.0f degrees", *found);
   }
   return std::nullopt;
