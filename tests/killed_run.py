@@ -1,44 +1,77 @@
-"""Train, be killed, go on: run by `test_journal.py` as a process of its own, because it forks.
+"""Train, be killed, go on: run by `test_journal.py` and `test_exact.py` as a process of its own, because it forks.
 
     python -m tests.killed_run PROGRAM FOLDER KILLS STEPS
 
 A child trains in FOLDER and is killed at a random instant; the next one goes on; after each, the restored state must be
-that of an uninterrupted run with as many steps, and no step that the child reported may be missing.
+that of an uninterrupted run with as many steps, and no step that the child reported may be missing. Where steps are
+gradients, which records cannot repeat, a copy of FOLDER goes on in this process to where its journal ends.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import mobizo_compiler as mobizo
-from mobizo_compiler.device.run import step_seed
+from mobizo_compiler.device.run import OnStep, RunSummary, step_seed
+from mobizo_compiler.testing import tiny_batch
 
+Batch = Callable[[int], tuple[Any, torch.Tensor]]
 LEARNING_RATE, EPS = 0.05, 0.01
 
 
-def batch(step: int) -> tuple[tuple[torch.Tensor], torch.Tensor]:
-    tokens = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(step))
-    return (tokens,), tokens
+def batches(program: mobizo.Program) -> Batch:
+    """Of the model that the program is of: one layer of tokens, or `TinyCausalLM`."""
+
+    def tokens(step: int) -> tuple[tuple[torch.Tensor], torch.Tensor]:
+        drawn = torch.randint(0, 16, (2, 5), generator=torch.Generator().manual_seed(step))
+        return (drawn,), drawn
+
+    return tokens if len(program.manifest.inputs) == 1 else lambda step: tiny_batch(seed=step)
 
 
-def train(program: mobizo.Program, folder: Path, steps: int, reports: int) -> None:
-    mobizo.Session(program).finetune(
-        batch,
+def train(
+    program: mobizo.Program, folder: Path, steps: int, on_step: OnStep | None = None
+) -> tuple[mobizo.Session, RunSummary]:
+    session = mobizo.Session(program)
+    summary = session.finetune(
+        batches(program),
         steps=steps,
         learning_rate=LEARNING_RATE,
         eps=EPS,
         run=folder,
         snapshot_every=3,
-        on_step=lambda step, result: os.write(reports, b"."),
+        on_step=on_step,
     )
+    return session, summary
+
+
+def report(to: int, step: int, result: mobizo.StepResult) -> None:
+    os.write(to, b".")
+
+
+def restored(program: mobizo.Program, folder: Path) -> tuple[torch.Tensor, int]:
+    """The state that the run in a folder goes on from, and its steps."""
+    if not program.manifest.zo.differentiates:
+        session = mobizo.Session(program)
+        steps = session.restore(folder)
+        return session.state(), steps
+    again = folder.with_name("again")
+    shutil.copytree(folder, again)
+    session, summary = train(program, again, steps=0)
+    shutil.rmtree(again)
+    return session.state(), summary.steps
 
 
 def main() -> None:
@@ -47,7 +80,7 @@ def main() -> None:
     warnings.simplefilter("ignore", mobizo.JournalWarning)
     program = mobizo.load(file)
     session = mobizo.Session(program)
-    states = [session.state()]
+    states, batch = [session.state()], batches(program)
     for step in range(steps):
         inputs, labels = batch(step)
         session.train_step(inputs, labels, seed=step_seed(0, step), learning_rate=LEARNING_RATE, eps=EPS)
@@ -59,7 +92,7 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os.close(read)
-            train(program, folder, steps, write)
+            train(program, folder, steps, functools.partial(report, write))
             os._exit(0)
         os.close(write)
         reported = len(os.read(read, 1)) if rng.random() < 0.8 else 0  # else also before the first step
@@ -72,9 +105,8 @@ def main() -> None:
         found = 0
         if (folder / "journal").exists():
             torn += ((folder / "journal").stat().st_size - 64) % (24 + 4 * program.manifest.zo.queries) != 0
-            restored = mobizo.Session(program)
-            found = restored.restore(folder)
-            assert torch.equal(restored.state(), states[found]), f"after {killed} kills, at step {found}"
+            state, found = restored(program, folder)
+            assert torch.equal(state, states[found]), f"after {killed} kills, at step {found}"
         assert before + reported <= found <= before + reported + 1, (before, reported, found)
         before = found
         if found == steps:  # start over, so that there is something left to kill

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -405,6 +407,20 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, every: int) -> None:
     assert torch.equal(resumed.state(), whole.state())
     again = Session(program(rule="adamw"))
     assert again.restore(tmp_path) == 8 and torch.equal(again.state(), whole.state())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zo", [EXACT, ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1})], ids=str)
+def test_kills_at_random_instants(zo: ZOConfig, tmp_path: Path) -> None:
+    """100 of them, in the stock runtime, during steps, journal writes and snapshots: each run goes on bit for bit."""
+    model = TinyCausalLM(layers=2).eval()
+    made = mobizo.compile(model, tiny_batch()[0], ALL, zo, backend="portable", rule="adamw")
+    file = made.save(tmp_path / "program.pte")
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-m", "tests.killed_run", str(file), str(tmp_path / "run"), "100", "40"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "100 kills" in done.stdout
 
 
 def test_steps_from_other_data_are_not_taken_for_the_same(tmp_path: Path) -> None:
