@@ -12,9 +12,10 @@ Numbers: exact for what the program computed before; the gradient is that of PyT
 
 Every call between an adapter and the loss gets the product of the vector behind it with its derivative, which PyTorch
 writes: `torch.func.vjp` of the call is traced, and what it computes again of the call itself is the call. What lies
-before the first adapter has no derivative. Slices of one value, as the numbers of each site are of all of them, are put
-together again by one `cat`, so that no gradient is scattered into the whole. Products become `bmm`, of which a
-factor may be a stored weight: it is read where it is, not stored a second time in another order.
+before the first adapter has no derivative, and rounding passes it on as it is (straight through). Slices of one value,
+as the numbers of each site are of all of them, are put together again by one `cat`, so that no gradient is scattered
+into the whole. Products become `bmm`, of which a factor may be a stored weight: it is read where it is, not stored a
+second time in another order.
 
 The norm of the gradient is the slope along its own direction, and stands where the slopes along random directions
 stand in other programs.
@@ -34,7 +35,7 @@ from torch import Tensor, fx
 from mobizo_compiler.errors import NotSupportedYetError, UnsupportedGraphError
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
-from mobizo_compiler.graph.nodes import ancestors, operand, slice_bounds, source_line
+from mobizo_compiler.graph.nodes import CHOOSE, ancestors, operand, operator_name, slice_bounds, source_line, unrounded
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS_INPUT, SEED_INPUT
 from mobizo_compiler.passes.duplicate_lanes import CLEAN
@@ -131,6 +132,10 @@ def gradient(edit: Editor, result: fx.Node, leaf: fx.Node) -> fx.Node:
         if node.target is operator.getitem:
             behind[operand(node)].append((node, _sum(edit, node, behind[node])))
             continue
+        before = unrounded(node)
+        if before is not None:
+            behind[before].append((None, _sum(edit, node, behind[node])))
+            continue
         several = isinstance(node.meta["val"], (tuple, list))
         vectors = _by_index(edit, behind[node]) if several else {0: _sum(edit, node, behind[node])}
         inner = [n for n in node.all_input_nodes if n in behind]
@@ -146,8 +151,9 @@ def _between(edit: Editor, result: fx.Node, leaf: fx.Node) -> list[fx.Node]:
     """What depends on the leaf, with itself, and what the result depends on, in order, of floating-point numbers."""
     reached, needed = {leaf}, ancestors([result])
     for node in edit.graph.nodes:
-        real = node.op == "call_function" and _is_real(node.meta.get("val"))
-        if real and any(inner in reached for inner in node.all_input_nodes):
+        real = node.op == "call_function" and _is_real(node.meta.get("val")) and operator_name(node) != CHOOSE
+        before = unrounded(node)
+        if real and any(inner in reached for inner in (node.all_input_nodes if before is None else (before,))):
             reached.add(node)
     return [node for node in edit.graph.nodes if node in reached and node in needed]
 

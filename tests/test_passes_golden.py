@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchao.quantization  # noqa: F401  (brings the operators of texts with quantized weights)
 from torch import Tensor
 
 from mobizo_compiler import (
@@ -592,7 +593,7 @@ CASES: dict[str, Case] = {
         """,
     ),
     "round_group_scales": of(
-        RoundGroupScales(), f"{IN_GROUPS}\n%linear = linear(%x, %weight, %p_bias)\nreturn y = %linear"
+        RoundGroupScales(), f"{IN_GROUPS}{DYNAMIC_INPUT}\n%linear = linear(%y, %weight, %p_bias)\nreturn y = %linear"
     ),
     "spell_out_gelu": of(
         SpellOutGelu(),

@@ -23,9 +23,11 @@ from mobizo_compiler import LoraConfig, Session, ZOConfig
 from mobizo_compiler.backends.eager import EagerBackend
 from mobizo_compiler.backends.vulkan import VulkanBackend, load_runtime
 from mobizo_compiler.backends.vulkan.known_faults import RULES, check_delegates, violations
+from mobizo_compiler.backends.vulkan.operators import PRODUCTS
 from mobizo_compiler.errors import BackendRefusedError, BackendUnavailableError
 from mobizo_compiler.passes.decompose_attention import DecomposeAttention
 from mobizo_compiler.reference import ReferenceStep
+from mobizo_compiler.testing import TinyCausalLM, tiny_batch
 
 RECIPES: dict[str, Any] = {
     "fp32": None,
@@ -164,6 +166,27 @@ def test_layers_and_embeddings_that_compile_quantizes(recipe: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "zo", [ZOConfig(estimator="exact"), ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1})], ids=str
+)
+def test_products_of_a_gradient_are_in_delegates(zo: ZOConfig) -> None:
+    """Three: up to the labels, which are integers, from there to the loss, and back."""
+    lora = LoraConfig(r=3, target_modules="all-linear")
+    model = TinyCausalLM(layers=2).eval()
+    program = mobizo.compile(model, tiny_batch()[0], lora, zo, rule="adamw", backend="vulkan")
+    delegation: Mapping[str, Any] = program.artifact.delegation  # type: ignore[attr-defined]
+    assert [delegation[method].delegates for method in ("train_step", "evaluate")] == [3, 1]
+    assert not PRODUCTS.intersection(delegation["train_step"].outside), delegation["train_step"].outside
+    rewritten = mobizo.compile(model, tiny_batch()[0], lora, zo, rule="adamw", backend=Rewritten())
+    assert rewritten.parameters == program.parameters, "and compiled where the check against autograd can run it"
+
+
+def test_a_gradient_through_4_bit_weights_is_refused() -> None:
+    with pytest.raises(BackendRefusedError, match=r"4-bit weights are multiplied by a gradient here"):
+        mobizo.compile(decoder("4w"), batch()[0], LORA, ZOConfig(estimator="exact"), backend="vulkan")
+
+
 def test_half_precision_weights_are_refused() -> None:
     with pytest.raises(BackendRefusedError, match=r"varying_weight(.|\n)*aten_mm"):
         mobizo.compile(decoder("fp32"), batch()[0], LORA, ZOConfig(queries=1), backend="vulkan", quantization="fp16")

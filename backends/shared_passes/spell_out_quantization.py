@@ -22,14 +22,11 @@ from torch import Tensor, fx
 
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
-from mobizo_compiler.graph.nodes import operand, operator_name
+from mobizo_compiler.graph.nodes import CHOOSE, DEQUANTIZE, operand, operator_name, unrounded
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.quantization.weights import pack_nibbles, unpack_nibbles
 
 aten = torch.ops.aten
-CHOOSE, QUANTIZE, DEQUANTIZE = (
-    f"torchao::{name}" for name in ("choose_qparams_affine", "quantize_affine", "dequantize_affine")
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +58,26 @@ class SpellOutQuantization(Pass):
                         user.replace_input_with(node, _decoded(edit, node, packed))
         if not self.keep_dynamic:
             for node in list(edit.graph.nodes):
-                if operator_name(node) == DEQUANTIZE and operator_name(operand(node)) == QUANTIZE:
+                if unrounded(node) is not None:
                     with edit.graph.inserting_before(node):
                         edit.replace(node, _rounded(edit, operand(node)))
 
 
-def scales_as(edit: Editor, dtype: torch.dtype, wanted: Callable[[Tensor], bool]) -> None:
-    """Store the scales of quantized weights in another dtype, where `wanted` says so; one new constant for each."""
+def scales_as(edit: Editor, dtype: torch.dtype, wanted: Callable[[fx.Node, Tensor], bool]) -> None:
+    """Store the scales of quantized weights in another dtype; one new constant for each.
+
+    Args:
+        edit: The program.
+        dtype: The other dtype.
+        wanted: Of a dequantized weight and its scales, whether it has these.
+    """
     converted: dict[fx.Node, fx.Node] = {}
     for node in list(edit.graph.nodes):
         if operator_name(node) != DEQUANTIZE:
             continue
         scale = operand(node, 2)
         tensor = edit.tensor(scale)
-        if tensor is None or not wanted(tensor):
+        if tensor is None or not wanted(node, tensor):
             continue
         if scale not in converted:
             name = f"{edit.tensor_name(scale)}_{str(dtype).removeprefix('torch.')}"
@@ -84,10 +87,7 @@ def scales_as(edit: Editor, dtype: torch.dtype, wanted: Callable[[Tensor], bool]
 
 def rounded_input(linear: fx.Node) -> fx.Node | None:
     """What a linear layer rounds before it multiplies; None if it rounds nothing."""
-    source = operand(linear)
-    if operator_name(source) == DEQUANTIZE and operator_name(operand(source)) == QUANTIZE:
-        return operand(operand(source))
-    return None
+    return unrounded(operand(linear))
 
 
 def _decoded(edit: Editor, node: fx.Node, packed: dict[str, fx.Node], ids: fx.Node | None = None) -> fx.Node:

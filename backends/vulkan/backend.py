@@ -145,6 +145,11 @@ def _quantization(node: fx.Node) -> Iterator[str]:
             f"{source_line(node)}: a layer of 4-bit weights with {shape[0]} outputs cannot be lowered; "
             f"make them a multiple of {OUTPUTS}, or leave the layer in float32"
         )
+    elif any(name_of(user) not in ("linear", "embedding") for user in node.users):
+        yield (
+            f"{source_line(node)}: 4-bit weights are multiplied by a gradient here, which has no kernel; use "
+            'estimator="two-sided", or leave the layers in float32'
+        )
 
 
 def _schema(node: fx.Node) -> Any:

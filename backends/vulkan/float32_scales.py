@@ -25,4 +25,4 @@ class Float32Scales(Pass):
 
     def rewrite(self, edit: Editor) -> None:
         """One new constant for each old one."""
-        scales_as(edit, torch.float32, lambda scale: scale.dtype != torch.float32)
+        scales_as(edit, torch.float32, lambda weight, scale: scale.dtype != torch.float32)

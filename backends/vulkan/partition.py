@@ -139,7 +139,8 @@ def _noise_and_update(
             made_of[node] = set().union(*(made_of[inner] for inner in node.all_input_nodes))
     noise = ancestors(node for node in calls if made_of[node] == {SEED_INPUT})
     results = zip(outputs, signature.user_outputs, strict=True)
-    network = ancestors(nodes[str(result)] for name, result in results if name != STATE_INPUT)
+    shown = {nodes[str(result)] for name, result in results if name != STATE_INPUT}
+    network = ancestors(shown | {node for node in calls if name_of(node) in PRODUCTS})  # a gradient may not be shown
     return {node for node in calls if node in noise or node not in network}
 
 

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from mobizo_compiler.backends.shared_passes.spell_out_quantization import DEQUANTIZE
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
-from mobizo_compiler.graph.nodes import operator_name
+from mobizo_compiler.graph.nodes import DEQUANTIZE, operator_name
 from mobizo_compiler.graph.pipeline import Pass
 
 aten = torch.ops.aten

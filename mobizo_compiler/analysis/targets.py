@@ -13,7 +13,7 @@ from mobizo_compiler.analysis.axes import row_axes
 from mobizo_compiler.config import ALL_LINEAR, LoraConfig
 from mobizo_compiler.errors import NoMatchingTargetError
 from mobizo_compiler.graph.editor import Editor
-from mobizo_compiler.graph.nodes import ancestors, operand, operator_name
+from mobizo_compiler.graph.nodes import ancestors, operand, unrounded
 from mobizo_compiler.graph.program import ROWS, GraphProgram
 
 aten = torch.ops.aten
@@ -58,11 +58,7 @@ class LayerCall:
         engines recognise the rounding only where the quantized layer alone uses it.
         """
         node = operand(self.call, self.position)
-        rounded = (
-            operator_name(node) == "torchao::dequantize_affine"
-            and operator_name(operand(node)) == "torchao::quantize_affine"
-        )
-        return operand(operand(node)) if rounded else node
+        return unrounded(node) or node
 
 
 def find_targets(edit: Editor) -> dict[str, list[LayerCall]]:

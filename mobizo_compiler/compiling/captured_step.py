@@ -21,7 +21,7 @@ from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.eager import EagerRunner, Interpreter
 from mobizo_compiler.graph.editor import Editor
-from mobizo_compiler.graph.nodes import operand, operator_name
+from mobizo_compiler.graph.nodes import operand, unrounded
 from mobizo_compiler.graph.paging import give_back
 from mobizo_compiler.graph.pipeline import Pass, Pipeline
 from mobizo_compiler.graph.program import GraphProgram
@@ -241,11 +241,7 @@ def _unrounded(node: fx.Node) -> fx.Node | None:
         return operand(node)
     if node.target is aten.to.dtype and _is_half(node) and operand(node).meta["val"].dtype == torch.float32:
         return operand(node)
-    if operator_name(node) == "torchao::dequantize_affine" and isinstance(node.args[0], fx.Node):
-        quantize = operand(node)
-        if operator_name(quantize) == "torchao::quantize_affine":
-            return operand(quantize)
-    return None
+    return unrounded(node)
 
 
 def _is_half(node: fx.Node) -> bool:

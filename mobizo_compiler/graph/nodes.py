@@ -9,6 +9,10 @@ import torch
 from torch import fx
 
 FIRST_PRIME = 10_000  # among the primes: larger ones than most sizes are
+# torchao's operators for rounding, of inputs and of weights.
+CHOOSE, QUANTIZE, DEQUANTIZE = (
+    f"torchao::{name}" for name in ("choose_qparams_affine", "quantize_affine", "dequantize_affine")
+)
 
 
 def operand(node: fx.Node, position: int = 0) -> fx.Node:
@@ -63,3 +67,10 @@ def operator_name(node: fx.Node) -> str:
     """Name of the operator, without overload; with its namespace if that is not aten."""
     schema = getattr(node.target, "_schema", None)
     return str(schema.name).removeprefix("aten::") if schema else getattr(node.target, "__name__", str(node.target))
+
+
+def unrounded(node: fx.Node) -> fx.Node | None:
+    """What a value was before torchao rounded it to integers and back; None if that is not what the node does."""
+    if operator_name(node) == DEQUANTIZE and operator_name(operand(node)) == QUANTIZE:
+        return operand(operand(node))
+    return None
