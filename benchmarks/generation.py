@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.machine import describe, memory_mb, set_threads
 from examples.record import write_json
-from examples.smollm2 import _converted, load_smollm2, load_tokenizer
+from examples.smollm2 import converted_folder, load_smollm2, load_tokenizer
 
 PROMPT = (
     "<|im_start|>user\nWrite a short story about a lighthouse keeper who finds a letter in a bottle, and what the "
@@ -104,7 +104,7 @@ def by_runner(path: Path, new: int) -> Callable[[], dict[str, Any]]:
     """The wheel's runner, which counts for itself."""
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    runner = TextLLMRunner(str(path), str(_converted() / "tokenizer.json"))
+    runner = TextLLMRunner(str(path), str(converted_folder() / "tokenizer.json"))
     config = GenerationConfig(max_new_tokens=new, temperature=0.0, echo=False)
 
     def run() -> dict[str, Any]:

@@ -29,7 +29,7 @@ def load_smollm2() -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(_converted(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(converted_folder(), dtype=torch.float32)
     return load_tokenizer(), model.eval()
 
 
@@ -37,10 +37,10 @@ def load_tokenizer() -> Any:
     """The tokenizer alone, for a process that has no memory for the model."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_converted())
+    return AutoTokenizer.from_pretrained(converted_folder())
 
 
-def _converted() -> Path:
+def converted_folder() -> Path:
     """The folder with weights and tokenizer as transformers saves them."""
     folder = cache_folder() / "smollm2-135m-instruct"
     if (folder / "config.json").exists():

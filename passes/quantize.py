@@ -111,7 +111,8 @@ class Quantize(Pass):
             weight = found.read(edit)
             straight = weight.contiguous() if factor is None else weight / factor
             asymmetric = getattr(self.config, "asymmetric", False)
-            self.stored[key] = store_weight(straight, recipe, group_size, fqn, asymmetric)
+            keep = fqn not in self.output_layers  # of which a method may have some rows, which must be as in the whole
+            self.stored[key] = store_weight(straight, recipe, group_size, fqn, asymmetric, keep)
         stored = self.stored[key]
         if not stored.parts:
             return

@@ -10,16 +10,18 @@ from typing import Any
 import gguf
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, cli
+from mobizo_compiler import LoraConfig, QuantizationConfig, Session, cli
 from mobizo_compiler.device.run import begin
 from mobizo_compiler.errors import AdapterError, ConfigError
 from mobizo_compiler.format.gguf_adapter import read_gguf, write_gguf
 from mobizo_compiler.format.peft import PeftAdapter
+from mobizo_compiler.quantization.weights import store_weight
 from mobizo_compiler.text.hub import load_model
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process, so that its programs are made once
@@ -211,6 +213,44 @@ def test_a_checkpoint_is_compiled(kind: str, tmp_path: Path) -> None:
         wanted = loaded(ids, attention_mask=torch.ones_like(ids)).logits
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     torch.testing.assert_close(mobizo.Session(program).evaluate(inputs)["logits"], wanted, rtol=1e-4, atol=1e-4)
+
+
+BLOCKS = [("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4")]
+
+
+@pytest.mark.parametrize(("kind", "recipe"), BLOCKS)
+def test_blocks_keep_their_codes_and_scales(kind: str, recipe: str) -> None:
+    drawn = torch.randn(12, 96, generator=torch.Generator().manual_seed(0)) * 0.05
+    drawn[3, 32:64] = 0.0
+    drawn[4, :32] = drawn[4, :32].abs()
+    coded = gguf.quantize(drawn.numpy(), gguf.GGMLQuantizationType[kind])
+    weight = torch.from_numpy(gguf.dequantize(coded, gguf.GGMLQuantizationType[kind]).copy())
+    stored = store_weight(weight, recipe, 32, "layer", asymmetric=True)
+    assert stored.decoded is not None and torch.equal(stored.decoded(*stored.parts.values()), weight)
+    assert stored.parts["scale"].shape == (12, 3) and stored.parts["scale"].dtype == torch.float16
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(
+        stored.linear(x, None, *stored.parts.values()), F.linear(x, weight), atol=1e-5, rtol=1e-5
+    )
+    weight[7, 5] *= 1.01  # one number that is no code's
+    again = store_weight(weight, recipe, 32, "layer", asymmetric=True)
+    assert again.parts["scale"].dtype != torch.float16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["xnnpack", "portable"])
+@pytest.mark.parametrize(("kind", "recipe"), BLOCKS)
+def test_a_checkpoint_is_compiled_as_it_is_stored(kind: str, recipe: Any, backend: str, tmp_path: Path) -> None:
+    """Nothing is rounded a second time: logits are those of the decoded checkpoint."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 32, "intermediate_size": 64})).eval()
+    checkpoint(tmp_path / "model.gguf", model, gguf.GGMLQuantizationType[kind])
+    loaded, ids = load_model(str(tmp_path / "model.gguf")), torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        wanted = loaded(ids).logits
+    config = QuantizationConfig(recipe, embedding="none", head="none")
+    program = mobizo.compile(loaded, {"input_ids": ids}, quantization=config, backend=backend)
+    torch.testing.assert_close(Session(program).evaluate({"input_ids": ids})["logits"], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_no_such_checkpoint(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ Result:   tensor %scale_bfloat16 : bf16[out, in/32]
           %w = dequantize_affine(%q, [1, 32], %scale_bfloat16, ...)
 Numbers: changes, because scales are rounded; the delegate rounds them anyway, and now the graphs say so.
 
-Layers that do not round their input are decoded into float32, and keep their scales. The recipes of `compile` make such scales from the start; models that came quantized need not have them.
+Layers that do not round their input are decoded into float32, and keep their scales. The recipes of `compile` make
+bfloat16 scales from the start; models that came quantized need not have them.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mobizo_compiler.errors import ConfigError, QuantizationError
 from mobizo_compiler.options import JsonConfig
+from mobizo_compiler.quantization.grids import Grid, find_grid
 
 Recipe = Literal["fp16", "8da8w", "8da4w", "int8", "int4", "nf4"]
 RECIPES: tuple[Recipe, ...] = ("fp16", "8da8w", "8da4w", "int8", "int4", "nf4")
@@ -133,11 +134,11 @@ def described(config: Any) -> str | None:
     return json.dumps({"torchao": config_to_dict(config)}, sort_keys=True, default=str)
 
 
-def torchao_config(recipe: str, group_size: int) -> Any:
+def torchao_config(recipe: str, group_size: int, on_grid: bool = False) -> Any:
     """The torchao configuration of a recipe; None for those that torchao has none for.
 
     Scales of groups are bfloat16, because that is what XNNPACK's 4-bit kernels hold: with it, the eager layer and the
-    delegate have the same weights.
+    delegate have the same weights. Those of GGUF's blocks (`on_grid`) are float16, where inputs are not rounded.
     """
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerAxis, PerGroup
@@ -148,6 +149,8 @@ def torchao_config(recipe: str, group_size: int) -> Any:
         return Int8DynamicActivationIntxWeightConfig(int4, per_group, weight_scale_dtype=torch.bfloat16)
     if recipe == "8da8w":
         return Int8DynamicActivationIntxWeightConfig(torch.int8, per_channel)
+    if on_grid:
+        return IntxWeightOnlyConfig(int4 if recipe == "int4" else torch.int8, per_group, scale_dtype=torch.float16)
     if recipe == "int4":
         return IntxWeightOnlyConfig(int4, per_group, scale_dtype=torch.bfloat16)
     if recipe == "int8":
@@ -172,7 +175,9 @@ class StoredWeight:
     decoded: Callable[..., Tensor] | None = None
 
 
-def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmetric: bool = False) -> StoredWeight:
+def store_weight(
+    weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmetric: bool = False, keep: bool = True
+) -> StoredWeight:
     """Quantize one weight.
 
     Args:
@@ -181,6 +186,7 @@ def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmet
         group_size: See `QuantizationConfig`.
         fqn: Path of the layer, for messages and for configurations that choose by path.
         asymmetric: See `QuantizationConfig`.
+        keep: Whether weights of GGUF's blocks keep their codes and scales, where the recipe has them.
 
     Raises:
         QuantizationError: The weight does not have the shape that the recipe needs, or torchao refuses it.
@@ -195,6 +201,11 @@ def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmet
         )
     if recipe == "nf4":
         return _nf4(weight, fqn)
+    bits = {"int8": 8, "int4": 4}.get(recipe) if keep and isinstance(recipe, str) else None
+    grid = find_grid(weight, bits, group_size) if bits else None
+    if grid is not None and (asymmetric or grid.offset is None):
+        config = torchao_config(cast(str, recipe), group_size, on_grid=True)
+        return _with_codes(grid, _by_torchao(weight[:1], config, fqn), torch.float16)
     config = torchao_config(recipe, group_size) if isinstance(recipe, str) else recipe
     in_groups = isinstance(recipe, str) and recipe in ("int4", "8da4w")
     if in_groups and weight.shape[1] % group_size:
@@ -203,15 +214,12 @@ def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmet
             hint=f"QuantizationConfig({recipe!r}, group_size=...) with another size, or skip=({fqn!r},)",
         )
     if in_groups and asymmetric:
-        return _with_offsets(weight, _by_torchao(weight[:1], config, fqn), group_size)
+        return _with_codes(_asymmetric(weight, group_size), _by_torchao(weight[:1], config, fqn), torch.bfloat16)
     return _by_torchao(weight, config, fqn)
 
 
-def _with_offsets(weight: Tensor, one_row: StoredWeight, group_size: int) -> StoredWeight:
-    """The symmetric layer with other codes and scales, plus the groups' offsets times the sums of their inputs.
-
-    Engines have kernels for symmetric groups only. What is added has `group_size` times fewer inputs, and is float32.
-    """
+def _asymmetric(weight: Tensor, group_size: int) -> Grid:
+    """The nearest weights of 4 bits in groups with offsets."""
     from torchao.quantization import MappingType
 
     from mobizo_compiler.upstream import choose_qparams_tinygemm, quantize_tinygemm  # torchao, which is slow to import
@@ -222,13 +230,22 @@ def _with_offsets(weight: Tensor, one_row: StoredWeight, group_size: int) -> Sto
         weight, MappingType.ASYMMETRIC, block, torch.uint8, 0, 15, scale_dtype=torch.bfloat16
     )
     codes = quantize_tinygemm(weight, block, scale.to(weight.dtype), offset, 0, 15) - 8
-    groups = in_features // group_size
-    made = {"qdata": codes.to(torch.int8), "scale": scale.reshape(out_features, groups)}
-    parts = {
-        **{n: made[n] if n in made else part.repeat_interleave(out_features, 0) for n, part in one_row.parts.items()},
-        "offset": offset.reshape(out_features, groups),
-        GROUP_SUMS: _group_sums(groups, group_size),
-    }
+    in_groups = (out_features, in_features // group_size)
+    return Grid(codes.to(torch.int8), scale.reshape(in_groups), offset.reshape(in_groups))
+
+
+def _with_codes(grid: Grid, one_row: StoredWeight, scale_dtype: torch.dtype) -> StoredWeight:
+    """The symmetric layer with other codes and scales, plus the groups' offsets times the sums of their inputs.
+
+    Engines have kernels for symmetric groups only. What is added has as many inputs as groups, and is float32.
+    """
+    (out_features, in_features), groups = grid.codes.shape, grid.scale.shape[1]
+    group_size = in_features // groups
+    made = {"qdata": grid.codes, "scale": grid.scale.to(scale_dtype)}
+    parts = {n: made[n] if n in made else part.repeat_interleave(out_features, 0) for n, part in one_row.parts.items()}
+    if grid.offset is None:
+        return dataclasses.replace(one_row, parts=parts)
+    parts |= {"offset": grid.offset, GROUP_SUMS: _group_sums(groups, group_size)}
 
     def linear(x: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         *symmetric, offset, sums = tensors
