@@ -60,26 +60,20 @@ class Variant:
     """How A is made, and what a step does with as many forward rows as the two-sided estimate has.
 
     Args:
-        a: "kaiming"; "orthogonal", rows of length 1; "eva", the first right singular vectors of the layer's inputs at
-            all tokens of some sentences, "pca" those of the inputs less their mean (as peft's EVA does), "read" those
-            at the positions that the loss reads, less their mean.
-        estimate: A function of `ESTIMATES`.
+        a: "kaiming", as the library does, or "eva", as peft does: the first principal directions of the layer's inputs,
+            here at all tokens of 64 sentences.
+        estimate: One of `ESTIMATES`.
     """
 
-    a: Literal["kaiming", "orthogonal", "eva", "pca", "read"] = "kaiming"
+    a: Literal["kaiming", "eva"] = "kaiming"
     estimate: str = "two-sided"
 
 
 VARIANTS = {
     "kaiming": Variant(),
-    "orthogonal": Variant("orthogonal"),
     "eva": Variant("eva"),
-    "pca": Variant("pca"),
-    "read": Variant("read"),
-    "one-sided": Variant(estimate="one-sided"),
     "rows": Variant(estimate="rows"),
     "guiding vector": Variant(estimate="guiding vector"),
-    "guide": Variant(estimate="guide"),
 }
 
 
@@ -143,31 +137,24 @@ class LastBlock:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.norm_eps) * self.weights[name]
 
 
-def made_a(block: LastBlock, kind: str, tokens_TF: Tensor, read_NF: Tensor) -> dict[str, Tensor]:
+def made_a(block: LastBlock, kind: str, tokens_TF: Tensor) -> dict[str, Tensor]:
     """A of every layer; see `Variant`."""
     if kind == "kaiming":
         return initial_lora_a(block.sites, SETUP.lora.init_seed)
-    if kind == "orthogonal":
-        generator = torch.Generator().manual_seed(SETUP.lora.init_seed)
-        drawn = {site.fqn: torch.randn(site.in_features, site.r, generator=generator) for site in block.sites}
-        return {name: torch.linalg.qr(matrix).Q.t().contiguous() for name, matrix in drawn.items()}
-    inputs = block.inputs(read_NF if kind == "read" else tokens_TF)
-    centred = {name: x if kind == "eva" else x - x.mean(0) for name, x in inputs.items()}
+    centred = {name: x_TF - x_TF.mean(0) for name, x_TF in block.inputs(tokens_TF).items()}
     return {name: torch.linalg.svd(x, full_matrices=False).Vh[: SETUP.lora.r].clone() for name, x in centred.items()}
 
 
 class Estimate:
-    """The direction that a step moves against, [P]; what it remembers of earlier steps is in the object.
+    """The direction that a step moves against, [P].
 
     Args:
         block: What is trained.
         queries: Of the two-sided estimate; the others have as many lanes.
     """
 
-    noise = "gaussian"
-
     def __init__(self, block: LastBlock, queries: int) -> None:
-        self.block, self.queries, self.eps_1 = block, queries, torch.tensor([EPS])
+        self.block, self.queries = block, queries
 
     def __call__(self, rows: Rows, trained_P: Tensor, seed: int) -> Tensor:
         """Of a step."""
@@ -175,13 +162,7 @@ class Estimate:
 
     def directions(self, seed: int, count: int) -> Tensor:
         """Those of a step with this seed."""
-        return mobizo.noise(seed, count, self.block.parameters, self.noise)
-
-    def along(self, rows: Rows, trained_P: Tensor, z_QP: Tensor, estimator: str = "two-sided") -> tuple[Tensor, Tensor]:
-        """The slopes along directions, normalised, [Q], and the losses of their lanes, [G]."""
-        compared = get_estimator(estimator)
-        loss_G = self.block.losses(rows, compared.perturbed(trained_P, EPS * z_QP)).mean(1)
-        return scaled(compared.projected_gradient(loss_G, self.eps_1), loss_G, self.eps_1, True, None), loss_G
+        return mobizo.noise(seed, count, self.block.parameters)
 
 
 class TwoSided(Estimate):
@@ -189,21 +170,14 @@ class TwoSided(Estimate):
 
     def __call__(self, rows: Rows, trained_P: Tensor, seed: int) -> Tensor:
         """The mean of the directions times their slopes."""
-        z_QP = self.directions(seed, self.queries)
-        slope_Q, _ = self.along(rows, trained_P, z_QP)
-        return slope_Q @ z_QP / self.queries
+        return self.with_losses(rows, trained_P, seed)[0]
 
-
-class OneSided(Estimate):
-    """One clean lane, all others directions of their own."""
-
-    noise = "rademacher"
-
-    def __call__(self, rows: Rows, trained_P: Tensor, seed: int) -> Tensor:
-        """The mean of the directions times their slopes."""
-        z_QP = self.directions(seed, 2 * self.queries - 1)
-        slope_Q, _ = self.along(rows, trained_P, z_QP, "one-sided")
-        return slope_Q @ z_QP / len(z_QP)
+    def with_losses(self, rows: Rows, trained_P: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """The same, and the losses of the lanes, [G]."""
+        z_QP, two_sided, eps_1 = self.directions(seed, self.queries), get_estimator("two-sided"), torch.tensor([EPS])
+        loss_G = self.block.losses(rows, two_sided.perturbed(trained_P, EPS * z_QP)).mean(1)
+        slope_Q = scaled(two_sided.projected_gradient(loss_G, eps_1), loss_G, eps_1, True, None)
+        return slope_Q @ z_QP / self.queries, loss_G
 
 
 class OfRows(Estimate):
@@ -244,44 +218,16 @@ class GuidingVector(Estimate):
         """The guiding vector times its slope."""
         z_MP = self.directions(seed, 2 * self.queries - 2)
         loss_M = self.block.losses(rows, trained_P + EPS * z_MP).mean(1)
-        guide_P = lowest_less_highest(z_MP, loss_M)
+        order, half = loss_M.argsort(), len(loss_M) // 2
+        guide_P = z_MP[order[:half]].mean(0) - z_MP[order[half:]].mean(0)
         ends_2 = self.block.losses(rows, trained_P + EPS * torch.stack((guide_P, -guide_P))).mean(1)
         return (ends_2[0] - ends_2[1]) / 2 / loss_M.std() * guide_P
 
 
-class Guide(Estimate):
-    """One of the two-sided directions is a guide out of earlier steps, as long as the others are on average.
-
-    The guide is .9 of itself and the directions of the lanes with the lowest losses less those with the highest.
-    """
-
-    guide_P: Tensor | None = None
-
-    def __call__(self, rows: Rows, trained_P: Tensor, seed: int) -> Tensor:
-        """The mean of the directions times their slopes."""
-        z_QP = self.directions(seed, self.queries)
-        if self.guide_P is not None:
-            z_QP[-1] = self.guide_P * (self.block.parameters**0.5 / self.guide_P.norm())
-        slope_Q, loss_G = self.along(rows, trained_P, z_QP)
-        fresh = self.queries - (self.guide_P is not None)
-        plus, minus = loss_G[:fresh], loss_G[self.queries : self.queries + fresh]
-        found_P = lowest_less_highest(torch.cat((z_QP[:fresh], -z_QP[:fresh])), torch.cat((plus, minus)))
-        self.guide_P = found_P if self.guide_P is None else 0.9 * self.guide_P + found_P
-        return slope_Q @ z_QP / self.queries
-
-
-def lowest_less_highest(z_MP: Tensor, loss_M: Tensor) -> Tensor:
-    """The mean of the half of the directions with the lowest losses, less that of the others, [P]."""
-    order, half = loss_M.argsort(), len(loss_M) // 2
-    return z_MP[order[:half]].mean(0) - z_MP[order[half:]].mean(0)
-
-
 ESTIMATES: dict[str, type[Estimate]] = {
     "two-sided": TwoSided,
-    "one-sided": OneSided,
     "rows": OfRows,
     "guiding vector": GuidingVector,
-    "guide": Guide,
 }
 
 
@@ -333,15 +279,14 @@ def difference_from_reference(model: Any, inputs: Any, labels: Tensor, last: Ten
     path = f"model.layers.{len(model.model.layers) - 1}.mlp."
     sites = [dataclasses.replace(site, fqn=f"{path}{site.fqn}_proj") for site in block.sites]
     lora_a = {site.fqn: block.lora_a[name] for site, name in zip(sites, LAYERS, strict=True)}
-    rows = before_last_block(model, inputs)[torch.arange(len(last)), last], labels.max(1).values == loss.choices[1]
-    rows = rows[0], rows[1].float()
+    given = before_last_block(model, inputs)[torch.arange(len(last)), last]
+    rows = given, (labels.max(1).values == loss.choices[1]).float()
     reference = ReferenceStep(model, sites, lora_a, zo=dataclasses.replace(SETUP.zo, queries=2), loss=loss)
     estimate, trained_P, differences = TwoSided(block, 2), torch.zeros(block.parameters), []
     for seed in range(2):
         wanted = reference.train_step(inputs, labels, seed=seed, learning_rate=0.1, eps=EPS)
-        z_QP = estimate.directions(seed, 2)
-        slope_Q, loss_G = estimate.along(rows, trained_P, z_QP)
-        trained_P = trained_P - 0.1 * (slope_Q @ z_QP / 2)
+        direction_P, loss_G = estimate.with_losses(rows, trained_P, seed)
+        trained_P = trained_P - 0.1 * direction_P
         differences.append(float((loss_G - wanted.lane_losses).abs().max()))
     reference.remove()
     return max(differences)
@@ -370,7 +315,7 @@ class Bench:
     def estimate(self, name: str, queries: int) -> Estimate:
         """The estimate of a variant, which has the block with its A."""
         variant = VARIANTS[name]
-        self.block.lora_a = made_a(self.block, variant.a, self.kept["tokens"], self.kept["train"])
+        self.block.lora_a = made_a(self.block, variant.a, self.kept["tokens"])
         return ESTIMATES[variant.estimate](self.block, queries)
 
     def batches(self, seed: int) -> Iterator[Rows]:

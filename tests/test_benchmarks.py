@@ -199,7 +199,7 @@ def test_a_step_on_the_last_block_is_that_of_the_reference() -> None:
 def test_every_variant_goes_down(name: str) -> None:
     """Over many steps a direction agrees with the gradient that autograd finds."""
     (block, rows), variant = small_block(), zeroth_order.VARIANTS[name]
-    block.lora_a = zeroth_order.made_a(block, variant.a, rows[0], rows[0])
+    block.lora_a = zeroth_order.made_a(block, variant.a, rows[0])
     trained_P = torch.zeros(block.parameters, requires_grad=True)
     block.losses(rows, trained_P[None]).mean().backward()
     assert trained_P.grad is not None
