@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import accuracy
+import mobizo_compiler as mobizo
+from benchmarks import accuracy, zeroth_order
 from benchmarks.profile import group_events, operator_kind
 from benchmarks.sweep import fits
 from benchmarks.tasks import TASKS, Choice, Options
@@ -170,3 +171,38 @@ def test_records_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     accuracy.main(["publish", str(tmp_path)])
     assert sorted(record["seed"] for record in json.loads(published.read_text())) == [0, 1, 2], "what was there stays"
     assert (tmp_path / "docs" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@torch.no_grad()
+def small_block() -> tuple[zeroth_order.LastBlock, zeroth_order.Rows]:
+    shapes = {"gate": (24, 20), "up": (24, 20), "down": (20, 24), "answers": (2, 20), "norm": (20,), "last_norm": (20,)}
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) / 4 for name, shape in shapes.items()}
+    block = zeroth_order.LastBlock(weights, 1e-5)
+    return block, (torch.randn(64, 20, generator=generator), torch.arange(64) % 2.0)
+
+
+def test_a_step_on_the_last_block_is_that_of_the_reference() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    last = torch.tensor([3, 4, 5, 2])
+    mask = torch.arange(7) <= last[:, None] + 1
+    labels = torch.full((4, 7), -100).scatter_(1, last[:, None] + 1, torch.tensor([11, 13, 13, 11])[:, None])
+    inputs = {"input_ids": torch.randint(0, 50, (4, 7)), "attention_mask": mask.long()}
+    assert zeroth_order.difference_from_reference(model, inputs, labels, last, mobizo.ChoiceLoss((11, 13))) < 1e-5
+
+
+@pytest.mark.parametrize("name", zeroth_order.VARIANTS)
+def test_every_variant_goes_down(name: str) -> None:
+    """Over many steps a direction agrees with the gradient that autograd finds."""
+    (block, rows), variant = small_block(), zeroth_order.VARIANTS[name]
+    block.lora_a = zeroth_order.made_a(block, variant.a, rows[0])
+    trained_P = torch.zeros(block.parameters, requires_grad=True)
+    block.losses(rows, trained_P[None]).mean().backward()
+    assert trained_P.grad is not None
+    estimate, start_P = zeroth_order.ESTIMATES[variant.estimate](block, 16), trained_P.detach()
+    found_P = torch.stack([estimate(rows, start_P, seed) for seed in range(100)]).mean(0)
+    assert float(torch.cosine_similarity(found_P, trained_P.grad, dim=0)) > 0.5
