@@ -73,6 +73,22 @@ def test_step_profile_and_memory(tmp_path: Path) -> None:
     assert all(child["peak_mb"] > 100 for child in children.values())
 
 
+@pytest.mark.slow
+def test_rivals_arrive_at_the_same_loss(tmp_path: Path) -> None:
+    """Peers that take the same step have the same loss after it, and one that cannot is listed with its error."""
+    peers = ("peft-b", "peft", "joint", "joint-rewritten", "onnx", "exact", "two-sided")
+    cache = ("--cache", str(tmp_path / "cache"), "--onnx-python", sys.executable)
+    run("rivals", "--rows", "2", "--steps", "3", "--out", str(tmp_path), *cache, "--peers", *peers)
+    found = json.loads((tmp_path / "rivals.json").read_text())["peers"]
+    assert "empty_permuted" in found["joint"]["failed"]
+    assert "failed" in found["onnx"]
+    same = [found[name]["losses"] + [found[name]["loss"]] for name in ("peft-b", "joint-rewritten", "exact")]
+    assert same[1] == pytest.approx(same[0], abs=1e-3) and same[2] == pytest.approx(same[0], abs=1e-3)
+    assert same[0][0] - same[0][-1] > 0.01, "the steps are large enough to tell"
+    assert found["peft"]["losses"][1] == pytest.approx(same[0][1], abs=1e-4), "A has no gradient where B is 0"
+    assert all(peer["peak_mb"] > 100 for peer in found.values() if "failed" not in peer)
+
+
 def test_arguments_of_a_workload_make_the_same_workload() -> None:
     import argparse
 
