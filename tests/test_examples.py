@@ -108,7 +108,7 @@ def test_a_reward_on_generated_text_is_learnt() -> None:
 
 @pytest.mark.slow
 def test_devices_learn_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--rounds", "2", "--steps", "3", "--rows", "16", "--layers", "1", "--output", str(tmp_path / "run")]
+    arguments = ["--rounds", "2", "--steps", "3", "--rows", "100", "--layers", "1", "--output", str(tmp_path / "run")]
     before, after = federated.main(arguments)
     said = capsys.readouterr().out
     assert before != after
