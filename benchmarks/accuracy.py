@@ -17,21 +17,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import mobizo_compiler as mobizo
-from benchmarks.machine import describe, memory_mb, set_threads
+from benchmarks.machine import alone, describe, memory_mb, set_threads
 from benchmarks.tasks import TASKS, Evaluate, Options, Task
 from examples.demo import SETUPS, Setup
 from examples.record import write_json
@@ -41,7 +39,6 @@ from mobizo_compiler.step.rules import UpdateRule, get_rule
 
 HEAD, LAST, EVERYWHERE = SETUPS["head"], SETUPS["last-block"], SETUPS["all-blocks"]
 IDENTITY = ("task", "method", "backend", "steps", "seed", "train_rows", "held_out")  # of a run
-T = TypeVar("T")
 Step = Callable[[dict[str, Tensor], Tensor, int, float], float]
 
 
@@ -156,12 +153,6 @@ def train(options: argparse.Namespace) -> None:
                 write_json(options.output / ("-".join(words).replace(" ", "-").replace(",", "") + ".json"), record)
                 shown = {key: value for key, value in record.items() if key not in ("machine", "options")}
                 print(json.dumps(shown), flush=True)
-
-
-def alone(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns in a new process, whose memory is then given back."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def compile_method(name: str, options: argparse.Namespace, path: Path) -> None:

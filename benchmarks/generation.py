@@ -100,11 +100,11 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {**medians, "text": results[-1]["text"]}
 
 
-def by_runner(path: Path, new: int) -> Callable[[], dict[str, Any]]:
-    """The wheel's runner, which counts for itself."""
+def by_runner(path: Path, new: int, data: Path | None = None) -> Callable[[], dict[str, Any]]:
+    """The wheel's runner, which counts for itself; with the state of a data file, if there is one."""
     from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
-    runner = TextLLMRunner(str(path), str(converted_folder() / "tokenizer.json"))
+    runner = TextLLMRunner(str(path), str(converted_folder() / "tokenizer.json"), *([str(data)] if data else []))
     config = GenerationConfig(max_new_tokens=new, temperature=0.0, echo=False)
 
     def run() -> dict[str, Any]:

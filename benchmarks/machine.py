@@ -6,9 +6,11 @@ import importlib.metadata
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 MEMORY_FIELDS = ("VmHWM", "VmRSS", "RssAnon", "RssFile")
 
 
@@ -19,6 +21,15 @@ def memory_mb(process: int | str = "self") -> dict[str, float]:
         name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines) if value[-3:] == " kB"
     }
     return {name: round(kilobytes[name] / 1e3, 1) for name in MEMORY_FIELDS}
+
+
+def alone(function: Callable[..., T], *arguments: Any) -> T:
+    """What a function returns in a new process, whose memory is then given back."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def set_threads(threads: int) -> dict[str, int]:

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.machine import describe, memory_mb, set_threads
+from benchmarks.machine import alone, describe, memory_mb, set_threads
 from benchmarks.workload import LAYERS, LLAMA2_7B, TINYLLAMA
 from examples.record import write_json
 
@@ -95,12 +93,6 @@ def main() -> None:
     show(records)
     settings = {name: getattr(options, name) for name in ("layers", "queries", "rows", "tokens")}
     write_json(options.out / "shapes.json", {"machine": describe(), **settings, "shapes": records})
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a new process, whose memory is then given back."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def write_checkpoint(folder: Path, values: dict[str, Any]) -> None:

@@ -12,17 +12,14 @@ session.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.generation import PROMPT
-from benchmarks.machine import describe, memory_mb, set_threads
+from benchmarks.generation import PROMPT, by_runner
+from benchmarks.machine import alone, describe, memory_mb, set_threads
 from examples.record import write_json
 from examples.smollm2 import converted_folder, load_smollm2, load_tokenizer
 
@@ -59,12 +56,6 @@ def main() -> None:
     write_json(options.out / f"{name}.json", record)
     if len(set(texts.values())) != 2:
         raise SystemExit("texts differ, or the adapter has no effect")
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a new process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def compile_program(path: Path, quantization: str | None, context: int | None) -> None:
@@ -125,6 +116,7 @@ def peak(path: Path, new: int) -> float:
 def in_this_process(path: Path, new: int, whole: bool) -> tuple[dict[str, str], float]:
     """What a session says before and after training, and transformers with its weights; the cache's megabytes."""
     import mobizo_compiler as mobizo
+    from mobizo_compiler.text.hub import load_config
 
     set_threads(2)
     session, tokenizer = mobizo.Session(path), load_tokenizer()
@@ -141,8 +133,7 @@ def in_this_process(path: Path, new: int, whole: bool) -> tuple[dict[str, str], 
             with torch.no_grad():
                 found = model.generate(prompt, max_new_tokens=new, do_sample=False)
             texts[f"{adapter}, transformers"] = tokenizer.decode(found[0, prompt.shape[1] :], skip_special_tokens=True)
-    _, model = load_smollm2()
-    config, generation = model.config, session.program.manifest.generate
+    config, generation = load_config(str(converted_folder())), session.program.manifest.generate
     assert generation is not None
     width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     return texts, 2 * config.num_hidden_layers * width * generation.context * 4 / 1e6
@@ -150,18 +141,13 @@ def in_this_process(path: Path, new: int, whole: bool) -> tuple[dict[str, str], 
 
 def from_file(path: Path, data: Path, new: int, adapter: str) -> dict[str, str]:
     """What the stock runner and a new session say from a data file."""
-    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
-
     import mobizo_compiler as mobizo
 
     set_threads(2)
-    pieces: list[str] = []
-    runner = TextLLMRunner(str(path), str(converted_folder() / "tokenizer.json"), str(data))
-    runner.generate(PROMPT, GenerationConfig(max_new_tokens=new, temperature=0.0, echo=False), pieces.append)
-    del runner
+    said = by_runner(path, new, data)()["text"]
     session = mobizo.Session(path)
     session.import_ptd(data)
-    return {f"{adapter}, stock runner": "".join(pieces), f"{adapter}, session from the file": generate(session, new)}
+    return {f"{adapter}, stock runner": said, f"{adapter}, session from the file": generate(session, new)}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -72,6 +73,16 @@ def restored(program: mobizo.Program, folder: Path) -> tuple[torch.Tensor, int]:
     session, summary = train(program, again, steps=0)
     shutil.rmtree(again)
     return session.state(), summary.steps
+
+
+def survives(program: mobizo.Program, folder: Path, kills: int, steps: int) -> None:
+    """Run this module on a program, in a folder of its own."""
+    file = program.save(folder / "program.pte")
+    (folder / "run").mkdir()
+    command = [sys.executable, "-m", "tests.killed_run", str(file), str(folder / "run"), str(kills), str(steps)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{kills} kills" in done.stdout
 
 
 def main() -> None:

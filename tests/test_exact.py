@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +29,7 @@ from mobizo_compiler.step.estimators import Hybrid, directions, get_estimator
 from mobizo_compiler.step.rules import Adam, AdamW
 from mobizo_compiler.step.sites import in_their_places, trained_before
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, check_gradient, tiny_batch, zoo
+from tests.killed_run import survives
 
 EXACT = ZOConfig(estimator="exact")
 ALL = LoraConfig(r=3, target_modules="all-linear")
@@ -415,12 +414,7 @@ def test_kills_at_random_instants(zo: ZOConfig, tmp_path: Path) -> None:
     """100 of them, in the stock runtime, during steps, journal writes and snapshots: each run goes on bit for bit."""
     model = TinyCausalLM(layers=2).eval()
     made = mobizo.compile(model, tiny_batch()[0], ALL, zo, backend="portable", rule="adamw")
-    file = made.save(tmp_path / "program.pte")
-    (tmp_path / "run").mkdir()
-    command = [sys.executable, "-m", "tests.killed_run", str(file), str(tmp_path / "run"), "100", "40"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "100 kills" in done.stdout
+    survives(made, tmp_path, kills=100, steps=40)
 
 
 def test_steps_from_other_data_are_not_taken_for_the_same(tmp_path: Path) -> None:

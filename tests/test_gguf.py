@@ -232,9 +232,11 @@ def test_blocks_keep_their_codes_and_scales(kind: str, recipe: str) -> None:
     torch.testing.assert_close(
         stored.linear(x, None, *stored.parts.values()), F.linear(x, weight), atol=1e-5, rtol=1e-5
     )
-    weight[7, 5] *= 1.01  # one number that is no code's
-    again = store_weight(weight, recipe, 32, "layer", asymmetric=True)
-    assert again.parts["scale"].dtype != torch.float16
+    others = [weight / 3, weight.clone()]  # scales that float16 does not hold, and one number that is no code's
+    others[1][7, 5] *= 1.01
+    for other in others:
+        again = store_weight(other, recipe, 32, "layer", asymmetric=True)
+        assert again.parts["scale"].dtype != torch.float16
 
 
 @pytest.mark.slow

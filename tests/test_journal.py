@@ -24,6 +24,7 @@ from mobizo_compiler import JournalWarning, LoraConfig, Session, ZOConfig
 from mobizo_compiler.device.journal import Journal, Record, pack_journal, read_journal, unpack_journal
 from mobizo_compiler.device.run import SNAPSHOT, START, read_state, step_seed, write_state
 from mobizo_compiler.errors import InputError, JournalError, JournalLockedError
+from tests.killed_run import survives
 
 TRAINING: dict[str, Any] = {"learning_rate": 0.05, "eps": 0.01}
 
@@ -101,12 +102,7 @@ def test_batches_may_be_a_sequence_and_the_rate_a_schedule(program: mobizo.Progr
 @pytest.mark.parametrize(("kills", "steps"), [(50, 60), pytest.param(200, 60, marks=pytest.mark.slow)])
 def test_kills_at_random_instants(kills: int, steps: int, tmp_path: Path) -> None:
     """In the stock runtime: during steps, journal writes and snapshots."""
-    file = compiled("portable").save(tmp_path / "program.pte")
-    (tmp_path / "run").mkdir()
-    command = [sys.executable, "-m", "tests.killed_run", str(file), str(tmp_path / "run"), str(kills), str(steps)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{kills} kills" in done.stdout
+    survives(compiled("portable"), tmp_path, kills, steps)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 5, 31])

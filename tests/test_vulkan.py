@@ -166,7 +166,6 @@ def test_layers_and_embeddings_that_compile_quantizes(recipe: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "zo", [ZOConfig(estimator="exact"), ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1})], ids=str
 )
@@ -187,6 +186,7 @@ def test_a_gradient_through_4_bit_weights_is_refused() -> None:
         mobizo.compile(decoder("4w"), batch()[0], LORA, ZOConfig(estimator="exact"), backend="vulkan")
 
 
+@pytest.mark.slow
 def test_half_precision_weights_are_refused() -> None:
     with pytest.raises(BackendRefusedError, match=r"varying_weight(.|\n)*aten_mm"):
         mobizo.compile(decoder("fp32"), batch()[0], LORA, ZOConfig(queries=1), backend="vulkan", quantization="fp16")

@@ -205,7 +205,7 @@ def store_weight(
     grid = find_grid(weight, bits, group_size) if bits else None
     if grid is not None and (asymmetric or grid.offset is None):
         config = torchao_config(cast(str, recipe), group_size, on_grid=True)
-        return _with_codes(grid, _by_torchao(weight[:1], config, fqn), torch.float16)
+        return _with_codes(grid, _by_torchao(weight[:1], config, fqn))
     config = torchao_config(recipe, group_size) if isinstance(recipe, str) else recipe
     in_groups = isinstance(recipe, str) and recipe in ("int4", "8da4w")
     if in_groups and weight.shape[1] % group_size:
@@ -214,7 +214,7 @@ def store_weight(
             hint=f"QuantizationConfig({recipe!r}, group_size=...) with another size, or skip=({fqn!r},)",
         )
     if in_groups and asymmetric:
-        return _with_codes(_asymmetric(weight, group_size), _by_torchao(weight[:1], config, fqn), torch.bfloat16)
+        return _with_codes(_asymmetric(weight, group_size), _by_torchao(weight[:1], config, fqn))
     return _by_torchao(weight, config, fqn)
 
 
@@ -234,14 +234,14 @@ def _asymmetric(weight: Tensor, group_size: int) -> Grid:
     return Grid(codes.to(torch.int8), scale.reshape(in_groups), offset.reshape(in_groups))
 
 
-def _with_codes(grid: Grid, one_row: StoredWeight, scale_dtype: torch.dtype) -> StoredWeight:
+def _with_codes(grid: Grid, one_row: StoredWeight) -> StoredWeight:
     """The symmetric layer with other codes and scales, plus the groups' offsets times the sums of their inputs.
 
     Engines have kernels for symmetric groups only. What is added has as many inputs as groups, and is float32.
     """
     (out_features, in_features), groups = grid.codes.shape, grid.scale.shape[1]
     group_size = in_features // groups
-    made = {"qdata": grid.codes, "scale": grid.scale.to(scale_dtype)}
+    made = {"qdata": grid.codes, "scale": grid.scale}
     parts = {n: made[n] if n in made else part.repeat_interleave(out_features, 0) for n, part in one_row.parts.items()}
     if grid.offset is None:
         return dataclasses.replace(one_row, parts=parts)
