@@ -71,7 +71,8 @@ def _in_last_block(
 
 # One direction tells two answers apart; seven need more.
 _EXACT = SETUPS["exact"].zo
-_HYBRID = mobizo.ZOConfig(queries=4, estimator={"name": "hybrid", "exact_from": -4})
+# 36 rows a step, where two-sided has 32; a gradient has more of other rows than slopes have of other directions.
+_HYBRID = mobizo.ZOConfig(queries=1, estimator={"name": "hybrid", "exact_from": -4, "measured_rate": 0.004})
 _RANK_8 = dataclasses.replace(HEAD, lora=dataclasses.replace(HEAD.lora, r=8, lora_alpha=16))
 _PLAIN = mobizo.ZOConfig(queries=32)
 _PLAIN_LAST = mobizo.ZOConfig(queries=16)
@@ -104,8 +105,8 @@ METHODS = {
     "last block, sign": _in_last_block(3e-4, _PLAIN_LAST, "sign"),
     "mezo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),
     "mobizo": Method(1e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE, pytorch=True),
-    "two-sided": Method(2e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE),
-    "hybrid": Method(1e-3, _HYBRID, "adamw", rows=4, setup=EVERYWHERE),
+    "two-sided": Method(8e-2, mobizo.ZOConfig(queries=4), rows=4, setup=EVERYWHERE),
+    "hybrid": Method(0.1, _HYBRID, "adamw", rows=12, setup=EVERYWHERE),
     "exact": Method(1e-3, _EXACT, "adamw", rows=16, setup=SETUPS["exact"]),
     "exact, B alone": Method(1e-3, _EXACT, "adamw", rows=16, setup=EVERYWHERE),
     "backpropagation": Method(1e-3, _NO_LANES, rows=16, setup=EVERYWHERE, pytorch=True),

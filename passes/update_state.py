@@ -18,17 +18,20 @@ state. `replay.py` builds the same update as a program of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import EPS_INPUT, LEARNING_RATE_INPUT
 from mobizo_compiler.passes.differentiate import length
+from mobizo_compiler.step.estimators import get_estimator, rates_of
 from mobizo_compiler.step.rules import PLAIN, UpdateRule, updated
+from mobizo_compiler.step.sites import Site
 
 Update = Callable[..., Tensor]
 
@@ -56,20 +59,21 @@ def updated_by_gradient(rule: UpdateRule, clip: float | None) -> Update:
     return update
 
 
-def updated_by_both(queries: int, rule: UpdateRule, clip: float | None) -> Update:
+def updated_by_both(zo: ZOConfig, rule: UpdateRule, sites: Sequence[Site]) -> Update:
     """The update as a function of state, learning rate, projected gradient, noise, and a gradient [P].
 
     Each of the two says nothing of the numbers that the other speaks of.
     """
+    estimator = get_estimator(zo.estimator)
 
     def update(
         state_S: Tensor, learning_rate_1: Tensor, slopes_Q: Tensor, noise_QP: Tensor, gradient_P: Tensor
     ) -> Tensor:
         norm_1 = length(gradient_P)
         finite_1 = (slopes_Q * 0.0).sum(dim=0, keepdim=True) + (norm_1 + learning_rate_1) * 0.0 == 0.0
-        measured_P = _measured(finite_1, slopes_Q, noise_QP, queries)
-        direction_P = measured_P + _limited(finite_1, norm_1, gradient_P, clip)
-        return _moved(rule, state_S, learning_rate_1, finite_1, direction_P)
+        measured_P = _measured(finite_1, slopes_Q, noise_QP, int(slopes_Q.shape[0]))
+        direction_P = measured_P + _limited(finite_1, norm_1, gradient_P, zo.clip)
+        return _moved(rule, state_S, learning_rate_1, finite_1, direction_P, rates_of(estimator, sites))
 
     return update
 
@@ -85,9 +89,16 @@ def _limited(finite_1: Tensor, norm_1: Tensor, gradient_P: Tensor, clip: float |
     return direction_P if clip is None else direction_P * (clip / torch.clamp(norm_1, min=clip))
 
 
-def _moved(rule: UpdateRule, state_S: Tensor, learning_rate_1: Tensor, finite_1: Tensor, direction_P: Tensor) -> Tensor:
+def _moved(
+    rule: UpdateRule,
+    state_S: Tensor,
+    learning_rate_1: Tensor,
+    finite_1: Tensor,
+    direction_P: Tensor,
+    share_P: Tensor | None = None,
+) -> Tensor:
     rate_1 = torch.where(finite_1, learning_rate_1, torch.zeros_like(learning_rate_1))
-    return updated(rule, int(direction_P.shape[0]), state_S, direction_P, rate_1)
+    return updated(rule, int(direction_P.shape[0]), state_S, direction_P, rate_1, share_P)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +107,11 @@ class UpdateState(Pass):
 
     Args:
         rule: The rule.
-        clip: Largest length of a gradient that the program has itself; None for no limit.
+        zo: Limits the length of a gradient that the program has itself, and the rate of what is measured beside it.
     """
 
     rule: UpdateRule = PLAIN
-    clip: float | None = None
+    zo: ZOConfig = dataclasses.field(default_factory=ZOConfig)
     needs = frozenset({facts.DIFFERENCED})
     gives = frozenset({facts.UPDATED})
     breaks = frozenset({facts.GRADIENT})
@@ -116,9 +127,9 @@ class UpdateState(Pass):
         if gradient is None:
             update = updated_state(queries, self.rule)
         elif noise is None:
-            update = updated_by_gradient(self.rule, self.clip)
+            update = updated_by_gradient(self.rule, self.zo.clip)
         else:
-            update = updated_by_both(queries, self.rule, self.clip)
+            update = updated_by_both(self.zo, self.rule, edit.sites)
         found = [value for value in (noise, gradient) if value is not None]
         with edit.graph.inserting_before(edit.graph.output_node()):
             edit.mutate_state(edit.inline(update, edit.state, learning_rate, slopes, *found))

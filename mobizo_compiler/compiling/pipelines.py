@@ -53,7 +53,7 @@ def train_step(options: Options, parts: Parts = Parts()) -> list[Pass]:
             step.append(passes.Recompute(options.activation_memory_bytes))
     if zo.measures:
         step += [passes.Perturb(zo), passes.DifferenceLosses(zo)]
-    step.append(passes.UpdateState(options.rule, options.zo.clip if options.zo.differentiates else None))
+    step.append(passes.UpdateState(options.rule, options.zo))
     return _with_own("train_step", [*_lanes(options, parts), *split, *step, *_finish(options, parts)], options)
 
 

@@ -349,7 +349,7 @@ class _Check:
             compare("train_step", "length of the gradient", slopes, exact.norm, exact.tolerance * size)
             wanted = updated_by_gradient(rule, zo.clip)(self.start, exact.rate, exact.norm, exact.gradient)
             return self._compare_updates(compare, "train_step", what, after, wanted, self.start, exact.tolerance)
-        update = updated_by_both(zo.queries, rule, zo.clip)
+        update = updated_by_both(zo, rule, self.program.sites)
         wanted = update(self.start, exact.rate, slopes, self.captured.directions(SEED), exact.gradient)
         measured = self._measured() > 0
         for name, part in (("measured", measured), ("exact", ~measured)):

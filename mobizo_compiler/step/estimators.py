@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobizo_compiler.errors import ConfigError
 from mobizo_compiler.extensions import DataclassRegistry
-from mobizo_compiler.options import JsonConfig, check_int
+from mobizo_compiler.options import JsonConfig, check_int, float32_problem
 from mobizo_compiler.step.noise import noise_values
 from mobizo_compiler.step.sites import Site, in_their_places, trained_before
 
@@ -146,12 +146,16 @@ class Hybrid(TwoSided):
         exact_from: The first block whose adapters have the gradient, by the number in their paths; a negative number
             counts from the last block, as -4 for the last four. "auto" is as early as `activation_memory_bytes`
             allows; `compile` puts a number in its place.
+        measured_rate: Share of the learning rate for the adapters that are measured. What is measured is mostly noise
+            where they have many numbers, and a rule that divides by what is usual, as AdamW, moves by it as far as by
+            a gradient.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: `exact_from` is neither, or `measured_rate` is no number above 0.
     """
 
     exact_from: int | Literal["auto"] = -4
+    measured_rate: float = 1.0
     differentiates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -161,6 +165,11 @@ class Hybrid(TwoSided):
             )
         if self.exact_from != AUTO:
             check_int("Hybrid.exact_from", self.exact_from, -100_000, 100_000)
+        if (problem := float32_problem(self.measured_rate)) or self.measured_rate <= 0:
+            raise ConfigError(
+                f"Hybrid.measured_rate is {self.measured_rate!r}; {problem or 'it must be above 0'}",
+                hint='what is not to move needs no adapter: estimator="exact", and LoraConfig.layers_to_transform',
+            )
 
     def measured(self, sites: Sequence[Site]) -> int:
         """The sites before the first one in that block or behind it.
@@ -245,6 +254,16 @@ def directions(
     first = estimator.measured(sites)
     noise_QM = noise_values(seed_1, queries, trained_before(sites, first), distribution, table_T1)
     return in_their_places(noise_QM, sites, first)
+
+
+def rates_of(estimator: Estimator, sites: Sequence[Site]) -> Tensor | None:
+    """The share of the learning rate of each trained number, float32 [P]; None where all have the whole."""
+    if not isinstance(estimator, Hybrid) or estimator.measured_rate == 1.0:
+        return None
+    first = estimator.measured(sites)
+    measured_1M = torch.ones(1, trained_before(sites, first))
+    shares_1P = in_their_places(measured_1M * estimator.measured_rate, sites, first)
+    return (shares_1P + (1.0 - in_their_places(measured_1M, sites, first)))[0]
 
 
 def lanes_of(estimator: Estimator, trained_P: Tensor, step_QP: Tensor) -> Tensor:

@@ -250,7 +250,14 @@ def _checked(rule: UpdateRule, result: object, parameters: int, sizes: Mapping[s
     return step_P, memory
 
 
-def updated(rule: UpdateRule, parameters: int, state_S: Tensor, direction_P: Tensor, rate_1: Tensor) -> Tensor:
+def updated(
+    rule: UpdateRule,
+    parameters: int,
+    state_S: Tensor,
+    direction_P: Tensor,
+    rate_1: Tensor,
+    share_P: Tensor | None = None,
+) -> Tensor:
     """The flat state after a step.
 
     Args:
@@ -259,6 +266,7 @@ def updated(rule: UpdateRule, parameters: int, state_S: Tensor, direction_P: Ten
         state_S: float32 [P + what the rule remembers].
         direction_P: Mean of g_i z_i; zero where the step is void.
         rate_1: Learning rate, float32 [1]; zero where the step is void. With 0, nothing changes.
+        share_P: The share of the learning rate for each number; None where all have the whole.
     """
     sizes = {name: tensor.numel() for name, tensor in rule.init(parameters).items()}
     trained_P = state_S[:parameters] if sizes else state_S
@@ -269,6 +277,6 @@ def updated(rule: UpdateRule, parameters: int, state_S: Tensor, direction_P: Ten
     step_P, after = _checked(rule, rule.update(direction_P, memory), parameters, sizes)
     if rule.weight_decay:
         step_P = step_P + trained_P * rule.weight_decay
-    moved_P = trained_P - step_P * rate_1
+    moved_P = trained_P - step_P * (rate_1 if share_P is None else share_P * rate_1)
     whole_S = torch.cat((moved_P, *(after[name] for name in sizes))) if sizes else moved_P
     return torch.where(rate_1 == 0.0, state_S, whole_S)  # 0 times a step that overflowed is no number
