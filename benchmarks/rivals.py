@@ -10,6 +10,7 @@ joint-rewritten    the same with the model written in another way
 onnx               onnxsim's step graph on onnxruntime (needs packages, or a Python that has them: `--onnx-python`)
 onnx-rewritten     the same with the model written in another way
 exact              ours, the gradient itself
+exact-bounded      the same with a bound on what it keeps (`--activation_mb`, 300 if it is not given)
 hybrid             ours, the gradient in the last four blocks, lanes before them (`--queries`)
 two-sided          ours, lanes alone (`--queries`)
 
@@ -40,11 +41,12 @@ from typing import IO, Any, Self
 from benchmarks.machine import describe, memory_mb, set_threads
 from benchmarks.workload import Workload
 
-OURS = ("exact", "hybrid", "two-sided")
+OURS = ("exact", "exact-bounded", "hybrid", "two-sided")
 PEFT = ("peft", "peft-checkpointed", "peft-b")
 FOREIGN = ("joint", "joint-rewritten", "onnx", "onnx-rewritten")
 PEERS = (*PEFT, *FOREIGN, *OURS)
 LANES = ("hybrid", "two-sided")
+BOUND_MB = 300
 EPS, NO_EPS = 1e-2, 1e-6
 PAUSE = 0.1  # seconds between turns, in which threads stop spinning
 Step = Callable[[int, float], float]  # a step of a number and a rate: the loss before it
@@ -274,14 +276,17 @@ def parent(workload: Workload, options: argparse.Namespace) -> None:
     from benchmarks.compiled import compiled
     from examples.record import write_json
 
-    one_lane = dataclasses.replace(workload, estimator="exact", queries=1)
-    workloads = {name: dataclasses.replace(workload, estimator=name) for name in LANES} | {"exact": one_lane}
+    one_lane = dataclasses.replace(workload, estimator="exact", queries=1, activation_mb=None)
+    workloads = {name: dataclasses.replace(workload, estimator=name, activation_mb=None) for name in LANES}
+    workloads["exact"] = one_lane
+    workloads["exact-bounded"] = dataclasses.replace(one_lane, activation_mb=workload.activation_mb or BOUND_MB)
     files = {name: compiled("program", workloads[name], options.cache).path for name in OURS if name in options.peers}
     adapters = compiled("program", one_lane, options.cache).path.with_suffix(".safetensors")
     stock = compiled("stock", one_lane, options.cache).path
     record: dict[str, Any] = {
         "machine": describe() | {"threads": options.threads},
         "workload": dataclasses.asdict(workload),
+        "bound_mb": workloads["exact-bounded"].activation_mb,
         "steps": options.steps,
         "load_before": os.getloadavg(),
         "peers": {},

@@ -161,7 +161,8 @@ def compile(
         split_prefix: Make what no adapter reaches a method of its own, whose results a `Session` can keep on disk; for
             adapters in the last blocks (`LoraConfig.layers_to_transform`).
         activation_memory_bytes: For `ZOConfig(estimator="exact")`: the most bytes of values that a step keeps at a
-            time; what does not fit is computed again, which takes up to half as long again. None for no limit.
+            time; what does not fit is computed again, and packed copies of weights are not kept where the engine can
+            do without, which takes up to half as long again. None for no limit.
         passes: Passes of one's own, each with its place; see docs/writing_a_pass.md.
         generate: Add a method `forward` with a cache of keys and values, which `Session.generate` and the language
             model runner of ExecuTorch call; for decoders of transformers.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, Session, ZOConfig, passes
 from mobizo_compiler.analysis.costs import tensor_bytes
+from mobizo_compiler.backends.executorch.head import read_head
 from mobizo_compiler.compiling import pipelines
 from mobizo_compiler.compiling.exact_from import with_exact_from
 from mobizo_compiler.compiling.options import Options
@@ -25,7 +26,7 @@ from mobizo_compiler.graph.example import bind_example
 from mobizo_compiler.graph.pipeline import Pipeline
 from mobizo_compiler.inspection.program_file import inspect_file
 from mobizo_compiler.passes.recompute import Recompute, fewest_bytes
-from mobizo_compiler.step.estimators import Hybrid, directions, get_estimator
+from mobizo_compiler.step.estimators import Hybrid, directions, get_estimator, rates_of
 from mobizo_compiler.step.rules import Adam, AdamW
 from mobizo_compiler.step.sites import in_their_places, trained_before
 from mobizo_compiler.testing import TinyCausalLM, TokenWise, check_gradient, tiny_batch, zoo
@@ -116,6 +117,76 @@ def test_the_file_has_no_weight_twice(tmp_path: Path) -> None:
         compiled = mobizo.compile(model, (tokens,), LoraConfig(r=2, target_modules="all-linear"), zo, backend="xnnpack")
         sizes[estimator] = compiled.save(tmp_path / f"{estimator}.pte").stat().st_size
     assert sizes["exact"] < 1.1 * sizes["two-sided"]
+
+
+def test_with_a_bound_weights_are_read_where_they_lie(tmp_path: Path) -> None:
+    """No delegate has data of its own to pack, where a layer has rows enough; numbers are the same."""
+    model = nn.Sequential(nn.Embedding(16, 256), nn.Linear(256, 256), nn.Linear(256, 256)).eval()
+    losses, files = {}, {}
+    for rows, bound, packed in ((8, None, True), (8, 1 << 23, False), (2, 1 << 23, True)):
+        tokens = torch.arange(rows * 16).reshape(rows, 16) % 16
+        compiled = mobizo.compile(
+            model, (tokens,), ALL, ZOConfig(estimator="exact"), backend="xnnpack", activation_memory_bytes=bound
+        )
+        path = compiled.save(tmp_path / "program.pte")
+        files[rows, bound] = path.stat().st_size
+        head = read_head(path.read_bytes())
+        sizes = [head.segments[index].size for index in head.named]
+        assert (max(sizes, default=0) >= 256 * 256 * 4) == packed
+        session = Session(mobizo.load(path))
+        losses[rows, bound] = [session.train_step((tokens,), tokens, seed=0, learning_rate=0.1).loss for _ in range(3)]
+    assert losses[8, None] == losses[8, 1 << 23]
+    assert files[8, 1 << 23] == pytest.approx(files[8, None], rel=0.02)
+
+
+def _mean_square(outputs: Tensor, labels: Tensor) -> Tensor:
+    return (outputs - labels.reshape(-1, *[1] * (outputs.dim() - 1))).square().flatten(1).mean(dim=1)
+
+
+class ManyAndFewRows(nn.Module):
+    """Layers with biases, the last of which may have the weight of the one before, and fewer rows."""
+
+    def __init__(self, one_weight: bool, rows_for_both: bool) -> None:
+        super().__init__()
+        self.table, self.first, self.wide = nn.Embedding(16, 128), nn.Linear(128, 128), nn.Linear(128, 128)
+        self.second = nn.Linear(128, 128)
+        if one_weight:
+            self.second.weight = self.wide.weight
+        self.rows_for_both = rows_for_both
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """One row of numbers for each row of tokens, or, where both have rows enough, for each token."""
+        hidden: Tensor = self.wide(torch.relu(self.first(self.table(tokens))))
+        second: Tensor = self.second(hidden if self.rows_for_both else hidden.mean(dim=1))
+        return second
+
+
+@pytest.mark.parametrize(
+    ("one_weight", "rows_for_both", "quantization"),
+    [
+        (True, False, None),
+        pytest.param(True, True, None, marks=pytest.mark.slow),
+        pytest.param(False, True, "8da8w", marks=pytest.mark.slow),
+        pytest.param(False, False, "8da8w", marks=pytest.mark.slow),
+    ],
+)
+def test_biases_beside_weights_that_are_read_in_place(
+    one_weight: bool, rows_for_both: bool, quantization: str | None
+) -> None:
+    """`compile` compares with autograd."""
+    torch.manual_seed(0)
+    model = ManyAndFewRows(one_weight, rows_for_both).eval()
+    mobizo.compile(
+        model,
+        (torch.arange(128).reshape(8, 16) % 16,),
+        LoraConfig(r=2, target_modules=("wide", "second")),
+        ZOConfig(estimator="exact"),
+        _mean_square,
+        example_labels=torch.zeros(8),
+        quantization=quantization,
+        backend="xnnpack",
+        activation_memory_bytes=1 << 23,
+    )
 
 
 def test_only_what_lies_behind_the_first_adapter_has_a_backward() -> None:
@@ -224,11 +295,34 @@ def test_hybrid_is_both(train_a: bool) -> None:
     torch.testing.assert_close(slopes_Q, (found.lane_losses[:3] - found.lane_losses[3:]) / (2 * eps))
 
 
+def test_what_is_measured_has_a_rate_of_its_own() -> None:
+    """Under a rule that moves by noise as far as by a gradient."""
+    moves = {}
+    for share in (1.0, 0.25):
+        zo = ZOConfig(queries=2, estimator=Hybrid(-1, share))
+        made = session(
+            zo=zo, lora=LoraConfig(r=3, target_modules="all-linear", train_a=True), rule=AdamW(weight_decay=0.1)
+        )
+        before, sites = made.state(), made.program.sites
+        step(made, rate=0.1)
+        moves[share] = before - made.state()
+    first = get_estimator(zo.estimator).measured(sites)
+    measured = in_their_places(torch.ones(1, trained_before(sites, first)), sites, first)[0] > 0
+    whole, quarter = (move[: len(measured)] for move in moves.values())
+    torch.testing.assert_close(quarter[measured], whole[measured] / 4)
+    assert torch.equal(quarter[~measured], whole[~measured]) and whole[~measured].any()
+    assert Hybrid.from_json(Hybrid(-1, 0.25).to_json()) == Hybrid(-1, 0.25)
+    shares = rates_of(Hybrid(-1, 1e-7), sites)
+    assert shares is not None and set(shares.tolist()) == {1.0, float(torch.tensor(1e-7))}
+    with pytest.raises(ConfigError, match=r"Hybrid.measured_rate is -1.0; it must be above 0"):
+        Hybrid(measured_rate=-1.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xnnpack", "portable"])
 def test_hybrid_on_engines(backend: str, tmp_path: Path) -> None:
     """`compile` compares it with autograd and with lanes that run alone."""
-    zo = ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1}, clip=5.0)
+    zo = ZOConfig(queries=2, estimator={"name": "hybrid", "exact_from": 1, "measured_rate": 0.5}, clip=5.0)
     made = mobizo.compile(
         TinyCausalLM(layers=2).eval(), tiny_batch()[0], ALL, zo, backend=backend, activation_memory_bytes=1 << 20
     )

@@ -70,7 +70,9 @@ class XnnpackBackend(ExecuTorchBackend):
         from mobizo_compiler.backends.executorch.lower import lower_to_executorch  # brings ExecuTorch's exporter
         from mobizo_compiler.backends.xnnpack.partition import FrugalXnnpackPartitioner
 
-        return lower_to_executorch(methods, manifest, [FrugalXnnpackPartitioner()])
+        # `forward` computes one row at a time: it has packed copies in any case, which all methods share.
+        in_place = manifest.activation_memory_bytes is not None and manifest.generate is None
+        return lower_to_executorch(methods, manifest, [FrugalXnnpackPartitioner(in_place)])
 
 
 def _looked_up(program: GraphProgram, product: fx.Node) -> bool:

@@ -4,6 +4,10 @@ A network in one delegate has all of its weights mapped while they are packed, s
 for a moment. Delegates are cut into parts of some layers each, where the fewest bytes cross; then the weights of one
 part at a time are there twice.
 
+Where a program has other readers of its weights than layers, packed copies lie beside what these read in the file. If
+memory is short, a layer of many rows reads its weight there too: a weight that is not of the delegate is an input of
+it, and XNNPACK packs it anew in every call.
+
 Inside every delegate upstream runs 17 passes, each of which interprets the whole graph again. Most of them are about
 convolutions, batch norms, paddings, fused activations and constants; a delegate of linear layers, products and
 elementwise operators comes out of them as it went in. The compile spec "dqlinear_partitioner", which upstream reads in
@@ -13,9 +17,11 @@ elementwise operators comes out of them as it went in. The compile spec "dqlinea
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from typing import Any
 
+import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
@@ -62,15 +68,27 @@ _ONE_PASS = CompileSpec("dqlinear_partitioner", b"")
 
 
 MOST_WEIGHT_BYTES = 48 << 20  # of a delegate, but for a layer that is larger by itself
+FEWEST_BYTES_IN_PLACE = 1 << 16
+FEWEST_ROWS_IN_PLACE = 128  # packing a weight takes the time of some 45 rows of its product (x86-64, AVX-512)
 
 
 class FrugalXnnpackPartitioner(XnnpackPartitioner):  # type: ignore[misc]
-    """As the one of ExecuTorch, with smaller delegates and fewer passes in them."""
+    """As the one of ExecuTorch, with smaller delegates and fewer passes in them.
+
+    Args:
+        in_place: Layers of many rows read their weights in the file in every call, instead of a packed copy in memory.
+    """
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.in_place = in_place
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
         """One delegate for all that can run at the same time, cut where its weights are large."""
         order = {node: position for position, node in enumerate(ep.graph.nodes)}
         matches = [match for match in self.get_matched_nodes_from_configs(ep) if not any(map(_shares_a_norm, match))]
+        outside = _read_in_place(matches) if self.in_place else set()
+        matches = [[node for node in match if node not in outside] for match in matches]
         together = [[node for node in match if node.op == "call_function"] for match in matches]
         members: dict[int, list[fx.Node]] = {}
         for node, stage in stages(list(ep.graph.nodes), together).items():
@@ -79,7 +97,7 @@ class FrugalXnnpackPartitioner(XnnpackPartitioner):  # type: ignore[misc]
         parts: list[list[fx.Node]] = []
         for stage in sorted(members):
             calls = sorted(members[stage], key=order.__getitem__)
-            for part in _parts(calls, together):
+            for part in _parts(calls, together, outside):
                 used = {inner for node in part for inner in node.all_input_nodes}
                 # A constant goes to its first user; ExecuTorch copies the node for users in other delegates.
                 parts.append([*sorted(constants & used, key=order.__getitem__), *part])
@@ -109,6 +127,38 @@ def _shares_a_norm(node: fx.Node) -> bool:
     """
     norm = node.op == "call_function" and "batch_norm" in str(node.target)
     return norm and any(inner.op == "placeholder" and len(inner.users) > 1 for inner in node.all_input_nodes)
+
+
+def _read_in_place(matches: list[list[fx.Node]]) -> set[fx.Node]:
+    """The weights and biases of layers in float32 that compute for longer than XNNPACK packs their weights.
+
+    XNNPACK reads both as they were given, or neither: what it has packed is freed. So a layer keeps its own where
+    another reader in a delegate does.
+    """
+    delegated = {node for match in matches for node in match if node.op == "call_function"}
+    layers = {node for node in delegated if _pays_in_place(node)}
+    while True:
+        constants = {inner for layer in layers for inner in layer.all_input_nodes[1:]}
+        shared = {user for constant in constants for user in constant.users if user in delegated and user not in layers}
+        left = {
+            layer for layer in layers if not any(shared & inner.users.keys() for inner in layer.all_input_nodes[1:])
+        }
+        if left == layers:
+            return constants
+        layers = left
+
+
+def _pays_in_place(node: fx.Node) -> bool:
+    if _operator(node) != "linear":
+        return False
+    constants = node.all_input_nodes[1:]
+    weight, (*rows, _) = constants[0], node.meta["val"].shape
+    return (
+        all(inner.op == "placeholder" and inner.meta["val"].dtype == torch.float32 for inner in constants)
+        and tensor_bytes(weight) >= FEWEST_BYTES_IN_PLACE
+        and all(isinstance(size, int) for size in rows)
+        and math.prod(rows) >= FEWEST_ROWS_IN_PLACE
+    )
 
 
 def stages(nodes: list[fx.Node], together: list[list[fx.Node]]) -> dict[fx.Node, int]:
@@ -187,8 +237,14 @@ def _as_late_as_pays(
             of_group[number] = later
 
 
-def _parts(nodes: list[fx.Node], together: list[list[fx.Node]]) -> list[list[fx.Node]]:
-    """Neighbouring nodes, in order, in groups of limited weights, with few bytes from one group to the next."""
+def _parts(nodes: list[fx.Node], together: list[list[fx.Node]], outside: set[fx.Node]) -> list[list[fx.Node]]:
+    """Neighbouring nodes, in order, in groups of limited weights, with few bytes from one group to the next.
+
+    Args:
+        nodes: The nodes.
+        together: Groups that must not be parted.
+        outside: Weights that no delegate packs.
+    """
     position = {node: index for index, node in enumerate(nodes)}
     inside: set[int] = set()  # cuts that would part what must stay together
     for members in together:
@@ -196,7 +252,7 @@ def _parts(nodes: list[fx.Node], together: list[list[fx.Node]]) -> list[list[fx.
         inside.update(range(min(places, default=0) + 1, max(places, default=0) + 1))
     weights = [0]
     live = [0]
-    seen: set[fx.Node] = set()
+    seen = set(outside)
     end = {inner: index for index, node in enumerate(nodes) for inner in node.all_input_nodes}
     ending: dict[int, int] = {}
     for index, node in enumerate(nodes):

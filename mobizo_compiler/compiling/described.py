@@ -99,6 +99,7 @@ def described_program(
         weights=weights,
         state=options.state,
         quantization=described(options.quantization),
+        activation_memory_bytes=options.activation_memory_bytes,
         eps=default_eps(options.quantization),
         first_label=labels.first,
         max_labels=labels.max_labels,

@@ -175,6 +175,7 @@ class Manifest:
         state: "shared", a buffer that all methods share; "data", the same, with its initial value in a data file; or
             "io", the last input and output of every method.
         quantization: How the base weights were quantized when the program was compiled, as JSON; None if they were not.
+        activation_memory_bytes: The bound on what a step keeps for its gradient; None if there is none.
         eps: Size of the perturbation that suits this program.
         first_label: Labels before this position of a row never count.
         max_labels: How many labels of a row may count; None if all may.
@@ -213,6 +214,7 @@ class Manifest:
     weights: Mapping[str, int] = dataclasses.field(default_factory=dict)
     state: str = "shared"
     quantization: str | None = None
+    activation_memory_bytes: int | None = None
     eps: float = 1e-2
     first_label: int = 0
     max_labels: int | None = None

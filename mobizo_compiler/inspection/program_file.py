@@ -31,7 +31,17 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "file_bytes": path.stat().st_size,
         **{
             name: described[name]
-            for name in ("format_version", "backend", "state", "quantization", "eps", "loss", "rule", "prefix")
+            for name in (
+                "format_version",
+                "backend",
+                "state",
+                "quantization",
+                "activation_memory_bytes",
+                "eps",
+                "loss",
+                "rule",
+                "prefix",
+            )
         },
         "cannot_run_here": program.artifact.cannot_run,
         "inputs": described["inputs"],
