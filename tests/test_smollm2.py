@@ -12,6 +12,8 @@ from torch import Tensor
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import CausalLMLoss, LoraConfig, Session, ZOConfig
+from mobizo_compiler.compiling.captured_forward import CapturedForward
+from mobizo_compiler.errors import CaptureError
 from mobizo_compiler.reference import ReferenceStep
 
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -114,3 +116,32 @@ def test_the_whole_model_to_peft_and_back(tmp_path: Path) -> None:
     again = Session(program)
     again.import_adapter(folder)
     assert torch.equal(again.state(), state)
+
+
+class _Seen(Exception):
+    """What was looked at has passed; nothing has to be lowered."""
+
+
+@pytest.mark.slow
+def test_rounding_is_not_taken_for_a_wrong_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With inputs rounded to 8 bits, logits behind a cache are others, by some hundredths of the largest."""
+    from examples.smollm2 import load_smollm2
+
+    found: list[CapturedForward] = []
+
+    class Seen(CapturedForward):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            found.append(self)
+            raise _Seen
+
+    monkeypatch.setattr("mobizo_compiler.api.CapturedForward", Seen)
+    monkeypatch.setattr("mobizo_compiler.compiling.captured_forward.WRONG", 1e-3)
+    tokenizer, model = load_smollm2()
+    last = LoraConfig(r=2, target_modules=("q_proj",), layers_to_transform=29)
+    generate, inputs = mobizo.GenerateConfig(64), prompts(tokenizer, 1, 16)[0]
+    with pytest.raises(_Seen):
+        mobizo.compile(model, inputs, last, ZOConfig(queries=1), quantization="8da4w", generate=generate)
+    monkeypatch.setattr(CapturedForward, "_smooth", lambda self: self)
+    with pytest.raises(CaptureError, match="other logits for token"):
+        found[0]._check_cache()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +81,17 @@ class CapturedForward:
         """Raise `CaptureError` if the model goes on otherwise from a cache of fixed length than from the text itself.
 
         Some models of transformers reckon with the length of the cache where that of the text is meant. What is wrong
-        by rounding alone is for the check of the program.
+        by rounding alone is for the check of the program; where activations are rounded to integers, which may move
+        logits as far as a wrong cache, neither side is.
         """
-        given = given_adapters(self.sites, self.lora_a, initial_state(self.sites, self.lora_a))
-        runner, count = EagerRunner({"forward": self.program}), self.tokens.shape[1]
+        start = initial_state(self.sites, self.lora_a)
+        given, count = given_adapters(self.sites, self.lora_a, start), self.tokens.shape[1]
+        smooth = self._smooth()
+        runner = EagerRunner({"forward": smooth.program})
+        logits = self.at_zero if smooth is self else smooth.logits(start)
         for begin, end in self._pieces[1:]:
             (found,) = runner.call("forward", [self.tokens[:, begin:end], self.positions[begin:end], *given])
-            wanted = self.at_zero[:, end - 1]
+            wanted = logits[:, end - 1]
             if not largest_difference(found[:, -1], wanted) <= WRONG * max(1.0, float(wanted.abs().max())):
                 raise CaptureError(
                     f"the model computes other logits for token {end - 1} of {count} with a cache of "
@@ -137,8 +142,15 @@ class CapturedForward:
 
     def _rounded(self, trained: Tensor) -> float | None:
         """How far activations that are rounded to integers move logits; None if none are."""
-        if not rounds(self.program):
+        smooth = self._smooth()
+        if smooth is self:
             return None
+        return ROUNDING * largest_difference(smooth.logits(trained), self.logits(trained))
+
+    def _smooth(self) -> Self:
+        """The same without activations that are rounded to integers; itself, if none are."""
+        if not rounds(self.program):
+            return self
         smooth = copy.copy(self)
         smooth.program = without_rounding(self.program)
-        return ROUNDING * largest_difference(smooth.logits(trained), self.logits(trained))
+        return smooth
