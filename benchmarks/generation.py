@@ -55,9 +55,10 @@ def main() -> None:
     peer = options.out / f"peer_{options.quantization or 'float32'}_{generation.context}.pte"
     if not peer.exists():
         export_peer(peer, generation.context, options.quantization)
+    data = session.export_ptd(options.out / "state.ptd") if session.program.manifest.state == "data" else None
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "peer, stock runner": by_runner(peer, options.new),
-        "ours, stock runner": by_runner(options.program, options.new),
+        "ours, stock runner": by_runner(options.program, options.new, data),
         "ours, session": by_session(session, options.new),
     }
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
