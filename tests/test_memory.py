@@ -162,8 +162,10 @@ def test_parts_are_cut_where_little_crosses() -> None:
         calls += [wide, narrow]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partition, "MOST_WEIGHT_BYTES", 2000)  # a layer has 1600 bytes
-        parts = partition._parts(calls, [[call] for call in calls])
-        in_pairs = partition._parts(calls, [calls[1:3], calls[3:5], calls[5:7]])
+        parts = partition._parts(calls, [[call] for call in calls], set())
+        in_pairs = partition._parts(calls, [calls[1:3], calls[3:5], calls[5:7]], set())
+        outside = partition._parts(calls, [], set(graph.find_nodes(op="placeholder")))
     assert [len(part) for part in parts] == [2, 2, 2, 2]
     assert [node for part in parts for node in part] == calls
     assert [len(part) for part in in_pairs] == [3, 2, 2, 1], "what must stay together is not parted"
+    assert outside == [calls], "weights that are read in the file are not packed"
