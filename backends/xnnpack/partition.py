@@ -138,13 +138,13 @@ def _read_in_place(matches: list[list[fx.Node]]) -> set[fx.Node]:
     delegated = {node for match in matches for node in match if node.op == "call_function"}
     layers = {node for node in delegated if _pays_in_place(node)}
     while True:
-        constants = {inner for layer in layers for inner in layer.all_input_nodes[1:]}
-        shared = {user for constant in constants for user in constant.users if user in delegated and user not in layers}
         left = {
-            layer for layer in layers if not any(shared & inner.users.keys() for inner in layer.all_input_nodes[1:])
+            layer
+            for layer in layers
+            if all(delegated & inner.users.keys() <= layers for inner in layer.all_input_nodes[1:])
         }
         if left == layers:
-            return constants
+            return {inner for layer in layers for inner in layer.all_input_nodes[1:]}
         layers = left
 
 

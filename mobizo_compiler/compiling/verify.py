@@ -48,9 +48,8 @@ from mobizo_compiler.step.agreement import (
     root_mean_square,
     slope,
 )
-from mobizo_compiler.step.estimators import get_estimator, scaled
+from mobizo_compiler.step.estimators import get_estimator, measured_numbers, scaled
 from mobizo_compiler.step.rules import get_rule
-from mobizo_compiler.step.sites import in_their_places, trained_before
 
 LANE_TOLERANCE = 1e-5  # one engine, other batch sizes
 MOST_LANES = 8  # that are run alone; of more, as many from the first to the last
@@ -311,7 +310,7 @@ class _Check:
     def _exact_gradient(self, starts: Sequence[Tensor], seed: Tensor, eps: Tensor) -> _Exact:
         """The gradient that a step has itself, by PyTorch on the captured graph, and how the step is compared."""
         trained, zo = self.start[: self.program.parameters], self.manifest.zo
-        has_gradient = self._measured() == 0
+        has_gradient = measured_numbers(get_estimator(zo.estimator), self.program.sites) == 0
         found = self.captured.gradient(self.second, self.labels, trained) * has_gradient
         norm = found.norm().reshape(1)
         # As large as the state, so that the last bits of the state do not hide the gradient; a rule that remembers
@@ -335,12 +334,6 @@ class _Check:
             loss = self.captured.loss_of(self._outputs(self.captured, self.second, self.start), self.labels).float()
         return _Exact(found, norm, loss, rate, tolerance)
 
-    def _measured(self) -> Tensor:
-        """1 for the trained numbers that lanes are perturbed by, 0 for the others, [P]."""
-        sites = self.program.sites
-        first = get_estimator(self.manifest.zo.estimator).measured(sites)
-        return in_their_places(torch.ones(1, trained_before(sites, first)), sites, first)[0]
-
     def _compare_exact(self, compare: Callable[..., None], after: Tensor, slopes: Tensor, exact: _Exact) -> None:
         """The state after a step with a gradient of its own; what is measured and what is exact are compared apart."""
         zo, rule, what = self.manifest.zo, get_rule(self.manifest.rule), "change of the state"
@@ -351,7 +344,7 @@ class _Check:
             return self._compare_updates(compare, "train_step", what, after, wanted, self.start, exact.tolerance)
         update = updated_by_both(zo, rule, self.program.sites)
         wanted = update(self.start, exact.rate, slopes, self.captured.directions(SEED), exact.gradient)
-        measured = self._measured() > 0
+        measured = measured_numbers(get_estimator(zo.estimator), self.program.sites) > 0
         for name, part in (("measured", measured), ("exact", ~measured)):
             found, right, start = (state[: len(part)][part] for state in (after, wanted, self.start))
             where = f"{what}, where it is {name}"

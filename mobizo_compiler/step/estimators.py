@@ -256,14 +256,18 @@ def directions(
     return in_their_places(noise_QM, sites, first)
 
 
+def measured_numbers(estimator: Estimator, sites: Sequence[Site]) -> Tensor:
+    """1 for the trained numbers that lanes are perturbed by, 0 for the others, float32 [P]."""
+    first = estimator.measured(sites)
+    return in_their_places(torch.ones(1, trained_before(sites, first)), sites, first)[0]
+
+
 def rates_of(estimator: Estimator, sites: Sequence[Site]) -> Tensor | None:
     """The share of the learning rate of each trained number, float32 [P]; None where all have the whole."""
     if not isinstance(estimator, Hybrid) or estimator.measured_rate == 1.0:
         return None
-    first = estimator.measured(sites)
-    measured_1M = torch.ones(1, trained_before(sites, first))
-    shares_1P = in_their_places(measured_1M * estimator.measured_rate, sites, first)
-    return (shares_1P + (1.0 - in_their_places(measured_1M, sites, first)))[0]
+    measured_P = measured_numbers(estimator, sites)
+    return measured_P * estimator.measured_rate + (1.0 - measured_P)
 
 
 def lanes_of(estimator: Estimator, trained_P: Tensor, step_QP: Tensor) -> Tensor:
