@@ -40,6 +40,7 @@ PRIVATE: dict[str, Private] = {
     "OpOverload": Private("torch._ops", "OpOverload", "operators by name in program text, and what they change"),
     "FakeTensor": Private("torch._subclasses.fake_tensor", "FakeTensor", "shapes of values in a graph"),
     "FakeTensorMode": Private("torch._subclasses.fake_tensor", "FakeTensorMode", "shapes of what a pass inserts"),
+    "fx_sources": Private("torch.fx.graph_module", "_loader", "compiling in little memory"),
     "ConstantSource": Private("torch._dynamo.source", "ConstantSource", "symbols of program text that is read back"),
     "core_aten_decompositions": Private("torch._decomp", "core_aten_decompositions", "the exact estimator"),
     "storage_use_count": Private("torch._C", "_storage_Use_Count", "memory of a GPU that is given back in time"),

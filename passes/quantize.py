@@ -30,7 +30,7 @@ from mobizo_compiler.format.files import raw_bytes
 from mobizo_compiler.graph import facts
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand
-from mobizo_compiler.graph.paging import give_back
+from mobizo_compiler.graph.paging import give_back, lay_down
 from mobizo_compiler.graph.pipeline import Pass
 from mobizo_compiler.graph.program import ROWS
 from mobizo_compiler.passes.tidy import share_equal_calls
@@ -112,7 +112,7 @@ class Quantize(Pass):
             straight = weight.contiguous() if factor is None else weight / factor
             asymmetric = getattr(self.config, "asymmetric", False)
             keep = fqn not in self.output_layers  # of which a method may have some rows, which must be as in the whole
-            self.stored[key] = store_weight(straight, recipe, group_size, fqn, asymmetric, keep)
+            self.stored[key] = _laid_down(store_weight(straight, recipe, group_size, fqn, asymmetric, keep))
         stored = self.stored[key]
         if not stored.parts:
             return
@@ -140,7 +140,7 @@ class Quantize(Pass):
         if key not in self.stored:
             table = edit.tensor(operand(node))
             assert table is not None
-            self.stored[key] = store_table(table, config.table_recipe, config.group_size, name)
+            self.stored[key] = _laid_down(store_table(table, config.table_recipe, config.group_size, name))
         stored = self.stored[key]
         assert stored.rows is not None
         with edit.graph.inserting_before(node):
@@ -188,6 +188,12 @@ def _bias(node: fx.Node) -> fx.Node | None:
     if node.target is aten.addmm.default:
         return operand(node)
     return operand(node, 2) if len(node.args) > 2 and isinstance(node.args[2], fx.Node) else None
+
+
+def _laid_down(stored: StoredWeight) -> StoredWeight:
+    """The same with large tensors in files, but for what layers of a width share."""
+    parts = {name: part if name == GROUP_SUMS else lay_down(part) for name, part in stored.parts.items()}
+    return dataclasses.replace(stored, parts=parts)
 
 
 def _placeholders(edit: Editor, key: tuple[str, str, str], stored: StoredWeight) -> list[fx.Node]:

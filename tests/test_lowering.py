@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import linecache
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -24,6 +28,7 @@ from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.eager import EagerArtifact, EagerRunner
 from mobizo_compiler.graph.program import GraphProgram
 from mobizo_compiler.testing import TokenWise
+from mobizo_compiler.upstream import fx_sources
 
 TOKENS = (torch.zeros(2, 5, dtype=torch.int64),)
 LORA = LoraConfig(r=2, target_modules=("up",))
@@ -159,3 +164,20 @@ def test_weights_are_not_there_twice_while_delegates_are_made(monkeypatch: pytes
     shared.clear()
     monkeypatch.setattr(lowering, "weights_on_disk", lambda outlive: contextlib.nullcontext())
     assert files() == found and shared and not any(shared)
+
+
+def test_nothing_is_remembered_of_what_was_lowered() -> None:
+    """But for the program: torch and ExecuTorch keep graphs, with their weights, in caches that nobody empties."""
+
+    def alive() -> Counter[str]:
+        gc.collect()
+        kinds = (LoweredBackendModule, ExportedProgram)
+        return Counter(kind.__name__ for found in gc.get_objects() for kind in kinds if issubclass(type(found), kind))
+
+    program = mobizo.compile(TokenWise().eval(), TOKENS, LORA)
+    sources, before = len(fx_sources.eval_cache), alive()
+    del program
+    program = mobizo.compile(TokenWise().eval(), TOKENS, LORA)
+    assert alive() == before == Counter({ExportedProgram.__name__: len(program.methods)})
+    assert len(fx_sources.eval_cache) - sources < 100, "what the passes make, and nothing of the lowering"
+    assert not [key for key in linecache.cache if "eval_with_key" in key and key not in fx_sources.eval_cache]

@@ -25,6 +25,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from mobizo_compiler.backends.executorch.cache import runner_methods, write_in_place
 from mobizo_compiler.backends.executorch.emit import emission_config, emit, hear, somebody_listens, with_own_graph
+from mobizo_compiler.backends.executorch.forget import forgetting
 from mobizo_compiler.backends.executorch.one_copy import share_equal_data
 from mobizo_compiler.backends.executorch.partition import KeepStateOutside
 from mobizo_compiler.backends.executorch.program_file import (
@@ -84,7 +85,7 @@ def lower_to_executorch(
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
     folder = ScratchFolder()
     path = folder.path / "program.pte"
-    with weights_on_disk(outlive=somebody_listens()):
+    with forgetting(), weights_on_disk(outlive=somebody_listens()):
         with explained(methods, manifest.backend):
             executable, delegation = _lower(methods, manifest, lora_a, partitioners)
         with path.open("wb") as file:

@@ -6,16 +6,18 @@ segment is an offset and a size, so a delegate's segment may lie inside the kern
 
 from __future__ import annotations
 
-import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mobizo_compiler.backends.executorch.head import HEAD_BYTES, Head, read_head, read_header, write_offsets
 from mobizo_compiler.format import checksum
 
 SMALLEST_BYTES = 1 << 16
 _MOST_ALIGNED = 4096
-_FIRST = 1 << 12  # bytes that are compared before all are read
+_FIRST = 1 << 12  # bytes that tell most tensors apart
+_PIECE = 1 << 20  # bytes that are read at a time, so that a large file is never in memory
 
 
 def share_equal_data(path: Path) -> int:
@@ -25,15 +27,18 @@ def share_equal_data(path: Path) -> int:
         How many bytes smaller the file is. It is replaced by a smaller one, or left as it is.
     """
     sealed = checksum.is_sealed(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        header = read_header(data[:HEAD_BYTES])
+    with path.open("rb") as file:
+        header = read_header(file.read(HEAD_BYTES))
         if header is None:
             return 0
-        base, found = header.segment_base_offset, read_head(data[: header.program_size])
-        inside = _equal_to_constants(data, base, found)
+        base = header.segment_base_offset
+        file.seek(0)
+        head = bytearray(file.read(base))
+        found = read_head(bytes(head[: header.program_size]))
+        inside = _equal_to_constants(file, base, found)
         if not inside:
             return 0
-        head, offsets, end = bytearray(data[:base]), [0] * len(found.segments), 0
+        offsets, end = [0] * len(found.segments), 0
         smaller = path.with_name(path.name + ".smaller")
         with smaller.open("wb") as out:
             out.write(head)
@@ -41,7 +46,7 @@ def share_equal_data(path: Path) -> int:
                 if index not in inside:
                     offsets[index] = _aligned(end, segment.offset)
                     out.write(bytes(offsets[index] - end))
-                    out.write(data[base + segment.offset : base + segment.offset + segment.size])
+                    out.writelines(_pieces(file, base + segment.offset, segment.size))
                     end = offsets[index] + segment.size
             assert found.constant is not None
             for index, start in inside.items():
@@ -55,28 +60,37 @@ def share_equal_data(path: Path) -> int:
     return header.segment_data_size - end
 
 
-def _equal_to_constants(data: mmap.mmap, base: int, head: Head) -> dict[int, int]:
+def _equal_to_constants(file: IO[bytes], base: int, head: Head) -> dict[int, int]:
     """For segments of delegates that are in the constant segment too, the byte of it where they begin."""
     inside: dict[int, int] = {}
     if head.constant is None:
         return inside
     constant = head.segments[head.constant]
-    ends = [*head.constants[1:], constant.size]
+    at, alike = base + constant.offset, dict[bytes, list[tuple[int, int]]]()
+    for start, end in zip(head.constants, [*head.constants[1:], constant.size], strict=True):
+        if end - start >= SMALLEST_BYTES:
+            alike.setdefault(os.pread(file.fileno(), _FIRST, at + start), []).append((start, end))
     for index in sorted(head.named):
         segment = head.segments[index]
         if segment.size < SMALLEST_BYTES:
             continue
-        for start, end in zip(head.constants, ends, strict=True):
-            at, other = base + constant.offset + start, base + segment.offset
-            large_enough = end - start >= segment.size
-            if (
-                large_enough
-                and data[at : at + _FIRST] == data[other : other + _FIRST]
-                and data[at : at + segment.size] == data[other : other + segment.size]
-            ):
+        other = base + segment.offset
+        for start, end in alike.get(os.pread(file.fileno(), _FIRST, other), ()):
+            if end - start >= segment.size and _equal(file, at + start, other, segment.size):
                 inside[index] = start
                 break
     return inside
+
+
+def _equal(file: IO[bytes], at: int, other: int, size: int) -> bool:
+    pieces = zip(_pieces(file, at, size), _pieces(file, other, size), strict=True)
+    return all(one == another for one, another in pieces)
+
+
+def _pieces(file: IO[bytes], at: int, size: int) -> Iterator[bytes]:
+    """The bytes of a part of a file, in order."""
+    for begin in range(at, at + size, _PIECE):
+        yield os.pread(file.fileno(), min(_PIECE, at + size - begin), begin)
 
 
 def _aligned(position: int, like: int) -> int:

@@ -16,13 +16,12 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from mobizo_compiler.format.files import ScratchFolder
 from mobizo_compiler.graph.paging import give_back
-from mobizo_compiler.upstream import FakeTensorMode, FileBackedData, NamedDataStore, xnnpack_preprocess
+from mobizo_compiler.upstream import FileBackedData, NamedDataStore, xnnpack_preprocess
 
 SMALLEST_BYTES = 1 << 16
 
@@ -69,14 +68,6 @@ def weights_on_disk(*, outlive: bool) -> Iterator[None]:
         _folder.reset(token)
         if not outlive:
             folder.remove()
-        _forget_delegates()
-
-
-def _forget_delegates() -> None:
-    """torch remembers the shapes of calls by their arguments for as long as the process lives; a delegate is one."""
-    known = FakeTensorMode.cache
-    for key in [key for key in list(known) if any(isinstance(part, LoweredBackendModule) for part in key.key)]:
-        known.pop(key, None)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from mobizo_compiler.analysis.targets import LayerCall, find_targets
 from mobizo_compiler.config import ZOConfig
 from mobizo_compiler.graph import facts
-from mobizo_compiler.graph.eager import EagerRunner, Interpreter
+from mobizo_compiler.graph.eager import Interpreter, run_side_by_side
 from mobizo_compiler.graph.editor import Editor
 from mobizo_compiler.graph.nodes import operand, unrounded
 from mobizo_compiler.graph.paging import give_back
@@ -115,8 +115,13 @@ class CapturedStep:
 
     def evaluate(self, inputs: Sequence[Tensor], trained: Tensor) -> list[Tensor]:
         """The model's outputs, flat, with these trained numbers, [P]."""
+        (outputs,) = self.evaluate_each(inputs, [trained])
+        return outputs
+
+    def evaluate_each(self, inputs: Sequence[Tensor], trained: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The same for several sets of trained numbers, with weights that are read and decoded once."""
         give_back()
-        return EagerRunner({"model": self.program}).call("model", [*inputs, *self._adapters(trained)])
+        return run_side_by_side(self.program, [[*inputs, *self._adapters(numbers)] for numbers in trained])
 
     def evaluate_exactly(self, inputs: Sequence[Tensor], trained: Tensor) -> list[Tensor]:
         """As `evaluate`, in float64."""

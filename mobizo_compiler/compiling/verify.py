@@ -55,6 +55,7 @@ LANE_TOLERANCE = 1e-5  # one engine, other batch sizes
 MOST_LANES = 8  # that are run alone; of more, as many from the first to the last
 EPS, LEARNING_RATE, SEED, STATE_SCALE = 1e-2, 1e-3, 20, 1e-2
 DRAWS = 4  # of labels, until the loss is finite
+SIDE_BY_SIDE_BYTES = 1 << 28  # of the largest output of lanes that are run at a time
 
 
 def check_program(
@@ -137,6 +138,8 @@ class _Check:
         self.lanes = [round(index * (count - 1) / max(1, spread - 1)) for index in range(spread)]
         self.outputs_at_zero = at_zero
         self.outputs = self._outputs(captured, self.second, self._lane(0))
+        size = max((output.numel() * output.element_size() for output in self.outputs), default=0)
+        self.at_a_time = max(1, SIDE_BY_SIDE_BYTES // max(1, size))
         for _ in range(DRAWS):
             self.labels = random_labels(self.manifest, self.second, generator)
             if bool(captured.loss_of(self.outputs, self.labels).isfinite()):
@@ -152,9 +155,10 @@ class _Check:
 
     def _lane_losses(self, captured: CapturedStep, outputs: list[Tensor]) -> Tensor:
         """The losses of the lanes that are compared, given the outputs of the first one."""
-        losses = [captured.loss_of(outputs, self.labels)]
-        for index in self.lanes[1:]:
-            losses.append(captured.loss_of(self._outputs(captured, self.second, self._lane(index)), self.labels))
+        losses, others = [captured.loss_of(outputs, self.labels)], self.lanes[1:]
+        for begin in range(0, len(others), self.at_a_time):
+            lanes = [self._lane(index)[: self.program.parameters] for index in others[begin : begin + self.at_a_time]]
+            losses += [captured.loss_of(found, self.labels) for found in captured.evaluate_each(self.second, lanes)]
         return torch.stack(losses).float()
 
     def _rounded(self) -> tuple[float, list[float]]:

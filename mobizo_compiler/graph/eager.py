@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mobizo_compiler.errors import NotSupportedYetError
+from mobizo_compiler.graph.paging import put_back
 from mobizo_compiler.graph.program import STATE, STATE_INPUT, GraphProgram, as_read
 
 EAGER = "eager"  # name of the backend that runs these graphs as they are
@@ -55,6 +56,69 @@ class Interpreter(fx.Interpreter):
             return as_read(found, node.meta["val"]) if weight else found
 
         return fx.node.map_arg(args, value)
+
+
+class _SideBySide(fx.Interpreter):
+    """Runs a graph for several lists of arguments at a time, node by node.
+
+    A value is a list: one for all, or one for each. A weight is made float32 once, and what depends on no argument that
+    differs, such as the decoding of a weight, is computed once.
+    """
+
+    def outputs(self, arguments: Sequence[Sequence[Any]], count: int) -> list[list[Tensor]]:
+        """What the graph returns for each list; `arguments` has the values of each placeholder, one or `count`."""
+        given, values = iter(arguments), dict[fx.Node, Sequence[Any]]()
+        last = {operand: node for node in self.graph.nodes for operand in node.all_input_nodes}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(given)
+                continue
+            read = {operand: _as_read(operand, values[operand]) for operand in node.all_input_nodes}
+            if node.op == "output":
+                return [list(_one_of(read, index, node.args[0])) for index in range(count)]
+            times = max((len(found) for found in read.values()), default=1)
+            values[node] = [self._call(node, read, index) for index in range(times)]
+            for operand in read:
+                if last[operand] is node:
+                    _forget(operand, values.pop(operand))
+        raise AssertionError("a graph ends with its output")
+
+    def _call(self, node: fx.Node, read: Mapping[fx.Node, Sequence[Any]], index: int) -> Any:
+        args, kwargs = _one_of(read, index, (node.args, node.kwargs))
+        return getattr(self, node.op)(node.target, args, kwargs)
+
+
+def _as_read(node: fx.Node, values: Sequence[Any]) -> Sequence[Any]:
+    if node.op != "placeholder":
+        return values
+    return [as_read(value, node.meta["val"]) if isinstance(value, Tensor) else value for value in values]
+
+
+def _forget(node: fx.Node, values: Sequence[Any]) -> None:
+    for value in values:
+        if node.op == "placeholder" and isinstance(value, Tensor):
+            put_back(value)
+
+
+def _one_of(read: Mapping[fx.Node, Sequence[Any]], index: int, arguments: Any) -> Any:
+    """Arguments with values in place of nodes: the one that all share, or one of several."""
+    return fx.node.map_arg(arguments, lambda node: read[node][index % len(read[node])])
+
+
+def run_side_by_side(program: GraphProgram, inputs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """What a program that keeps nothing returns for each of several lists of inputs: the same bits as one by one."""
+    tensors = program.tensors()
+    given = iter(zip(*inputs, strict=True))
+    arguments: list[Sequence[Any]] = []
+    for name in program.placeholders:
+        if name in tensors:
+            arguments.append(tensors[name][1:])
+        else:
+            values = next(given)
+            arguments.append(values[:1] if all(value is values[0] for value in values) else values)
+    with torch.no_grad():
+        found = _SideBySide(program.exported.graph_module).outputs(arguments, len(inputs))
+    return [[value.clone() for value in results] for results in found]
 
 
 class EagerRunner:

@@ -1,16 +1,72 @@
-"""Memory that is given back to the system: weights that lie in a file, once they were read, and what was freed."""
+"""Memory that is given back to the system: weights that lie in a file, once they were read, and what was freed.
+
+Weights that the compiler makes (codes of fewer bits, float32 copies) are laid down in files of their own, which have no
+name and are gone with the process, so that memory holds what is being read.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import mmap
+import os
+import tempfile
+import threading
+import weakref
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: what was not changed is dropped, and read from the file again if need be
-_SMALLEST_BYTES = 1 << 20
+_SMALLEST_BYTES, _SMALLEST_LAID_DOWN = 1 << 20, 1 << 16
+_CHUNK_BYTES = 1 << 27
+
+
+class _Chunk(mmap.mmap):
+    """A file without a name, mapped whole, that tensors are laid down in one behind the other."""
+
+    used = 0
+    first = 0  # the address of its first byte
+
+
+_chunks: weakref.WeakSet[_Chunk] = weakref.WeakSet()  # a chunk lives as long as a tensor in it
+_changing = threading.Lock()
+
+
+def lay_down(tensor: Tensor) -> Tensor:
+    """The same numbers in a file, of which what is read is in memory until `give_back`; a small tensor itself.
+
+    Args:
+        tensor: On the CPU. The result is contiguous.
+
+    Raises:
+        OSError: The place for temporary files is full.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if size < _SMALLEST_LAID_DOWN:
+        return tensor
+    with _changing:
+        chunk = next((chunk for chunk in _chunks if chunk.used + size <= len(chunk)), None) or _new_chunk(size)
+        at = chunk.used
+        chunk.used += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    laid = torch.frombuffer(chunk, dtype=tensor.dtype, count=tensor.numel(), offset=at).reshape(tensor.shape)
+    laid.copy_(tensor.detach())
+    _drop(chunk, at, size)
+    return laid
+
+
+def _new_chunk(size: int) -> _Chunk:
+    size = max(_CHUNK_BYTES, size)
+    with tempfile.TemporaryFile(prefix="mobizo-") as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, and not when the memory is written
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+        chunk = _Chunk(file.fileno(), size)
+    chunk.first = torch.frombuffer(chunk, dtype=torch.uint8, count=1).data_ptr()
+    _chunks.add(chunk)
+    return chunk
 
 
 def let_go(tensor: Tensor) -> None:
@@ -28,10 +84,30 @@ def let_go(tensor: Tensor) -> None:
 
 
 def give_back() -> None:
-    """Return what was freed: the C library keeps pieces of up to 32 MB, as weights are, for the next time."""
+    """Return what was freed, of which the C library keeps pieces of up to 32 MB, as weights are; and what was read of
+    tensors that were laid down."""
     trim = _trim()
     if trim is not None:
         trim(0)
+    with _changing:
+        for chunk in _chunks:
+            _drop(chunk, 0, len(chunk))
+
+
+def put_back(tensor: Tensor) -> None:
+    """Take what was read of a tensor that was laid down out of memory; other tensors are left alone."""
+    first, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    with _changing:
+        for chunk in _chunks:
+            if chunk.first <= first < chunk.first + len(chunk):
+                _drop(chunk, first - chunk.first, size)
+
+
+def _drop(chunk: _Chunk, at: int, size: int) -> None:
+    """Take pages of a file out of this process's memory; the file keeps what it has."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        page = at // mmap.PAGESIZE * mmap.PAGESIZE
+        chunk.madvise(mmap.MADV_DONTNEED, page, size + at - page)
 
 
 @functools.cache

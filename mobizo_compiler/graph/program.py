@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 
-from mobizo_compiler.graph.paging import let_go
+from mobizo_compiler.graph.paging import lay_down, let_go
 from mobizo_compiler.step.sites import Site
 from mobizo_compiler.upstream import pytree
 
@@ -158,7 +158,7 @@ class GraphProgram:
             if stored.dtype != values[name].dtype:
                 read = known.get(stored.data_ptr())
                 if read is None:
-                    read = known[stored.data_ptr()] = as_read(stored, values[name])
+                    read = known[stored.data_ptr()] = lay_down(as_read(stored, values[name]))
                 made[path] = nn.Parameter(read, requires_grad=False) if isinstance(stored, nn.Parameter) else read
         if not made:
             return self

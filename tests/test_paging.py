@@ -1,0 +1,83 @@
+"""Tensors that are laid down in files: the same numbers, in memory only while they are read."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mobizo_compiler.graph import paging
+from mobizo_compiler.graph.paging import give_back, lay_down, put_back
+
+
+def _megabytes(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field + ":"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8])
+def test_the_same_numbers(dtype: torch.dtype) -> None:
+    tensor = torch.randn(1100, 1000).mul(50).to(dtype)
+    laid = lay_down(tensor.t())
+    assert laid.dtype == dtype and laid.is_contiguous() and torch.equal(laid, tensor.t())
+    give_back()
+    assert torch.equal(laid, tensor.t())
+
+
+def test_what_is_written_stays() -> None:
+    laid = lay_down(torch.zeros(1 << 20))
+    laid[5] = 3.0
+    give_back()
+    assert laid[5] == 3.0
+
+
+def test_a_small_tensor_stays_where_it_is() -> None:
+    tensor = torch.ones(10)
+    assert lay_down(tensor) is tensor
+
+
+def test_memory_holds_what_is_read() -> None:
+    laid = [lay_down(torch.ones(25_000_000)) for _ in range(3)]  # 300 MB
+    give_back()
+    before = _megabytes("VmRSS")
+    assert sum(float(tensor.sum()) for tensor in laid) == 75_000_000
+    assert _megabytes("VmRSS") > before + 200
+    give_back()
+    assert _megabytes("VmRSS") < before + 100
+
+
+def test_one_tensor_is_put_back() -> None:
+    laid = [lay_down(torch.full((25_000_000,), float(number))) for number in range(3)]
+    before = _megabytes("VmRSS")
+    assert [float(tensor[-1]) for tensor in laid] == [0.0, 1.0, 2.0] and float(laid[1].sum()) == 25_000_000
+    assert _megabytes("VmRSS") > before + 80
+    put_back(laid[1])
+    assert _megabytes("VmRSS") < before + 40
+    assert float(laid[1].sum()) == 25_000_000
+
+
+def test_a_file_is_gone_with_its_tensors() -> None:
+    gc.collect()
+    chunks, files = len(paging._chunks), len(os.listdir("/proc/self/fd"))
+    laid = [lay_down(torch.ones(40_000_000)) for _ in range(3)]
+    part = laid[0][100:200]
+    assert len(paging._chunks) == chunks + 3 and len(os.listdir("/proc/self/fd")) == files + 3
+    del laid
+    gc.collect()
+    assert len(paging._chunks) == chunks + 1 and torch.equal(part, torch.ones(100))
+    del part
+    gc.collect()
+    assert len(paging._chunks) == chunks and len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_disk_that_is_full_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(paging, "_CHUNK_BYTES", 1 << 29)
+    with pytest.raises(OSError, match="No space left"):
+        lay_down(torch.ones(1 << 26))
