@@ -5,7 +5,8 @@
 SmolLM2 with two-sided steps (q = 4) on XNNPACK, prompt A of the examples. Three ways to go through the same sentences
 once: a program of a fixed length; one that takes every length, in the drawn order; and the same with batches of rows of
 similar lengths (`group_by_length`). Programs are run in turns, batch by batch; the time of an epoch is the sum of the
-medians of its batches over the rounds. Before that, every row's loss is compared between the two programs.
+medians of its batches over the rounds. Before that, every row's loss is compared between the two programs, and each
+makes two steps in a process of its own, of which the peak is VmHWM.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from benchmarks.machine import describe, set_threads
+from benchmarks.machine import alone, describe, memory_mb, set_threads
 from examples.record import write_json
 from examples.rotten_tomatoes import balanced, load_sentences, split_by_movie
 from examples.smollm2 import load_smollm2, load_tokenizer
@@ -48,6 +49,7 @@ def main() -> None:
     threads = set_threads(options.threads)
     for name in ("fixed", "any"):
         compile_program(options, name == "any")
+    peaks = {name: alone(peak_mb, options.out / f"{name}.pte", options) for name in ("fixed", "any")}
     sentences = balanced(split_by_movie(load_sentences())["train"], options.samples)
     config = PromptConfig(template="{text} It was", answer_column="answer")
     texts = [
@@ -81,9 +83,15 @@ def main() -> None:
     for name, seconds in epochs.items():
         print(f"{name:14s} {seconds:7.2f} s an epoch, {seconds / epochs['fixed']:.2f} x")
     print(f"lane losses differ by at most {worst:.3g}")
+    print(f"peak of a process that trains: {peaks['any'] / peaks['fixed']:.3f} x {peaks['fixed']:.0f} MB")
     write_json(
         options.out / "lengths.json",
-        {"seconds": epochs, "losses_differ": worst, "options": {**vars(options), "out": str(options.out)}}
+        {
+            "seconds": epochs,
+            "losses_differ": worst,
+            "peak_mb": peaks,
+            "options": {**vars(options), "out": str(options.out)},
+        }
         | {"machine": describe(), "threads": threads},
     )
 
@@ -94,6 +102,24 @@ def losses(session: Any, batches: Batches, step: int) -> Tensor:
     return result
 
 
+def peak_mb(path: Path, options: argparse.Namespace) -> float:
+    """The most memory of a process that makes a step at full length and one at a quarter, where that can be."""
+    import mobizo_compiler as mobizo
+
+    set_threads(options.threads)
+    session = mobizo.Session(path)
+    for tokens in (options.tokens, options.tokens if path.stem == "fixed" else options.tokens // 4):
+        inputs = example(options, tokens)
+        session.train_step(inputs, inputs["input_ids"], seed=0, learning_rate=0.0)
+    return memory_mb()["VmHWM"]
+
+
+def example(options: argparse.Namespace, tokens: int) -> dict[str, Tensor]:
+    """Rows of random tokens."""
+    ids = torch.randint(1000, 40000, (options.rows, tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def compile_program(options: argparse.Namespace, dynamic: bool) -> None:
     """The program of one length, or of every length up to it, kept in the output folder."""
     path = options.out / f"{'any' if dynamic else 'fixed'}.pte"
@@ -102,8 +128,7 @@ def compile_program(options: argparse.Namespace, dynamic: bool) -> None:
     import mobizo_compiler as mobizo
 
     _, model = load_smollm2()
-    ids = torch.randint(1000, 40000, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = example(options, options.tokens)
     sizes = {1: Dim("tokens", max=options.tokens)} if dynamic else {}
     mobizo.compile(
         model,

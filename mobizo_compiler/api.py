@@ -59,29 +59,28 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
-class _NotCollected(contextlib.ContextDecorator):
-    """Keep Python's garbage collector from running by itself; `between_phases` runs it.
+class _OneAtATime(contextlib.ContextDecorator):
+    """One compilation at a time, without Python's garbage collector; `between_phases` runs it.
 
-    A graph is many objects, and each collection visits them all. And where the collector runs in the midst of torch's
-    tracing, it may leave a weak reference behind to the memory of a parameter, which crashes the process when the model
-    is freed (torch 2.13). The switch is the process's: the first of several compilations at a time turns it off, and
-    the last turns it on again.
+    What torch knows of a trace under way is the process's, so that other threads wait. The collector visits every
+    object of a graph, again and again; and where it runs in the midst of a trace, it may leave a weak reference behind
+    to the memory of a parameter, which crashes the process when the model is freed (torch 2.13).
     """
 
-    _lock, _inside, _enabled = threading.Lock(), 0, True
+    _lock, _inside, _enabled = threading.RLock(), 0, True
 
     def __enter__(self) -> None:
-        with self._lock:
-            if not _NotCollected._inside:
-                _NotCollected._enabled = gc.isenabled()
-                gc.disable()
-            _NotCollected._inside += 1
+        self._lock.acquire()
+        if not _OneAtATime._inside:
+            _OneAtATime._enabled = gc.isenabled()
+            gc.disable()
+        _OneAtATime._inside += 1
 
     def __exit__(self, *error: object) -> None:
-        with self._lock:
-            _NotCollected._inside -= 1
-            if not _NotCollected._inside and _NotCollected._enabled:
-                gc.enable()
+        _OneAtATime._inside -= 1
+        if not _OneAtATime._inside and _OneAtATime._enabled:
+            gc.enable()
+        self._lock.release()
 
     @classmethod
     def between_phases(cls) -> None:
@@ -90,7 +89,7 @@ class _NotCollected(contextlib.ContextDecorator):
             gc.collect(1)
 
 
-@_NotCollected()
+@_OneAtATime()
 def compile(
     model: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs,
@@ -184,7 +183,7 @@ def compile(
     """
 
     def say(line: str) -> None:
-        _NotCollected.between_phases()
+        _OneAtATime.between_phases()
         give_back()
         if progress is not None:
             progress(line)

@@ -75,6 +75,13 @@ def capture(model: nn.Module | ExportedProgram, example: Example, *, symbolic: b
                 where=source_line(node),
                 hint='compile the model as it was before, with quantization="8da8w" or another recipe',
             )
+        if node.op == "get_attr":
+            reader = next(iter(node.users), node)
+            raise UnsupportedGraphError(
+                f"the graph has graphs of its own, which {reader.target} runs and no pass reaches into",
+                where=source_line(reader),
+                hint="compile a model whose path does not depend on the values (no torch.cond, while_loop or map)",
+            )
     old = exported.graph_signature
     if old.buffers_to_mutate or old.user_inputs_to_mutate:
         changed = [*old.buffers_to_mutate.values(), *old.user_inputs_to_mutate.values()]

@@ -17,7 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import mobizo_compiler as mobizo
 from mobizo_compiler import LoraConfig, MSELoss, ZOConfig
-from mobizo_compiler.errors import CaptureError, LossError
+from mobizo_compiler.errors import CaptureError, LossError, UnsupportedGraphError
 from mobizo_compiler.testing import TokenWise, zoo
 
 IDS = torch.zeros(2, 5, dtype=torch.int64)
@@ -93,3 +93,18 @@ def test_logits_of_one_position_are_none_to_learn_from() -> None:
         with pytest.raises(LossError, match=r"CausalLMLoss predicts(.|\n)*1 position in all(.|\n)*no logits_to_keep=1"):
             sites(model, {"input_ids": IDS, "logits_to_keep": kept}, "v_proj")
     assert sites(model, {"input_ids": IDS, "logits_to_keep": 2}, "v_proj")
+
+
+def test_a_graph_with_graphs_of_its_own_is_refused_by_its_operator() -> None:
+    class Chooses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen: torch.Tensor = torch.cond(x.sum() > 0, lambda v: v.sin(), lambda v: v.cos(), (self.up(x),))
+            return chosen
+
+    with pytest.raises(UnsupportedGraphError, match="graphs of its own, which cond runs") as raised:
+        mobizo.compile(Chooses().eval(), (torch.ones(2, 4),), loss=mobizo.MSELoss(), backend="eager")
+    assert "torch.cond" in str(raised.value.hint)

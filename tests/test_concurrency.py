@@ -227,3 +227,19 @@ def test_errors_come_whole_from_another_process() -> None:
     found = pickle.loads(pickle.dumps(error))
     assert type(found) is SessionBusyError and str(found) == str(error)
     assert (found.where, found.hint, found.__notes__) == ("here", "wait", ["while training"])
+
+
+def test_compiling_in_two_threads() -> None:
+    """One waits for the other: what torch knows of a trace under way is the process's."""
+    enabled, models = gc.isenabled(), [TokenWise().eval() for _ in range(2)]
+
+    def compiles(number: int) -> tuple[Tensor, Tensor]:
+        lora = LoraConfig(r=4, target_modules=("up", "head"))
+        program = mobizo.compile(models[number], batch(0)[0], lora, ZOConfig(queries=2), backend="portable")
+        return trained(Session(program), 0)
+
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(compiles, (0, 1)))
+    assert gc.isenabled() == enabled
+    for number, found in enumerate(made):
+        assert all(torch.equal(a, b) for a, b in zip(found, compiles(number), strict=True))

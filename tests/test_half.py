@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,20 @@ def test_inputs_of_half_precision_are_taken_in_float32() -> None:
     assert [spec.dtype for spec in program.manifest.inputs] == ["float32"]
     with torch.no_grad():
         torch.testing.assert_close(Session(program).evaluate((x.float(),)), model.float()(x.float()))
+
+
+@pytest.mark.parametrize("other", [lambda w: w.t(), lambda w: w[:4], lambda w: w[4:]], ids=["turned", "first", "last"])
+def test_weights_that_are_views_of_one_another(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    first = nn.Linear(8, 8, bias=False)
+    view = other(first.weight.detach())
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(view.shape[1], view.shape[0], bias=False)).eval().bfloat16()
+    model[2].weight = nn.Parameter(other(model[0].weight.detach()))
+    x = torch.randn(4, 8)
+    lora = LoraConfig(r=2, target_modules=("0",))
+    program = mobizo.compile(model, (x,), lora, ZOConfig(queries=1), mobizo.MSELoss(), backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(Session(program).evaluate((x,)), model.float()(x))
 
 
 def test_a_graph_that_means_something_else_is_refused() -> None:

@@ -123,6 +123,19 @@ class CapturedStep:
         give_back()
         return run_side_by_side(self.program, [[*inputs, *self._adapters(numbers)] for numbers in trained])
 
+    @property
+    def largest_bytes(self) -> int:
+        """Of a value that depends on the inputs, among those whose size is known before they are."""
+        given, largest = set(self.program.inputs), 0
+        varies: set[fx.Node] = set()
+        for node in self.program.graph.nodes:
+            if node.name in given or varies.intersection(node.all_input_nodes):
+                varies.add(node)
+                value = node.meta.get("val")
+                if isinstance(value, Tensor) and isinstance(numbers := value.numel(), int):
+                    largest = max(largest, numbers * value.element_size())
+        return largest
+
     def evaluate_exactly(self, inputs: Sequence[Tensor], trained: Tensor) -> list[Tensor]:
         """As `evaluate`, in float64."""
         return InFloat64(self.program).outputs([*inputs, *self._adapters(trained)])

@@ -55,7 +55,7 @@ LANE_TOLERANCE = 1e-5  # one engine, other batch sizes
 MOST_LANES = 8  # that are run alone; of more, as many from the first to the last
 EPS, LEARNING_RATE, SEED, STATE_SCALE = 1e-2, 1e-3, 20, 1e-2
 DRAWS = 4  # of labels, until the loss is finite
-SIDE_BY_SIDE_BYTES = 1 << 28  # of the largest output of lanes that are run at a time
+SIDE_BY_SIDE_BYTES = 1 << 28  # of the largest value of lanes that are run at a time
 
 
 def check_program(
@@ -138,8 +138,8 @@ class _Check:
         self.lanes = [round(index * (count - 1) / max(1, spread - 1)) for index in range(spread)]
         self.outputs_at_zero = at_zero
         self.outputs = self._outputs(captured, self.second, self._lane(0))
-        size = max((output.numel() * output.element_size() for output in self.outputs), default=0)
-        self.at_a_time = max(1, SIDE_BY_SIDE_BYTES // max(1, size))
+        largest = max([captured.largest_bytes, *(output.nbytes for output in self.outputs)])
+        self.at_a_time = max(1, SIDE_BY_SIDE_BYTES // max(1, largest))
         for _ in range(DRAWS):
             self.labels = random_labels(self.manifest, self.second, generator)
             if bool(captured.loss_of(self.outputs, self.labels).isfinite()):

@@ -7,6 +7,7 @@ name and are gone with the process, so that memory holds what is being read.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -20,7 +21,7 @@ from torch import Tensor
 
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: what was not changed is dropped, and read from the file again if need be
 _SMALLEST_BYTES, _SMALLEST_LAID_DOWN = 1 << 20, 1 << 16
-_CHUNK_BYTES = 1 << 27
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 1 << 27
 
 
 class _Chunk(mmap.mmap):
@@ -32,22 +33,29 @@ class _Chunk(mmap.mmap):
 
 _chunks: weakref.WeakSet[_Chunk] = weakref.WeakSet()  # a chunk lives as long as a tensor in it
 _changing = threading.Lock()
+_DTYPES = {
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool),
+}
 
 
 def lay_down(tensor: Tensor) -> Tensor:
-    """The same numbers in a file, of which what is read is in memory until `give_back`; a small tensor itself.
+    """The same numbers in a file, of which what is read is in memory until `give_back`.
 
     Args:
-        tensor: On the CPU. The result is contiguous.
-
-    Raises:
-        OSError: The place for temporary files is full.
+        tensor: Of any kind; one that is small, that is not plain numbers on the CPU, or that the disk has no room for
+            is returned as it is. Else the result is contiguous.
     """
     size = tensor.numel() * tensor.element_size()
-    if size < _SMALLEST_LAID_DOWN:
+    if size < _SMALLEST_LAID_DOWN or not _plain(tensor):
         return tensor
     with _changing:
-        chunk = next((chunk for chunk in _chunks if chunk.used + size <= len(chunk)), None) or _new_chunk(size)
+        try:
+            chunk = next((chunk for chunk in _chunks if chunk.used + size <= len(chunk)), None) or _new_chunk(size)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return tensor
         at = chunk.used
         chunk.used += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     laid = torch.frombuffer(chunk, dtype=tensor.dtype, count=tensor.numel(), offset=at).reshape(tensor.shape)
@@ -56,8 +64,13 @@ def lay_down(tensor: Tensor) -> Tensor:
     return laid
 
 
+def _plain(tensor: Tensor) -> bool:
+    kind = type(tensor) in (Tensor, torch.nn.Parameter)
+    return kind and tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+
+
 def _new_chunk(size: int) -> _Chunk:
-    size = max(_CHUNK_BYTES, size)
+    size = max(size, min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, sum(map(len, _chunks)))))
     with tempfile.TemporaryFile(prefix="mobizo-") as file:
         if hasattr(os, "posix_fallocate"):  # a disk that is full says so now, and not when the memory is written
             os.posix_fallocate(file.fileno(), 0, size)
@@ -67,6 +80,15 @@ def _new_chunk(size: int) -> _Chunk:
     chunk.first = torch.frombuffer(chunk, dtype=torch.uint8, count=1).data_ptr()
     _chunks.add(chunk)
     return chunk
+
+
+def _begin_anew() -> None:
+    """In a child that was forked: what it has mapped is its parent's as well, which goes on to write there."""
+    global _chunks, _changing
+    _chunks, _changing = weakref.WeakSet(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def let_go(tensor: Tensor) -> None:
@@ -96,6 +118,8 @@ def give_back() -> None:
 
 def put_back(tensor: Tensor) -> None:
     """Take what was read of a tensor that was laid down out of memory; other tensors are left alone."""
+    if not _plain(tensor):
+        return
     first, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     with _changing:
         for chunk in _chunks:

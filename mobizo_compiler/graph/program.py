@@ -146,19 +146,21 @@ class GraphProgram:
         """The same program, of which more is known."""
         return dataclasses.replace(self, facts=self.facts | set(facts))
 
-    def whole(self, known: dict[int, Tensor]) -> GraphProgram:
+    def whole(self, known: dict[Any, Tensor]) -> GraphProgram:
         """The same program with every weight stored as the graph reads it, for those who take its tensors as they are.
 
         Args:
-            known: Weights of half precision that were made whole for another method, by address; more are added.
+            known: Weights of half precision that were made whole for another method, by where and how they lie in
+                memory; more are added.
         """
         values = self.placeholders
         made: dict[str, Tensor] = {}
         for name, (path, stored) in self.tensors().items():
             if stored.dtype != values[name].dtype:
-                read = known.get(stored.data_ptr())
+                place = stored.data_ptr(), stored.shape, stored.stride()
+                read = known.get(place)
                 if read is None:
-                    read = known[stored.data_ptr()] = lay_down(as_read(stored, values[name]))
+                    read = known[place] = lay_down(as_read(stored, values[name]))
                 made[path] = nn.Parameter(read, requires_grad=False) if isinstance(stored, nn.Parameter) else read
         if not made:
             return self
