@@ -109,8 +109,8 @@ def test_the_garbage_collector_is_as_it_was() -> None:
             assert not any(inside) and inside and gc.isenabled() == enabled
             inside.clear()
         gc.enable()
-        first, second = api._NotCollected(), api._NotCollected()
-        with contextlib.ExitStack() as stack:  # two at a time, and the first ends first
+        first, second = api._OneAtATime(), api._OneAtATime()
+        with contextlib.ExitStack() as stack:  # one within another, and the first ends first
             first.__enter__()
             stack.enter_context(second)
             first.__exit__()

@@ -178,6 +178,6 @@ def test_nothing_is_remembered_of_what_was_lowered() -> None:
     sources, before = len(fx_sources.eval_cache), alive()
     del program
     program = mobizo.compile(TokenWise().eval(), TOKENS, LORA)
-    assert alive() == before == Counter({ExportedProgram.__name__: len(program.methods)})
+    assert program.methods and alive() == before, "nothing but this program, in place of the one before"
     assert len(fx_sources.eval_cache) - sources < 100, "what the passes make, and nothing of the lowering"
     assert not [key for key in linecache.cache if "eval_with_key" in key and key not in fx_sources.eval_cache]
