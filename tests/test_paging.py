@@ -5,18 +5,13 @@ from __future__ import annotations
 import errno
 import gc
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.machine import memory_mb
 from mobizo_compiler.graph import paging
 from mobizo_compiler.graph.paging import give_back, lay_down, put_back
-
-
-def _megabytes(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field + ":"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8])
@@ -43,20 +38,20 @@ def test_a_small_tensor_stays_where_it_is() -> None:
 def test_memory_holds_what_is_read() -> None:
     laid = [lay_down(torch.ones(25_000_000)) for _ in range(3)]  # 300 MB
     give_back()
-    before = _megabytes("VmRSS")
+    before = memory_mb()["VmRSS"]
     assert sum(float(tensor.sum()) for tensor in laid) == 75_000_000
-    assert _megabytes("VmRSS") > before + 200
+    assert memory_mb()["VmRSS"] > before + 200
     give_back()
-    assert _megabytes("VmRSS") < before + 100
+    assert memory_mb()["VmRSS"] < before + 100
 
 
 def test_one_tensor_is_put_back() -> None:
     laid = [lay_down(torch.full((25_000_000,), float(number))) for number in range(3)]
-    before = _megabytes("VmRSS")
+    before = memory_mb()["VmRSS"]
     assert [float(tensor[-1]) for tensor in laid] == [0.0, 1.0, 2.0] and float(laid[1].sum()) == 25_000_000
-    assert _megabytes("VmRSS") > before + 80
+    assert memory_mb()["VmRSS"] > before + 80
     put_back(laid[1])
-    assert _megabytes("VmRSS") < before + 40
+    assert memory_mb()["VmRSS"] < before + 40
     assert float(laid[1].sum()) == 25_000_000
 
 

@@ -157,7 +157,7 @@ class _Check:
         """The losses of the lanes that are compared, given the outputs of the first one."""
         losses, others = [captured.loss_of(outputs, self.labels)], self.lanes[1:]
         for begin in range(0, len(others), self.at_a_time):
-            lanes = [self._lane(index)[: self.program.parameters] for index in others[begin : begin + self.at_a_time]]
+            lanes = [self._lane(index) for index in others[begin : begin + self.at_a_time]]
             losses += [captured.loss_of(found, self.labels) for found in captured.evaluate_each(self.second, lanes)]
         return torch.stack(losses).float()
 
@@ -194,7 +194,7 @@ class _Check:
     @functools.cached_property
     def _single_precision(self) -> tuple[float, list[float]]:
         """How far float32 is from float64 in the loss, and in the root mean square of each output."""
-        trained = self._lane(0)[: self.program.parameters]
+        trained = self._lane(0)
         exact = self.captured.evaluate_exactly(self.second, trained)
         loss = float(self.captured.loss_of(exact, self.labels))
         found = float(self.captured.loss_of(self.outputs, self.labels))
@@ -398,7 +398,7 @@ class _Check:
             second if leaf.row_axis is None else torch.cat([second, first], leaf.row_axis)
             for leaf, second, first in zip(self.example.leaves, self.second, self.first, strict=True)
         ]
-        outputs = both.evaluate(inputs, self._lane(0)[: self.program.parameters])
+        outputs = both.evaluate(inputs, self._lane(0))
         row_loss, row_weight = both.row_losses(outputs, torch.cat([self.labels, self.labels]))
         rows = self.labels.shape[0]
         among = row_loss[:rows].sum() / row_weight[:rows].sum()

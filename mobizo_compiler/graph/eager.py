@@ -49,13 +49,7 @@ class Interpreter(fx.Interpreter):
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         """Arguments with values in place of nodes."""
-
-        def value(node: fx.Node) -> Any:
-            found = self.env[node]
-            weight = node.op == "placeholder" and isinstance(found, Tensor)
-            return as_read(found, node.meta["val"]) if weight else found
-
-        return fx.node.map_arg(args, value)
+        return fx.node.map_arg(args, lambda node: _as_read(node, self.env[node]))
 
 
 class _SideBySide(fx.Interpreter):
@@ -68,19 +62,21 @@ class _SideBySide(fx.Interpreter):
     def outputs(self, arguments: Sequence[Sequence[Any]], count: int) -> list[list[Tensor]]:
         """What the graph returns for each list; `arguments` has the values of each placeholder, one or `count`."""
         given, values = iter(arguments), dict[fx.Node, Sequence[Any]]()
-        last = {operand: node for node in self.graph.nodes for operand in node.all_input_nodes}
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(given)
                 continue
-            read = {operand: _as_read(operand, values[operand]) for operand in node.all_input_nodes}
+            read = {
+                operand: [_as_read(operand, value) for value in values[operand]] for operand in node.all_input_nodes
+            }
             if node.op == "output":
                 return [list(_one_of(read, index, node.args[0])) for index in range(count)]
             times = max((len(found) for found in read.values()), default=1)
             values[node] = [self._call(node, read, index) for index in range(times)]
-            for operand in read:
-                if last[operand] is node:
-                    _forget(operand, values.pop(operand))
+            for operand in self.user_to_last_uses.get(node, ()):
+                for value in values.pop(operand):
+                    if _is_given(operand, value):
+                        put_back(value)
         raise AssertionError("a graph ends with its output")
 
     def _call(self, node: fx.Node, read: Mapping[fx.Node, Sequence[Any]], index: int) -> Any:
@@ -88,16 +84,13 @@ class _SideBySide(fx.Interpreter):
         return getattr(self, node.op)(node.target, args, kwargs)
 
 
-def _as_read(node: fx.Node, values: Sequence[Any]) -> Sequence[Any]:
-    if node.op != "placeholder":
-        return values
-    return [as_read(value, node.meta["val"]) if isinstance(value, Tensor) else value for value in values]
+def _is_given(node: fx.Node, value: Any) -> bool:
+    """Whether a value is a tensor that the graph was given."""
+    return node.op == "placeholder" and isinstance(value, Tensor)
 
 
-def _forget(node: fx.Node, values: Sequence[Any]) -> None:
-    for value in values:
-        if node.op == "placeholder" and isinstance(value, Tensor):
-            put_back(value)
+def _as_read(node: fx.Node, value: Any) -> Any:
+    return as_read(value, node.meta["val"]) if _is_given(node, value) else value
 
 
 def _one_of(read: Mapping[fx.Node, Sequence[Any]], index: int, arguments: Any) -> Any:
