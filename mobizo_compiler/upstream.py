@@ -33,6 +33,7 @@ class Private(NamedTuple):
     breaks: str
 
 
+_PROGRAM = "executorch.exir.program._program"
 _READERS = "executorch.exir._serialize.generated.executorch_flatbuffer"
 
 PRIVATE: dict[str, Private] = {
@@ -67,6 +68,16 @@ PRIVATE: dict[str, Private] = {
     ),
     "read_program": Private(
         "executorch.exir._serialize._flatbuffer_program", "_flatbuffer_to_program", "what a .pte runs (mobizo inspect)"
+    ),
+    "exir_program": Private(_PROGRAM, "", "lowering in little time"),
+    "generate_edge_program": Private(_PROGRAM, "_generate_edge_program", "lowering in little time"),
+    "aten_to_edge_passes": Private(_PROGRAM, "_get_aten_to_edge_passes", "lowering in little time"),
+    "transform_edge": Private(_PROGRAM, "_transform", "lowering in little time"),
+    "updated_signature": Private(_PROGRAM, "_get_updated_graph_signature", "lowering in little time"),
+    "view_copy_of": Private(
+        "torch._export.passes.replace_view_ops_with_view_copy_ops_pass",
+        "get_view_copy_of_view_op",
+        "lowering in little time",
     ),
     "edge_operators": Private("executorch.exir.dialects._ops", "ops", "a cache of keys and values written in place"),
     "serialize_for_executorch": Private(
@@ -117,6 +128,8 @@ MEMBERS: dict[str, Private] = {
     "_tensor_data": Private(*_MANAGER, "data files beside a .pte"),
     "_data_serializer": Private(*_MANAGER, "writing a .pte again once the state is where it belongs"),
     "_named_data": Private(*_MANAGER, "writing a .pte again once the state is where it belongs"),
+    "_codegen": Private("torch.fx", "Graph", "compiling without writing the source of every graph"),
+    "_code": Private("torch.fx", "GraphModule", "compiling without writing the source of every graph"),
     "_method": Private("executorch.runtime", "Method", "the live state of a session, without a copy"),
 }
 

@@ -123,9 +123,9 @@ class Quantize(Pass):
             if factor is not None:
                 x = edit.call(aten.mul.Tensor, x, edit.shared_constant(_name_of(factor), factor))
             if bias is None:
-                new = edit.inline(lambda x, *tensors: stored.linear(x, None, *tensors), x, *parts)
+                new = edit.inline(lambda x, *tensors: stored.linear(x, None, *tensors), x, *parts, alike=stored.alike)
             else:
-                new = edit.inline(stored.linear, x, bias, *parts)
+                new = edit.inline(stored.linear, x, bias, *parts, alike=stored.alike)
         edit.replace(node, new)
         used[found.node] = _Used(stored, parts, factor, found.turned)
 

@@ -24,6 +24,8 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mobizo_compiler.backends.executorch.cache import runner_methods, write_in_place
+from mobizo_compiler.backends.executorch.delegate_results import know_results
+from mobizo_compiler.backends.executorch.edge import few_interpretations
 from mobizo_compiler.backends.executorch.emit import emission_config, emit, hear, somebody_listens, with_own_graph
 from mobizo_compiler.backends.executorch.forget import forgetting
 from mobizo_compiler.backends.executorch.one_copy import share_equal_data
@@ -39,6 +41,7 @@ from mobizo_compiler.errors import LoweringError, MobizoError
 from mobizo_compiler.format.files import ScratchFolder
 from mobizo_compiler.format.manifest import Manifest
 from mobizo_compiler.graph.program import STATE, STATE_INPUT, GraphProgram
+from mobizo_compiler.graph.sources import written_when_asked_for
 from mobizo_compiler.quiet import quiet
 from mobizo_compiler.upstream import OpOverload
 
@@ -85,7 +88,7 @@ def lower_to_executorch(
     lora_a = torch.cat([methods["train_step"].lora_a[site.fqn].flatten() for site in manifest.sites])
     folder = ScratchFolder()
     path = folder.path / "program.pte"
-    with forgetting(), weights_on_disk(outlive=somebody_listens()):
+    with forgetting(), written_when_asked_for(), weights_on_disk(outlive=somebody_listens()):
         with explained(methods, manifest.backend):
             executable, delegation = _lower(methods, manifest, lora_a, partitioners)
         with path.open("wb") as file:
@@ -128,16 +131,17 @@ def _lower(
         LORA_A_METHOD: lora_a,
         **runner_methods(manifest.generate),
     }
-    edge = to_edge_transform_and_lower(
-        {name: with_own_graph(program.exported, _Functional) for name, program in methods.items()},
-        transform_passes=[_without_copies],
-        partitioner={name: [KeepStateOutside(inner) for inner in by_method.get(name, ())] for name in methods},
-        constant_methods=constant_methods,
-        compile_config=EdgeCompileConfig(
-            _check_ir_validity=False,
-            _core_aten_ops_exception_list=[torch.ops.aten.bitwise_right_shift.Tensor_Scalar],
-        ),
-    )
+    with few_interpretations():
+        edge = to_edge_transform_and_lower(
+            {name: with_own_graph(program.exported, _Functional) for name, program in methods.items()},
+            transform_passes=[_without_copies],
+            partitioner={name: [KeepStateOutside(inner) for inner in by_method.get(name, ())] for name in methods},
+            constant_methods=constant_methods,
+            compile_config=EdgeCompileConfig(
+                _check_ir_validity=False,
+                _core_aten_ops_exception_list=[torch.ops.aten.bitwise_right_shift.Tensor_Scalar],
+            ),
+        )
     lowered = {name: edge.exported_program(name) for name in methods}
     delegation = {name: delegation_of(program) for name, program in lowered.items()}
     for name, program in lowered.items():
@@ -146,6 +150,7 @@ def _lower(
             if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
                 node.meta["et_init_buffer"] = True
         _sizes_for_strides(program)
+        know_results(program)
     write_in_place(lowered)
     hear(lowered, constant_methods, manifest.state)
     return emit(edge, emission_config(), manifest.state), delegation

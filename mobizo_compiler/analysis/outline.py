@@ -115,9 +115,9 @@ def _lanes(evaluate: GraphProgram, step: GraphProgram) -> dict[_Key, set[bool]]:
     value of `evaluate`.
     """
     differ: set[fx.Node] = set()
-    for node in step.graph.nodes:
-        target = step.exported.graph_signature.inputs_to_buffers.get(node.name)
-        if node.op == "placeholder" and (target == STATE or node.name == STATE_INPUT):
+    buffers = step.exported.graph_signature.inputs_to_buffers
+    for node in step.graph.find_nodes(op="placeholder"):
+        if buffers.get(node.name) == STATE or node.name == STATE_INPUT:
             differ |= perturbed_by(node)
     sizes = {key: tensor_bytes(node) for key, node in _numbered(evaluate)}
     found: dict[_Key, set[bool]] = {}

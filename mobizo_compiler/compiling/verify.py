@@ -16,7 +16,8 @@ What is compared with what, each in float32 and on the rows of the example:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -137,35 +138,35 @@ class _Check:
         spread = min(MOST_LANES, count)
         self.lanes = [round(index * (count - 1) / max(1, spread - 1)) for index in range(spread)]
         self.outputs_at_zero = at_zero
-        self.outputs = self._outputs(captured, self.second, self._lane(0))
-        largest = max([captured.largest_bytes, *(output.nbytes for output in self.outputs)])
+        largest = max([captured.largest_bytes, *(output.nbytes for output in at_zero)])
         self.at_a_time = max(1, SIDE_BY_SIDE_BYTES // max(1, largest))
+        of_lanes = self._lanes(captured)
+        self.outputs = next(of_lanes)
         for _ in range(DRAWS):
             self.labels = random_labels(self.manifest, self.second, generator)
             if bool(captured.loss_of(self.outputs, self.labels).isfinite()):
                 break
-        self.losses = self._lane_losses(captured, self.outputs)
+        self.losses = self._losses(itertools.chain([self.outputs], of_lanes))
         self.rounded = self._rounded() if rounds(captured.program) else self._rounded_by_backend()
 
     def _lane(self, index: int) -> Tensor:
         return self.captured.lane(index, self.start[: self.program.parameters], SEED, EPS)
 
-    def _outputs(self, captured: CapturedStep, inputs: Sequence[Tensor], state: Tensor) -> list[Tensor]:
-        return captured.evaluate(inputs, state[: self.program.parameters])
+    def _lanes(self, captured: CapturedStep) -> Iterator[list[Tensor]]:
+        """The outputs of the lanes that are compared, one after the other."""
+        for begin in range(0, len(self.lanes), self.at_a_time):
+            lanes = [self._lane(index) for index in self.lanes[begin : begin + self.at_a_time]]
+            yield from captured.evaluate_each(self.second, lanes)
 
-    def _lane_losses(self, captured: CapturedStep, outputs: list[Tensor]) -> Tensor:
-        """The losses of the lanes that are compared, given the outputs of the first one."""
-        losses, others = [captured.loss_of(outputs, self.labels)], self.lanes[1:]
-        for begin in range(0, len(others), self.at_a_time):
-            lanes = [self._lane(index) for index in others[begin : begin + self.at_a_time]]
-            losses += [captured.loss_of(found, self.labels) for found in captured.evaluate_each(self.second, lanes)]
-        return torch.stack(losses).float()
+    def _losses(self, of_lanes: Iterable[list[Tensor]]) -> Tensor:
+        """The losses of lanes by their outputs."""
+        return torch.stack([self.captured.loss_of(outputs, self.labels) for outputs in of_lanes]).float()
 
     def _rounded(self) -> tuple[float, list[float]]:
         """How far activations that are rounded to integers move losses and outputs."""
-        smooth = self.captured.without_rounding()
-        outputs = self._outputs(smooth, self.second, self._lane(0))
-        losses = largest_difference(self._lane_losses(smooth, outputs), self.losses)
+        of_lanes = self._lanes(self.captured.without_rounding())
+        outputs = next(of_lanes)
+        losses = largest_difference(self._losses(itertools.chain([outputs], of_lanes)), self.losses)
         return ROUNDING * losses, [
             ROUNDING * largest_difference(a, b) for a, b in zip(outputs, self.outputs, strict=True)
         ]
@@ -335,7 +336,9 @@ class _Check:
             tolerance += ROUNDING * float(differ[part][has_gradient].norm() / moved[part][has_gradient].norm())
         loss = None
         if zo.measures:
-            loss = self.captured.loss_of(self._outputs(self.captured, self.second, self.start), self.labels).float()
+            loss = self.captured.loss_of(
+                self.captured.evaluate(self.second, self.start[: self.program.parameters]), self.labels
+            ).float()
         return _Exact(found, norm, loss, rate, tolerance)
 
     def _compare_exact(self, compare: Callable[..., None], after: Tensor, slopes: Tensor, exact: _Exact) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 from mobizo_compiler.errors import PassContractError, UnsupportedGraphError
 from mobizo_compiler.graph.nodes import operand, source_line
 from mobizo_compiler.graph.program import ROWS, STATE, STATE_INPUT, GraphProgram, as_read, flat_call_graph
+from mobizo_compiler.graph.shapes import key_of, value_of_call
 from mobizo_compiler.upstream import FakeTensor, FakeTensorMode, pytree
 
 aten = torch.ops.aten
@@ -62,6 +63,7 @@ class Editor:
         self.rows = dict(program.rows)
         self.mode = _fake_mode(self.graph)
         self._anchor: fx.Node | None = None
+        self._traced: dict[Hashable, fx.GraphModule] = {}
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -204,18 +206,25 @@ class Editor:
         shape = node.meta["val"].shape
         return [s if isinstance(s, int) else self.call(aten.sym_size.int, node, axis) for axis, s in enumerate(shape)]
 
-    def inline(self, function: Callable[..., Any], *args: fx.Node) -> Any:
+    def inline(self, function: Callable[..., Any], *args: fx.Node, alike: Hashable = None) -> Any:
         """Trace a function of tensors and insert its operators at the insertion point.
 
         Args:
             function: Takes one tensor per node; returns a tensor or a tuple or dict of tensors. It must not create
                 tensors from Python data (`torch.tensor`), which would become hidden constants.
             args: Its arguments.
+            alike: What functions have in common that do the same with arguments of the same shapes, and so are traced
+                once; None for a function that is like no other.
 
         Returns:
             What the function returns, with nodes for tensors.
         """
-        return self.insert(self.trace(function, *args), *args)
+        shapes = None if alike is None else key_of([node.meta["val"] for node in args])
+        if shapes is None:
+            return self.insert(self.trace(function, *args), *args)
+        if (alike, shapes) not in self._traced:
+            self._traced[alike, shapes] = self.trace(function, *args)
+        return self.insert(self._traced[alike, shapes], *args)
 
     def trace(
         self,
@@ -391,8 +400,12 @@ class Editor:
 
     def _compute(self, node: fx.Node) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), lambda inner: inner.meta["val"])
-        with self.mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        def call() -> Any:
+            with self.mode, torch.no_grad():
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        return value_of_call(node.target, (args, kwargs), self.mode, node.meta.get("val"), call)
 
     def _recompute(self, node: fx.Node) -> Any:
         """The value of a call for other sizes, for which torch's own shape rules may refuse symbols."""

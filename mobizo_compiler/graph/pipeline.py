@@ -16,6 +16,7 @@ from mobizo_compiler.graph.facts import CHECKS, broken
 from mobizo_compiler.graph.nodes import numbered_shapes
 from mobizo_compiler.graph.printer import program_text
 from mobizo_compiler.graph.program import GraphProgram
+from mobizo_compiler.graph.sources import written_when_asked_for
 
 Observer = Callable[["Pass", GraphProgram, str], None]
 Numbers = Literal["exact", "rounding", "changed"]
@@ -88,6 +89,7 @@ class Pipeline:
         if problems:
             raise PassOrderError("the passes are in a wrong order:\n  - " + "\n  - ".join(problems))
 
+    @written_when_asked_for()
     def run(self, program: GraphProgram) -> GraphProgram:
         """The program after all passes."""
         self.check_order(program.facts)

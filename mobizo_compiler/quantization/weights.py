@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -167,12 +167,15 @@ class StoredWeight:
         linear: The layer, from input, bias (or None) and the tensors in order.
         rows: Rows of the weight by index, from indices and the tensors; None where a table cannot be stored so.
         decoded: The weight, float32 [out_features, in_features], from the tensors; None for a table.
+        alike: What two layers have in common that are the same function of tensors of the same shapes; None if no other
+            is known to be.
     """
 
     parts: dict[str, Tensor]
     linear: Callable[..., Tensor]
     rows: Callable[..., Tensor] | None = None
     decoded: Callable[..., Tensor] | None = None
+    alike: Hashable = None
 
 
 def store_weight(
@@ -198,6 +201,7 @@ def store_weight(
             {"half": weight.half()},
             lambda x, bias, w: F.linear(x, w.to(torch.float32), bias),
             decoded=lambda w: w.to(torch.float32),
+            alike=recipe,
         )
     if recipe == "nf4":
         return _nf4(weight, fqn)
@@ -258,7 +262,8 @@ def _with_codes(grid: Grid, one_row: StoredWeight) -> StoredWeight:
         offsets = offset.to(torch.float32).unsqueeze(-1)
         return (one_row.decoded(*symmetric).reshape(in_groups) + offsets).reshape(out_features, in_features)
 
-    return StoredWeight(parts, linear, decoded=decoded)
+    alike = one_row.alike and (one_row.alike, "offsets")
+    return StoredWeight(parts, linear, decoded=decoded, alike=alike)
 
 
 @functools.lru_cache(maxsize=8)
@@ -290,6 +295,7 @@ def _by_torchao(weight: Tensor, config: Any, fqn: str) -> StoredWeight:
         parts,
         lambda x, bias, *tensors: F.linear(x, _unflatten(list(tensors), spec), bias),
         decoded=lambda *tensors: cast(Any, _unflatten(list(tensors), spec)).dequantize().to(torch.float32),
+        alike=repr(spec),
     )
 
 
@@ -406,4 +412,9 @@ def _nf4(weight: Tensor, fqn: str) -> StoredWeight:
         values = torch.index_select(table, 0, both).reshape(-1, NF4_BLOCK) * scales.reshape(-1, 1)
         return values.reshape(out_features, in_features)
 
-    return StoredWeight(parts, lambda x, bias, *tensors: F.linear(x, decoded(*tensors), bias), decoded=decoded)
+    return StoredWeight(
+        parts,
+        lambda x, bias, *tensors: F.linear(x, decoded(*tensors), bias),
+        decoded=decoded,
+        alike=("nf4", out_features, in_features),
+    )
