@@ -129,7 +129,10 @@ MEMBERS: dict[str, Private] = {
     "_data_serializer": Private(*_MANAGER, "writing a .pte again once the state is where it belongs"),
     "_named_data": Private(*_MANAGER, "writing a .pte again once the state is where it belongs"),
     "_codegen": Private("torch.fx", "Graph", "compiling without writing the source of every graph"),
-    "_code": Private("torch.fx", "GraphModule", "compiling without writing the source of every graph"),
+    **{
+        name: Private("torch.fx", "GraphModule", "compiling without writing the source of every graph")
+        for name in ("_code", "_lineno_map", "_prologue_start")
+    },
     "_method": Private("executorch.runtime", "Method", "the live state of a session, without a copy"),
 }
 

@@ -6,7 +6,8 @@ operators, to find shapes that the graph has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +18,19 @@ from torch.export.graph_signature import OutputKind
 from mobizo_compiler.upstream import FakeTensor
 
 
-def know_results(program: ExportedProgram) -> None:
-    """From now on, calls of the program's delegates with fake tensors return what their graphs say that they return."""
-    for delegate in program.graph_module.children():
-        if isinstance(delegate, LoweredBackendModule) and _is_plain(delegate.original_module):
-            delegate.original_module.module = _module_of(delegate.original_module)
+@contextlib.contextmanager
+def known_results(programs: Iterable[ExportedProgram]) -> Iterator[None]:
+    """In this block, calls of the programs' delegates with fake tensors return what their graphs say they return."""
+    delegates = [delegate for program in programs for delegate in program.graph_module.children()]
+    originals = [d.original_module for d in delegates if isinstance(d, LoweredBackendModule)]
+    plain = [original for original in originals if _is_plain(original)]
+    for original in plain:
+        original.module = _module_of(original)
+    try:
+        yield
+    finally:
+        for original in plain:
+            del original.module
 
 
 def _is_plain(original: ExportedProgram) -> bool:
@@ -35,7 +44,7 @@ def _is_plain(original: ExportedProgram) -> bool:
     )
 
 
-def _module_of(original: ExportedProgram) -> Callable[[], Callable[..., Any]]:
+def _module_of(original: ExportedProgram) -> Callable[..., Any]:
     """In place of `ExportedProgram.module`."""
     module = original.module
     results = [node.meta["val"] for node in original.graph.output_node().args[0]]
@@ -47,4 +56,4 @@ def _module_of(original: ExportedProgram) -> Callable[[], Callable[..., Any]]:
         empty = [torch.empty_strided(r.shape, r.stride(), dtype=r.dtype, device="meta") for r in results]
         return tuple(FakeTensor(mode, e, r.device) for e, r in zip(empty, results, strict=True))
 
-    return lambda: returns
+    return lambda **options: returns

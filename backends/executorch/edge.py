@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -34,17 +35,19 @@ from mobizo_compiler.upstream import (
 
 aten = torch.ops.aten
 _GENERATE = PRIVATE["generate_edge_program"].name
+_one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
 def few_interpretations() -> Iterator[None]:
     """In this block `to_edge_transform_and_lower` makes the edge dialect as described above."""
-    upstream = getattr(exir_program, _GENERATE)
-    setattr(exir_program, _GENERATE, _edge_program)
-    try:
-        yield
-    finally:
-        setattr(exir_program, _GENERATE, upstream)
+    with _one_at_a_time:
+        upstream = getattr(exir_program, _GENERATE)
+        setattr(exir_program, _GENERATE, _edge_program)
+        try:
+            yield
+        finally:
+            setattr(exir_program, _GENERATE, upstream)
 
 
 def _edge_program(

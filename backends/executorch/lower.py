@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from mobizo_compiler.backends.executorch.cache import runner_methods, write_in_place
-from mobizo_compiler.backends.executorch.delegate_results import know_results
+from mobizo_compiler.backends.executorch.delegate_results import known_results
 from mobizo_compiler.backends.executorch.edge import few_interpretations
 from mobizo_compiler.backends.executorch.emit import emission_config, emit, hear, somebody_listens, with_own_graph
 from mobizo_compiler.backends.executorch.forget import forgetting
@@ -150,10 +150,10 @@ def _lower(
             if program.graph_signature.inputs_to_buffers.get(node.name) == STATE:
                 node.meta["et_init_buffer"] = True
         _sizes_for_strides(program)
-        know_results(program)
     write_in_place(lowered)
     hear(lowered, constant_methods, manifest.state)
-    return emit(edge, emission_config(), manifest.state), delegation
+    with known_results(lowered.values()):
+        return emit(edge, emission_config(), manifest.state), delegation
 
 
 def _without_copies(graph_module: fx.GraphModule) -> PassResult:

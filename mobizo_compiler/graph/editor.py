@@ -222,9 +222,10 @@ class Editor:
         shapes = None if alike is None else key_of([node.meta["val"] for node in args])
         if shapes is None:
             return self.insert(self.trace(function, *args), *args)
-        if (alike, shapes) not in self._traced:
-            self._traced[alike, shapes] = self.trace(function, *args)
-        return self.insert(self._traced[alike, shapes], *args)
+        key = (alike, shapes, self.mode)
+        if key not in self._traced:
+            self._traced[key] = self.trace(function, *args)
+        return self.insert(self._traced[key], *args)
 
     def trace(
         self,

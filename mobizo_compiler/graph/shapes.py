@@ -15,7 +15,6 @@ import torch
 from mobizo_compiler.upstream import FakeTensor, FakeTensorMode, OpOverload
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_OF_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 # By mode, because sizes are symbols of its environment.
 _known: weakref.WeakKeyDictionary[FakeTensorMode, dict[Hashable, Any]] = weakref.WeakKeyDictionary()
@@ -33,7 +32,7 @@ def value_of_call(
         before: A value that is returned if it is like the result.
         call: Does the call.
     """
-    if not isinstance(target, OpOverload) or target._schema.is_mutable or _OF_DATA.intersection(target.tags):
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return call()
     if (given := key_of(arguments)) is None:
         return call()
@@ -51,7 +50,7 @@ def value_of_call(
 def key_of(value: Any) -> Hashable:
     """What two values have in common of which one may take the place of the other: shapes, strides, dtypes, numbers.
 
-    None for a value that these do not describe.
+    None for a value that these do not describe; one whose size depends on data is like no other.
     """
     try:
         return _key(value)
@@ -70,11 +69,12 @@ class _Tensor(NamedTuple):
     strides: Sequence[Any]
     dtype: torch.dtype
     device: torch.device
+    requires_grad: bool
 
 
 def _described(value: Any) -> Any:
     if type(value) is FakeTensor:
-        return _Tensor(tuple(value.shape), value.stride(), value.dtype, value.device)
+        return _Tensor(tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
     if isinstance(value, (tuple, list)):
         return type(value)(_described(item) for item in value)
     return value
@@ -82,8 +82,9 @@ def _described(value: Any) -> Any:
 
 def _made(description: Any, mode: FakeTensorMode) -> Any:
     if type(description) is _Tensor:
-        shape, strides, dtype, device = description
-        return FakeTensor(mode, torch.empty_strided(shape, strides, dtype=dtype, device="meta"), device)
+        shape, strides, dtype, device, requires_grad = description
+        empty = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        return FakeTensor(mode, empty, device).requires_grad_(requires_grad)
     if isinstance(description, (tuple, list)):
         return type(description)(_made(item, mode) for item in description)
     return description
@@ -98,13 +99,17 @@ def _is_like(before: Any, value: Any, mode: FakeTensorMode) -> bool:
 def _key(value: Any) -> Hashable:
     kind = type(value)
     if kind is FakeTensor:
-        if value.layout is not torch.strided or value.constant is not None or value.storage_offset() != 0:
+        if value.layout is not torch.strided or value.constant is not None or value.is_conj() or value.is_neg():
             raise _Unknown
-        return (FakeTensor, _sizes(value.shape), _sizes(value.stride()), value.dtype, value.device)
+        offset = value.storage_offset()
+        if type(offset) is not int or offset != 0:
+            raise _Unknown
+        return _key(_described(value))
     if kind is _Tensor:
-        return (FakeTensor, _sizes(value.shape), _sizes(value.strides), value.dtype, value.device)
+        shape, strides, *rest = value
+        return (kind, tuple(map(_size, shape)), tuple(map(_size, strides)), *rest)
     if kind is torch.SymInt:
-        return (kind, value.node.expr)
+        return _size(value)
     if isinstance(value, (tuple, list)):
         return (kind, tuple(map(_key, value)))
     if isinstance(value, dict):
@@ -114,5 +119,11 @@ def _key(value: Any) -> Hashable:
     raise _Unknown
 
 
-def _sizes(sizes: Sequence[Any]) -> Hashable:
-    return tuple(size if type(size) is int else (torch.SymInt, size.node.expr) for size in sizes)
+def _size(size: Any) -> Hashable:
+    if type(size) is int:
+        return size
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # SymPy, which only who compiles needs
+
+    if free_unbacked_symbols(size):
+        raise _Unknown
+    return (torch.SymInt, size.node.expr)

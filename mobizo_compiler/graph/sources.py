@@ -7,8 +7,11 @@ the time and call none of them: of compiling a model of a hundred million parame
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
@@ -16,32 +19,48 @@ from torch.fx.graph import CodeGen
 
 from mobizo_compiler.upstream import member
 
-_patching = threading.Lock()
-_patched = 0
-_CODE = "_code"  # where torch keeps the source
+_inside = contextvars.ContextVar("_inside", default=False)
+_patching, _writing = threading.Lock(), threading.RLock()
+_blocks = 0
+_write_now: Callable[[fx.GraphModule], Any] = fx.GraphModule.recompile
+_outside = fx.GraphModule.recompile  # what the first block found there
+_CODE, _LINES, _PROLOGUE = "_code", "_lineno_map", "_prologue_start"  # what torch leaves of the source
 
 
 @contextlib.contextmanager
 def written_when_asked_for() -> Iterator[None]:
-    """In this block a `torch.fx.GraphModule` is recompiled when it is first called, copied to a pickle, or read.
+    """In this block, in this thread, a `torch.fx.GraphModule` is recompiled when it is called, pickled, or looked at.
 
-    A module that was made in the block keeps to that.
+    A module that was made in the block keeps to that. It is then what its graph is at that time.
     """
-    _count(+1)
+    global _blocks, _outside
+    with _patching:
+        if not _blocks:
+            _outside, fx.GraphModule.recompile = fx.GraphModule.recompile, _recompile  # type: ignore[assignment,method-assign]
+        _blocks += 1
+    token = _inside.set(True)
     try:
         yield
     finally:
-        _count(-1)
+        _inside.reset(token)
+        with _patching:
+            _blocks -= 1
+            if not _blocks and fx.GraphModule.recompile is _recompile:
+                fx.GraphModule.recompile = _outside  # type: ignore[method-assign]
 
 
-def _count(change: int) -> None:
-    global _patched
-    with _patching:
-        _patched += change
-        fx.GraphModule.recompile = _later if _patched else _recompile  # type: ignore[assignment,method-assign]
-
-
-_recompile = fx.GraphModule.recompile
+def _recompile(module: fx.GraphModule) -> Any:
+    """What `recompile` is while a block is open."""
+    plain = type(module).__bases__ == (fx.GraphModule,)
+    # One with a signature is made to be called.
+    if not _inside.get() or not plain or type(member(module.graph, "_codegen")) is not CodeGen:
+        return _outside(module)
+    with _writing:
+        _Waiting(module).install()
+    for child in module.children():
+        if isinstance(child, fx.GraphModule):
+            child.recompile()
+    return _Source(module.graph)
 
 
 class _Source:
@@ -54,33 +73,50 @@ class _Source:
         return getattr(self._graph.python_code(root_module="self"), name)
 
 
-def _later(module: fx.GraphModule) -> Any:
-    """What `recompile` is in the block. Every graph module has a class of its own, which torch sets `forward` of."""
-    if type(member(module.graph, "_codegen")) is not CodeGen:  # it has a signature, and so is made to be called
-        return _recompile(module)
-    own: Any = type(module)
-    if "__call__" in vars(own):  # it was called before: the wrapper around `forward` is made anew with it
-        del own.__call__
-    own.forward, own.__reduce__ = _write_and_call, _write_and_reduce
-    setattr(own, _CODE, property(_read, _take))
-    return _Source(module.graph)
+class _Waiting:
+    """In the place of `forward` in the class of a graph module, which every module has for itself: writes it.
+
+    Whatever looks for `forward`, in the module or in its class, finds the one that torch makes of the source.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = weakref.ref(module)
+
+    def __get__(self, module: fx.GraphModule | None, own: Any) -> Any:
+        written = self.write()
+        return own.forward if module is None else written.forward
+
+    def install(self) -> None:
+        """Put it there, and what writes the rest with it."""
+        own: Any = type(self._module())
+        if "__call__" in vars(own):  # it was called before: the wrapper around `forward` is made anew with it
+            del own.__call__
+        own.forward, own.__reduce__ = self, lambda module: fx.GraphModule.__reduce__(self.write())
+        setattr(own, _CODE, property(lambda module: module.graph.python_code(root_module="self").src, _setter(_CODE)))
+        for name in (_LINES, _PROLOGUE):
+            setattr(own, name, property(functools.partial(self._part, name), _setter(name)))
+
+    def _part(self, name: str, module: fx.GraphModule) -> Any:
+        return member(self.write(), name)
+
+    def write(self) -> fx.GraphModule:
+        """Let torch write the module, once."""
+        module = self._module()
+        assert module is not None  # its class is looked at through it
+        own = type(module)
+        with _writing:
+            if vars(own).get("forward") is self:
+                for name in ("__reduce__", _CODE, _LINES, _PROLOGUE):
+                    if name in vars(own):
+                        delattr(own, name)
+                _write_now(module)
+        return module
 
 
-def _write_and_call(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    _recompile(module)
-    return module.forward(*args, **kwargs)
+def _setter(name: str) -> Callable[[fx.GraphModule, Any], None]:
+    def take(module: fx.GraphModule, value: Any) -> None:
+        """`recompile` of torch itself leaves a part here, which is an attribute like others from now on."""
+        delattr(type(module), name)
+        setattr(module, name, value)
 
-
-def _write_and_reduce(module: fx.GraphModule) -> Any:
-    _recompile(module)
-    return fx.GraphModule.__reduce__(module)
-
-
-def _read(module: fx.GraphModule) -> str:
-    return module.graph.python_code(root_module="self").src
-
-
-def _take(module: fx.GraphModule, source: str) -> None:
-    """`recompile` itself leaves the source here; from now on it is an attribute like others."""
-    delattr(type(module), _CODE)
-    setattr(module, _CODE, source)
+    return take
