@@ -6,6 +6,7 @@ model of equal blocks, and from one pass to the next, nearly every call has been
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -122,8 +123,14 @@ def _key(value: Any) -> Hashable:
 def _size(size: Any) -> Hashable:
     if type(size) is int:
         return size
+    expression = size.node.expr
+    if _depends_on_data(expression):
+        raise _Unknown
+    return (torch.SymInt, expression)
+
+
+@functools.lru_cache(maxsize=4096)
+def _depends_on_data(expression: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # SymPy, which only who compiles needs
 
-    if free_unbacked_symbols(size):
-        raise _Unknown
-    return (torch.SymInt, size.node.expr)
+    return bool(free_unbacked_symbols(expression))
