@@ -166,7 +166,8 @@ def _decode_for_gradients(edit: Editor, weight: fx.Node, layer: _Used) -> None:
         return
     assert layer.stored.decoded is not None
     with edit.graph.inserting_before(min(readers)):
-        decoded = edit.inline(layer.stored.decoded, *layer.parts)
+        alike = layer.stored.alike and ("decoded", layer.stored.alike)
+        decoded = edit.inline(layer.stored.decoded, *layer.parts, alike=alike)
         if layer.factor is not None:
             decoded = edit.call(aten.mul.Tensor, decoded, edit.shared_constant(_name_of(layer.factor), layer.factor))
         if layer.turned:

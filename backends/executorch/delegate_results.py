@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
+from mobizo_compiler.graph.shapes import another
 from mobizo_compiler.upstream import FakeTensor
 
 
@@ -53,7 +53,6 @@ def _module_of(original: ExportedProgram) -> Callable[..., Any]:
         mode = next((arg.fake_mode for arg in args if isinstance(arg, FakeTensor)), None)
         if mode is None:
             return module()(*args)
-        empty = [torch.empty_strided(r.shape, r.stride(), dtype=r.dtype, device="meta") for r in results]
-        return tuple(FakeTensor(mode, e, r.device) for e, r in zip(empty, results, strict=True))
+        return tuple(another(result, mode) for result in results)
 
     return lambda **options: returns

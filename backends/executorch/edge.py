@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -90,22 +91,16 @@ def _edge_program(
 
 def _together(passes: Iterable[Any]) -> Iterator[Any]:
     """The passes, with neighbours that change one operator at a time as one."""
-    group: list[type[ExportPass]] = []
-    for step in passes:
-        itself = inspect.unwrap(step)  # a pass manager wraps what it is given
-        if _is_of_operators(itself):
-            group.append(type(itself))
-            continue
-        if group:
-            yield type("Together", tuple(group), {})()
-            group = []
-        yield step
-    if group:
-        yield type("Together", tuple(group), {})()
+    for of_operators, steps in itertools.groupby(passes, _is_of_operators):
+        if of_operators:
+            yield type("Together", tuple(type(inspect.unwrap(step)) for step in steps), {})()
+        else:
+            yield from steps
 
 
 def _is_of_operators(step: Any) -> bool:
     """Whether a pass is what its `call_operator` says, and nothing else."""
+    step = inspect.unwrap(step)  # a pass manager wraps what it is given
     if not isinstance(step, ExportPass) or type(step).__bases__ != (ExportPass,):
         return False
     own = {name for name in vars(type(step)) if not name.startswith("_")}

@@ -336,9 +336,7 @@ class _Check:
             tolerance += ROUNDING * float(differ[part][has_gradient].norm() / moved[part][has_gradient].norm())
         loss = None
         if zo.measures:
-            loss = self.captured.loss_of(
-                self.captured.evaluate(self.second, self.start[: self.program.parameters]), self.labels
-            ).float()
+            loss = self.captured.loss_of(self.captured.evaluate(self.second, trained), self.labels).float()
         return _Exact(found, norm, loss, rate, tolerance)
 
     def _compare_exact(self, compare: Callable[..., None], after: Tensor, slopes: Tensor, exact: _Exact) -> None:

@@ -37,15 +37,21 @@ def value_of_call(
         return call()
     if (given := key_of(arguments)) is None:
         return call()
-    known = _known.setdefault(mode, {})
+    known, value = _known.setdefault(mode, {}), None
     if (target, given) not in known:
         value = call()
-        if key_of(value) is None:
+        if (key := key_of(value)) is None:
             return value
-        known[target, given] = _described(value)
-        return before if _is_like(before, value, mode) else value
-    description = known[target, given]
-    return before if _is_like(before, description, mode) else _made(description, mode)
+        known[target, given] = key, _described(value)
+    key, description = known[target, given]
+    if type(before) is FakeTensor and before.fake_mode is mode and key_of(before) == key:
+        return before
+    return _made(description, mode) if value is None else value
+
+
+def another(value: FakeTensor, mode: FakeTensorMode) -> FakeTensor:
+    """A fake tensor of the same shape, strides, dtype and device, with a memory of its own."""
+    return _made(_described(value), mode)
 
 
 def key_of(value: Any) -> Hashable:
@@ -91,12 +97,6 @@ def _made(description: Any, mode: FakeTensorMode) -> Any:
     return description
 
 
-def _is_like(before: Any, value: Any, mode: FakeTensorMode) -> bool:
-    if type(before) is not FakeTensor or type(value) not in (FakeTensor, _Tensor) or before.fake_mode is not mode:
-        return False
-    return key_of(before) == key_of(value) is not None
-
-
 def _key(value: Any) -> Hashable:
     kind = type(value)
     if kind is FakeTensor:
@@ -105,9 +105,7 @@ def _key(value: Any) -> Hashable:
         offset = value.storage_offset()
         if type(offset) is not int or offset != 0:
             raise _Unknown
-        return _key(_described(value))
-    if kind is _Tensor:
-        shape, strides, *rest = value
+        shape, strides, *rest = _described(value)
         return (kind, tuple(map(_size, shape)), tuple(map(_size, strides)), *rest)
     if kind is torch.SymInt:
         return _size(value)

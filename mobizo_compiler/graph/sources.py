@@ -103,13 +103,11 @@ class _Waiting:
         """Let torch write the module, once."""
         module = self._module()
         assert module is not None  # its class is looked at through it
-        own = type(module)
+        own: Any = type(module)
         with _writing:
             if vars(own).get("forward") is self:
-                for name in ("__reduce__", _CODE, _LINES, _PROLOGUE):
-                    if name in vars(own):
-                        delattr(own, name)
-                _write_now(module)
+                del own.__reduce__
+                _write_now(module)  # which takes away the rest: see `_setter`
         return module
 
 
