@@ -111,8 +111,7 @@ class Quantize(Pass):
             weight = found.read(edit)
             straight = weight.contiguous() if factor is None else weight / factor
             asymmetric = getattr(self.config, "asymmetric", False)
-            keep = fqn not in self.output_layers  # of which a method may have some rows, which must be as in the whole
-            self.stored[key] = _laid_down(store_weight(straight, recipe, group_size, fqn, asymmetric, keep))
+            self.stored[key] = _laid_down(store_weight(straight, recipe, group_size, fqn, asymmetric))
         stored = self.stored[key]
         if not stored.parts:
             return

@@ -16,12 +16,12 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 from typer.testing import CliRunner
 
 import mobizo_compiler as mobizo
-from mobizo_compiler import LoraConfig, QuantizationConfig, Session, cli
+from mobizo_compiler import LoraConfig, Session, cli
 from mobizo_compiler.device.run import begin
 from mobizo_compiler.errors import AdapterError, ConfigError
 from mobizo_compiler.format.gguf_adapter import read_gguf, write_gguf
 from mobizo_compiler.format.peft import PeftAdapter
-from mobizo_compiler.quantization.weights import store_weight
+from mobizo_compiler.quantization.weights import store_table, store_weight
 from mobizo_compiler.text.hub import load_model
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process, so that its programs are made once
@@ -218,13 +218,18 @@ def test_a_checkpoint_is_compiled(kind: str, tmp_path: Path) -> None:
 BLOCKS = [("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4")]
 
 
+def decoded(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """A weight as it comes out of a checkpoint of that type."""
+    stored = gguf.GGMLQuantizationType[kind]
+    return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), stored), stored).copy())
+
+
 @pytest.mark.parametrize(("kind", "recipe"), BLOCKS)
 def test_blocks_keep_their_codes_and_scales(kind: str, recipe: str) -> None:
     drawn = torch.randn(12, 96, generator=torch.Generator().manual_seed(0)) * 0.05
     drawn[3, 32:64] = 0.0
     drawn[4, :32] = drawn[4, :32].abs()
-    coded = gguf.quantize(drawn.numpy(), gguf.GGMLQuantizationType[kind])
-    weight = torch.from_numpy(gguf.dequantize(coded, gguf.GGMLQuantizationType[kind]).copy())
+    weight = decoded(drawn, kind)
     stored = store_weight(weight, recipe, 32, "layer", asymmetric=True)
     assert stored.decoded is not None and torch.equal(stored.decoded(*stored.parts.values()), weight)
     assert stored.parts["scale"].shape == (12, 3) and stored.parts["scale"].dtype == torch.float16
@@ -239,19 +244,36 @@ def test_blocks_keep_their_codes_and_scales(kind: str, recipe: str) -> None:
         assert again.parts["scale"].dtype != torch.float16
 
 
+@pytest.mark.parametrize(
+    ("kind", "recipe", "bits"),
+    [("Q8_0", "int8", 8), ("Q4_0", "int8", 4), ("Q4_1", "int8", 4), ("Q4_0", "int4", 4), ("Q4_1", "int4", 4)],
+)
+def test_tables_keep_their_codes_and_scales(kind: str, recipe: str, bits: int) -> None:
+    drawn = torch.randn(12, 96, generator=torch.Generator().manual_seed(0)) * 0.05
+    table, ids = decoded(drawn, kind), torch.tensor([[3, 0], [11, 3]])
+    stored = store_table(table, recipe, 32, "table")
+    assert stored.rows is not None and torch.equal(stored.rows(ids, *stored.parts.values()), table[ids])
+    assert stored.parts["codes"].numel() == table.numel() * bits // 8
+    assert stored.parts["scale"].shape == (12, 3) and stored.parts["scale"].dtype == torch.float16
+    elsewhere = table.clone()
+    elsewhere[7, 5] *= 1.01
+    again = store_table(elsewhere, recipe, 32, "table")
+    assert again.rows is not None and again.parts["scale"].dtype != torch.float16
+    assert 0 < float((again.rows(ids, *again.parts.values()) - table[ids]).norm() / table[ids].norm()) < 0.15
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xnnpack", "portable"])
 @pytest.mark.parametrize(("kind", "recipe"), BLOCKS)
 def test_a_checkpoint_is_compiled_as_it_is_stored(kind: str, recipe: Any, backend: str, tmp_path: Path) -> None:
-    """Nothing is rounded a second time: logits are those of the decoded checkpoint."""
+    """Nothing is rounded a second time, also no embedding and output layer: logits are the decoded checkpoint's."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 32, "intermediate_size": 64})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 96})).eval()
     checkpoint(tmp_path / "model.gguf", model, gguf.GGMLQuantizationType[kind])
     loaded, ids = load_model(str(tmp_path / "model.gguf")), torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         wanted = loaded(ids).logits
-    config = QuantizationConfig(recipe, embedding="none", head="none")
-    program = mobizo.compile(loaded, {"input_ids": ids}, quantization=config, backend=backend)
+    program = mobizo.compile(loaded, {"input_ids": ids}, quantization=recipe, backend=backend)
     torch.testing.assert_close(Session(program).evaluate({"input_ids": ids})["logits"], wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mobizo_compiler.errors import ConfigError, QuantizationError
 from mobizo_compiler.options import JsonConfig
-from mobizo_compiler.quantization.grids import Grid, find_grid
+from mobizo_compiler.quantization.grids import BLOCK, Grid, find_grid
 
 Recipe = Literal["fp16", "8da8w", "8da4w", "int8", "int4", "nf4"]
 RECIPES: tuple[Recipe, ...] = ("fp16", "8da8w", "8da4w", "int8", "int4", "nf4")
@@ -178,10 +178,8 @@ class StoredWeight:
     alike: Hashable = None
 
 
-def store_weight(
-    weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmetric: bool = False, keep: bool = True
-) -> StoredWeight:
-    """Quantize one weight.
+def store_weight(weight: Tensor, recipe: Any, group_size: int, fqn: str, asymmetric: bool = False) -> StoredWeight:
+    """Quantize one weight; of GGUF's blocks, the codes and scales are kept where the recipe has them.
 
     Args:
         weight: float32 [out_features, in_features].
@@ -189,7 +187,6 @@ def store_weight(
         group_size: See `QuantizationConfig`.
         fqn: Path of the layer, for messages and for configurations that choose by path.
         asymmetric: See `QuantizationConfig`.
-        keep: Whether weights of GGUF's blocks keep their codes and scales, where the recipe has them.
 
     Raises:
         QuantizationError: The weight does not have the shape that the recipe needs, or torchao refuses it.
@@ -205,7 +202,7 @@ def store_weight(
         )
     if recipe == "nf4":
         return _nf4(weight, fqn)
-    bits = {"int8": 8, "int4": 4}.get(recipe) if keep and isinstance(recipe, str) else None
+    bits = {"int8": 8, "int4": 4}.get(recipe) if isinstance(recipe, str) else None
     grid = find_grid(weight, bits, group_size) if bits else None
     if grid is not None and (asymmetric or grid.offset is None):
         config = torchao_config(cast(str, recipe), group_size, on_grid=True)
@@ -327,6 +324,8 @@ def _unflatten(tensors: list[Tensor], spec: Any) -> Tensor:
 def store_table(table: Tensor, recipe: str, group_size: int, fqn: str) -> StoredWeight:
     """Quantize an embedding table; rows are decoded after they were looked up.
 
+    A table of GGUF's blocks keeps its codes and scales, in 8 or in 4 bits each.
+
     Args:
         table: float32 [entries, width].
         recipe: "fp16", "int8" or "int4".
@@ -340,6 +339,10 @@ def store_table(table: Tensor, recipe: str, group_size: int, fqn: str) -> Stored
         return StoredWeight(
             {"half": table.half()}, F.linear, lambda ids, half: F.embedding(ids, half).to(torch.float32)
         )
+    for bits in (8, 4) if recipe == "int8" else (4,):
+        grid = find_grid(table, bits, BLOCK if bits == 8 else group_size)
+        if grid is not None:
+            return _table_of(grid, bits)
     width = int(table.shape[1])
     if recipe == "int4" and (width % group_size or width % 2):
         raise QuantizationError(
@@ -350,7 +353,26 @@ def store_table(table: Tensor, recipe: str, group_size: int, fqn: str) -> Stored
     codes, scale = parts["qdata"], parts["scale"]
     if recipe == "int8":
         return StoredWeight({"codes": codes, "scale": scale}, F.linear, _rows_of_bytes)
-    return StoredWeight({"codes": pack_nibbles(codes), "scale": scale}, F.linear, _rows_of_nibbles(group_size))
+    return _table_of(Grid(codes, scale), bits=4)
+
+
+def _table_of(grid: Grid, bits: int) -> StoredWeight:
+    """A table with a scale, and perhaps an offset, for each group of a row."""
+    group_size = grid.codes.shape[1] // grid.scale.shape[1]
+    parts = {"codes": grid.codes if bits == 8 else pack_nibbles(grid.codes), "scale": grid.scale}
+    if grid.offset is not None:
+        parts["offset"] = grid.offset
+
+    def rows(ids: Tensor, codes: Tensor, scale: Tensor, *offset: Tensor) -> Tensor:
+        found = F.embedding(ids, codes)
+        values = found.to(torch.float32) if bits == 8 else unpack_nibbles(found)
+        in_groups = values.reshape(*values.shape[:-1], -1, group_size)
+        in_groups = in_groups * F.embedding(ids, scale).to(torch.float32).unsqueeze(-1)
+        if offset:
+            in_groups = in_groups + F.embedding(ids, offset[0]).unsqueeze(-1)
+        return in_groups.reshape(values.shape)
+
+    return StoredWeight(parts, F.linear, rows)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -373,15 +395,6 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 def _rows_of_bytes(ids: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return F.embedding(ids, codes).to(torch.float32) * F.embedding(ids, scale).to(torch.float32)
-
-
-def _rows_of_nibbles(group_size: int) -> Callable[..., Tensor]:
-    def rows(ids: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        values = unpack_nibbles(F.embedding(ids, codes))
-        groups = F.embedding(ids, scale).to(torch.float32).unsqueeze(-1)
-        return (values.reshape(*values.shape[:-1], -1, group_size) * groups).reshape(values.shape)
-
-    return rows
 
 
 def _nf4(weight: Tensor, fqn: str) -> StoredWeight:
