@@ -222,3 +222,15 @@ def test_every_variant_goes_down(name: str) -> None:
     estimate, start_P = zeroth_order.ESTIMATES[variant.estimate](block, 16), trained_P.detach()
     found_P = torch.stack([estimate(rows, start_P, seed) for seed in range(100)]).mean(0)
     assert float(torch.cosine_similarity(found_P, trained_P.grad, dim=0)) > 0.5
+
+
+@pytest.mark.slow
+def test_products_of_16_bits(tmp_path: Path) -> None:
+    """The delegate takes each alone, and leaves the conversions outside, which decision 33 is about."""
+    small = ["--width", "64", "--rows", "8", "--rounds", "3", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.half_precision", *small], check=True, cwd=ROOT)
+    found = json.loads((tmp_path / "products.json").read_text())["products"]
+    alone = [name for name in found if "converted" not in name]
+    assert alone == ["float32", "float16", "bfloat16"] and not any(found[name]["outside"] for name in alone)
+    assert all(len(found[f"{name}, converted"]["outside"]) == 2 for name in alone[1:])
+    assert found["float32"]["error"] < 1e-5 < found["float16"]["error"] < found["bfloat16"]["error"] < 1e-2
